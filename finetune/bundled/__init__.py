@@ -1,0 +1,24 @@
+"""The data that ships inside the package, and the one place where short names become paths."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+
+MODELS = {"micro": ROOT / "micro"}
+"""Short names of models. A name that is not here is a local directory or a Hub id."""
+
+TEXTS = {
+    name: ROOT / "text" / f"{name}.jsonl.xz"
+    for name in ("books-train", "books-validation", "books-report", "shifted-peps")
+}
+"""Short names of texts. A name that is not here is a local path or a Hub data set."""
+
+
+def resolve_model(name: str) -> str:
+    """Return the path of the bundled model called `name`, or `name` itself if none is called so."""
+    return str(MODELS.get(name, name))
+
+
+def resolve_text(name: str) -> str:
+    """Return the path of the bundled text called `name`, or `name` itself if none is called so."""
+    return str(TEXTS.get(name, name))

@@ -1,0 +1,259 @@
+"""A recipe: everything that a run needs, typed, validated, saved with the run and replayable from that file.
+
+Nothing here imports torch, so that the command line answers at once.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import pydantic
+import tyro
+import yaml
+
+TokenClass = Literal["eot", "bos"]
+"""A class of token with a constant of its own while training goes on: end-of-text, and position 0."""
+Phase = Literal["ln_2", "qk", "v", "ln_f", "eot", "bos"]
+"""What one phase of a schedule does: freeze the sites of a kind (a block's `ln_2`, its `ln_1` on the QK path, its `ln_1`
+on the V path; the model's `ln_f`), or merge a class of token."""
+
+RECIPES = Path(__file__).parent / "recipes"
+
+_strict = pydantic.ConfigDict(extra="forbid")
+
+
+class RecipeError(ValueError):
+    """A recipe that contradicts itself, or the model it is to be run on; the message says what to change."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+class Text:
+    """Where the text comes from, and which part of it is held out."""
+
+    source: Annotated[str, tyro.conf.arg(name="text", prefix_name=False)] = "books-train"
+    """A bundled name (books-train, books-validation, books-report, shifted-peps), a file (.txt, .jsonl, .parquet;
+    .gz and .xz too), a directory (of such files, a saved `datasets` directory, or nanoGPT's train.bin and val.bin),
+    or the name of a data set on the Hub."""
+    held_out: str | None = None
+    """A second source to measure the loss on, never trained on. None: a part of `source` is held out."""
+    held_out_fraction: float = 0.01
+    """The part of `source` that is held out where `held_out` is None, as a fraction of its documents."""
+    held_out_blocks: int = 240
+    """How many held-out blocks the losses are measured on, at most."""
+    column: str | None = None
+    """The column that holds the text. None: it is found."""
+    subset: str | None = None
+    """The configuration of a Hub data set."""
+    split: str = "train"
+    """The split of a Hub data set or of a saved `datasets` directory."""
+    token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    """The type of the numbers in nanoGPT's .bin files. auto: uint16 up to 65,536 tokens of vocabulary."""
+    streaming: bool = False
+    """Tokenise while training, for text that does not fit on the disk."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out_fraction < 1:
+            raise RecipeError(f"text.held_out_fraction is {self.held_out_fraction}; it must lie between 0 and 1.")
+        if self.held_out_blocks < 1:
+            raise RecipeError(f"text.held_out_blocks is {self.held_out_blocks}; at least 1 is needed.")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+class Gaps:
+    """Steps from one event of a phase to the next event, its own or the next phase's. Fractions add up."""
+
+    ln_2: float = 0.0
+    """From one layer's `ln_2` to the next layer's."""
+    qk: float = 0.0
+    """From one layer's QK path to the next layer's."""
+    v: float = 0.0
+    """From one layer's V path to the next layer's: the fragile one."""
+    ln_f: float = 0.0
+    """From `ln_f` to the next phase."""
+    eot: float = 0.0
+    """From the merging of end-of-text to the next phase."""
+    bos: float = 0.0
+    """From the merging of position 0 to the next phase."""
+
+    def __post_init__(self) -> None:
+        for phase, gap in dataclasses.asdict(self).items():
+            if gap < 0:
+                raise RecipeError(f"schedule.gap.{phase} is {gap}; a gap is 0 steps (all at once) or more.")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+class Schedule:
+    """When the LNs go, relative to the number of layers, so that it serves a model of any depth."""
+
+    start: float
+    """The step at which the first site freezes; the stds are measured before it."""
+    gap: Gaps
+    """Steps from one event to the next."""
+    order: tuple[Phase, ...] = get_args(Phase)
+    """The phases, one after another: kinds of site to freeze, layer by layer, and classes of token to merge."""
+    fade: int = 1
+    """Steps over which a site's divisor moves from the live std to the constant. 1: it jumps, as published."""
+
+    def __post_init__(self) -> None:
+        if self.start < 1:
+            raise RecipeError(f"schedule.start is {self.start}; at least 1 step is needed to measure the stds.")
+        if self.fade < 1:
+            raise RecipeError(f"schedule.fade is {self.fade}; 1 is a jump, more steps are a fade.")
+        if missing := [phase for phase in get_args(Phase) if phase not in self.order]:
+            never = [f"{p} would never be {'merged' if p in get_args(TokenClass) else 'frozen'}" for p in missing]
+            raise RecipeError(f"schedule.order lacks {', '.join(missing)}: {'; '.join(never)}. Add it to the list.")
+        if len(set(self.order)) < len(self.order):
+            raise RecipeError(f"schedule.order names a phase twice: {', '.join(self.order)}.")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+class Recipe:
+    """Everything that a run needs. Steps count from 0."""
+
+    name: Annotated[str, tyro.conf.Suppress]
+    """What the run directory is called after."""
+    steps: Annotated[int, tyro.conf.Suppress]
+    """Optimizer steps of the run."""
+    batch: int
+    """Sequences a step, over all processes and micro-batches. A sequence is as long as the model's context."""
+    micro_batch: int
+    """Sequences in one forward of one process; the batch is made up by accumulating gradients."""
+    lr: float
+    """The highest learning rate, after the warm-up."""
+    min_lr: float
+    """The learning rate at `lr_horizon`, where the cosine ends."""
+    warmup: int
+    """Steps over which the learning rate rises from 0."""
+    schedule: Schedule
+    """When the LNs go."""
+    text: Annotated[Text, tyro.conf.arg(name="text")] = Text()
+    """Where the text comes from."""
+    model: str = "micro"
+    """The model to take the LNs from: a bundled name (micro), a local directory, or a name on the Hub."""
+    revision: str | None = None
+    """The revision of a model on the Hub."""
+    lr_horizon: int | None = None
+    """The step at which the cosine ends. None: the last step. A later one leaves the end of the cosine away."""
+    weight_decay: float = 0.01
+    """AdamW's decay of matrices; vectors (biases, gains) have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    clip: float = 1.0
+    """The largest norm of the gradient; larger ones are scaled down to it."""
+    aux_weight: float = 0.0
+    """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at `ln_f`."""
+    std_decay: float = 0.9
+    """How much of the running means of the stds is kept at each optimizer step."""
+    max_rise: float = 3.0
+    """The run stops when a step's loss exceeds the mean of the first ten by more than this, in nats/token."""
+    control: bool = True
+    """Also fine-tune with LayerNorm kept, to tell what fine-tuning did from what losing LayerNorm did."""
+    control_from: str | None = None
+    """The directory of a control that an earlier run made, used instead of training one."""
+    seed: int = 0
+    """Of the order of the text, and of whatever else is drawn."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train. auto: the accelerator, if there is one."""
+    bf16: bool | None = None
+    """Matrix products in bfloat16, weights in float32. None: on CUDA devices that have it."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third slower."""
+    log_every: int = 10
+    """Steps from one record of the stds, and one report to `report_to`, to the next."""
+    save_every: int = 50
+    """Steps from one checkpoint to the next; the newest two are kept until the run is complete."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where to report the losses, beside the run's log."""
+    export_format: Literal["b25", "h24"] = "b25"
+    """The format of the LN-free checkpoint: every LN with its γ and β, or these folded into the next weights."""
+    push_to_hub: str | None = None
+    """The Hub repository to push the LN-free model to, when it is done."""
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch", "micro_batch", "log_every", "save_every"):
+            if getattr(self, field) < 1:
+                raise RecipeError(f"{field} is {getattr(self, field)}; at least 1 is needed.")
+        if self.batch % self.micro_batch:
+            raise RecipeError(f"batch is {self.batch}, no multiple of micro_batch, {self.micro_batch}: change either.")
+        if not 0 <= self.min_lr <= self.lr:
+            raise RecipeError(f"min_lr is {self.min_lr} and lr {self.lr}; 0 <= min_lr <= lr is needed.")
+        if not 0 <= self.std_decay < 1:
+            raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
+        if not 0 <= self.warmup < self.steps:
+            raise RecipeError(f"The warm-up of {self.warmup} steps is not shorter than the run, {self.steps} steps.")
+        if self.horizon < self.steps:
+            raise RecipeError(f"lr_horizon is {self.horizon}, before the end of the run at {self.steps} steps.")
+        if self.schedule.start >= self.steps:
+            raise RecipeError(
+                f"schedule.start is {self.schedule.start}: nothing would be frozen in the {self.steps} steps of the run."
+            )
+        if self.control_from is not None and not self.control:
+            raise RecipeError(f"control_from names {self.control_from}, but control is switched off: choose one.")
+
+    @property
+    def horizon(self) -> int:
+        """The step at which the cosine ends."""
+        return self.steps if self.lr_horizon is None else self.lr_horizon
+
+    def scaled(self, steps: int) -> "Recipe":
+        """Return the recipe for a run of `steps` steps: schedule, warm-up and LR horizon scaled with it."""
+        if steps < 1:
+            raise RecipeError(f"steps is {steps}; at least 1 is needed.")
+        factor = steps / self.steps
+        schedule = dataclasses.replace(
+            self.schedule,
+            start=max(1.0, self.schedule.start * factor),
+            gap=Gaps(**{phase: gap * factor for phase, gap in dataclasses.asdict(self.schedule.gap).items()}),
+            fade=max(1, round(self.schedule.fade * factor)),
+        )
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            lr_horizon=None if self.lr_horizon is None else max(steps, round(self.lr_horizon * factor)),
+            warmup=round(self.warmup * factor),
+            schedule=schedule,
+        )
+
+
+def shipped() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(name_or_path: str | Path) -> Recipe:
+    """Read a recipe: a shipped name or a YAML file, a run's `recipe.yaml` among them.
+
+    Raises:
+        RecipeError: there is none, it is no YAML, a field is unknown or of the wrong type, or fields contradict.
+    """
+    path = RECIPES / f"{name_or_path}.yaml" if str(name_or_path) in shipped() else Path(name_or_path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"No recipe {name_or_path}: name a YAML file or one of {', '.join(shipped())}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"The recipe {path} holds no fields.")
+    content = {"name": path.stem, **content}
+    content.pop("run", None)  # what `save` says of a run, which does not change what a recipe does
+    try:
+        return pydantic.TypeAdapter(Recipe).validate_python(content)
+    except pydantic.ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise RecipeError(f"The recipe {path} does not hold:\n  " + "\n  ".join(problems)) from error
+
+
+def save(recipe: Recipe, path: Path, run: dict[str, Any] | None = None) -> None:
+    """Write `recipe` as YAML that `load` reads, with what there is to say of the run."""
+    content = dataclasses.asdict(recipe) | ({} if run is None else {"run": run})
+    path.write_text(yaml.safe_dump(_plain(content), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with tuples, which YAML lacks, as lists."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
