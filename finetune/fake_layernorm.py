@@ -4,10 +4,10 @@ LayerNorm divides a token's centred residual vector by its live standard deviati
 
     s = σ^(1−α) · σ̄^α
 
-with σ̄ a constant: α = 0 is LayerNorm, α = 1 is a constant and linear in the residual vector (FakeLN of Heimersheim 2024,
-arXiv 2409.13710, section 2). α and σ̄ are buffers, so that freezing neither recompiles a compiled model nor waits for the
-device. Tokens at position 0 and end-of-text tokens have constants of their own until these are merged into the
-ordinary one.
+with σ̄ a constant: α = 0 is LayerNorm, α = 1 is a constant and linear in the residual vector (FakeLN of Heimersheim
+2024, arXiv 2409.13710, section 2). α and σ̄ are buffers, so that freezing neither recompiles a compiled model nor waits
+for the device. Tokens at position 0 and end-of-text tokens have constants of their own until these are merged into
+the ordinary one.
 
 A block's `ln_1` is read on two paths that freeze at different times. The scale is one number a token, so it commutes
 with the weights: the QKV product is taken once, of the vector scaled for QK, and its V columns are rescaled.
@@ -104,7 +104,7 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, c: Tensor, alpha: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(x: Tensor, c: Tensor, alpha: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         centred = x - x.mean(-1, keepdim=True)
         std = _std(centred, eps)
         return centred / (std.pow(1 - alpha) * c), std
@@ -115,7 +115,7 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(*output, c, alpha)
 
     @staticmethod
-    def backward(ctx, g: Tensor, h: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, g: Tensor, h: Tensor) -> tuple[Tensor, None, None, None]:
         y, std, c, alpha = ctx.saved_tensors
         scale = std.pow(1 - alpha) * c
         width = y.shape[-1]
@@ -131,7 +131,7 @@ class FakeLayerNorm(nn.Module):
     [batch pos], with its graph: the auxiliary loss trains through it.
     """
 
-    sites: Sequence[Site]  # type: ignore[assignment]  # an nn.ModuleList
+    sites: Sequence[Site]
 
     def __init__(self, norm: nn.LayerNorm, n_paths: int, classes: TokenClasses) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class FakeLayerNorm(nn.Module):
 
 
 class NormedConv1D(nn.Module):
-    """A FakeLayerNorm and the Conv1D that reads it, as one map: γ and β are taken into the weights, not the activations.
+    """A FakeLayerNorm and the Conv1D that reads it, as one map: γ and β go into the weights, not the activations.
 
     `widths` says how many output columns belong to each path of the norm. When every path is frozen and every class
     merged, `constant` may be set: then the norm is nothing but a linear map and disappears into the weights too.
@@ -172,7 +172,8 @@ class NormedConv1D(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos out"]:
         """Return LN(x)·W + b, each path's columns with that path's scale."""
-        weight, bias = self.conv.weight, self.conv.bias
+        weight: Tensor = self.conv.weight
+        bias: Tensor = self.conv.bias
         if self.norm.bias is not None:
             # Not a matrix product, which autocast would round.
             bias = bias + (self.norm.bias.unsqueeze(-1) * weight).sum(0)

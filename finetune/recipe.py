@@ -11,18 +11,20 @@ import pydantic
 import tyro
 import yaml
 
+from finetune import NolnError
+
 TokenClass = Literal["eot", "bos"]
 """A class of token with a constant of its own while training goes on: end-of-text, and position 0."""
 Phase = Literal["ln_2", "qk", "v", "ln_f", "eot", "bos"]
-"""What one phase of a schedule does: freeze the sites of a kind (a block's `ln_2`, its `ln_1` on the QK path, its `ln_1`
-on the V path; the model's `ln_f`), or merge a class of token."""
+"""What one phase of a schedule does: freeze the sites of a kind (a block's `ln_2`, its `ln_1` on the QK path, its
+`ln_1` on the V path; the model's `ln_f`), or merge a class of token."""
 
 RECIPES = Path(__file__).parent / "recipes"
 
 _strict = pydantic.ConfigDict(extra="forbid")
 
 
-class RecipeError(ValueError):
+class RecipeError(NolnError):
     """A recipe that contradicts itself, or the model it is to be run on; the message says what to change."""
 
 
@@ -187,7 +189,7 @@ class Recipe:
             raise RecipeError(f"lr_horizon is {self.horizon}, before the end of the run at {self.steps} steps.")
         if self.schedule.start >= self.steps:
             raise RecipeError(
-                f"schedule.start is {self.schedule.start}: nothing would be frozen in the {self.steps} steps of the run."
+                f"schedule.start is {self.schedule.start}: nothing would freeze in the {self.steps} steps of the run."
             )
         if self.control_from is not None and not self.control:
             raise RecipeError(f"control_from names {self.control_from}, but control is switched off: choose one.")
@@ -238,7 +240,7 @@ def load(name_or_path: str | Path) -> Recipe:
     if not isinstance(content, dict):
         raise RecipeError(f"The recipe {path} holds no fields.")
     content = {"name": path.stem, **content}
-    content.pop("run", None)  # what `save` says of a run, which does not change what a recipe does
+    content.pop("run", None)  # what `dump` says of a run, which changes nothing
     try:
         return pydantic.TypeAdapter(Recipe).validate_python(content)
     except pydantic.ValidationError as error:
@@ -246,10 +248,10 @@ def load(name_or_path: str | Path) -> Recipe:
         raise RecipeError(f"The recipe {path} does not hold:\n  " + "\n  ".join(problems)) from error
 
 
-def save(recipe: Recipe, path: Path, run: dict[str, Any] | None = None) -> None:
-    """Write `recipe` as YAML that `load` reads, with what there is to say of the run."""
+def dump(recipe: Recipe, run: dict[str, Any] | None = None) -> str:
+    """Return `recipe` as YAML that `load` reads, with what there is to say of a run of it."""
     content = dataclasses.asdict(recipe) | ({} if run is None else {"run": run})
-    path.write_text(yaml.safe_dump(_plain(content), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return yaml.safe_dump(_plain(content), sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:

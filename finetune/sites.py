@@ -1,7 +1,7 @@
 """Which norms a model has, putting ours in, taking them out again: the only model surgery of fine-tuning.
 
-A site is one place that divides by a std. Block i has three, its `ln_2`, its `ln_1` on the QK path and its `ln_1` on the
-V path, and the model has one more, `ln_f`: 3·L + 1 in all.
+A site is one place that divides by a std. Block i has three, its `ln_2`, its `ln_1` on the QK path and its `ln_1` on
+the V path, and the model has one more, `ln_f`: 3·L + 1 in all.
 """
 
 import copy
@@ -25,7 +25,7 @@ class Sites:
     """The sites of one model, by name (`h.0.ln_2`, `h.0.qk`, `h.0.v`, …, `ln_f`), and what is done to them together.
 
     Making it changes `model` in place: `ln_1` and `ln_2` become `nn.Identity`, the Conv1D that reads each becomes a
-    `NormedConv1D`, and `ln_f` a `FakeLayerNorm`; parameters keep their values. `to_plain` makes an ordinary model of it.
+    `NormedConv1D`, and `ln_f` a `FakeLayerNorm`; parameters keep their values. `to_plain` returns an ordinary model.
     """
 
     def __init__(self, model: GPT2LMHeadModel, eot_token_id: int | None) -> None:
@@ -45,6 +45,7 @@ class Sites:
         self._sites: dict[str, Site] = {}
         self._readers: list[NormedConv1D] = []
         self._observed: list[Float[Tensor, "norms+1 3"]] = []
+        block: Any
         for i, block in enumerate(model.transformer.h):
             d = block.ln_1.weight.shape[0]
             norm_1, norm_2 = (
@@ -55,7 +56,7 @@ class Sites:
             block.mlp.c_fc = NormedConv1D(norm_2, block.mlp.c_fc, widths=(block.mlp.c_fc.nf,))
             block.ln_1, block.ln_2 = nn.Identity(), nn.Identity()
             self._readers += [block.attn.c_attn, block.mlp.c_fc]
-        model.transformer.ln_f = self._fake(model.transformer.ln_f, "ln_f")
+        model.transformer.ln_f = self._fake(model.transformer.ln_f, "ln_f")  # type: ignore[assignment]
         model.transformer.register_forward_pre_hook(self._classify, with_kwargs=True)
 
     def _fake(self, norm: nn.LayerNorm, *names: str) -> FakeLayerNorm:

@@ -29,6 +29,7 @@ from filelock import FileLock
 from jaxtyping import Int, UInt
 from transformers import PreTrainedTokenizerBase
 
+from finetune import NolnError
 from finetune.bundled import resolve_text
 from finetune.recipe import Text
 
@@ -43,7 +44,7 @@ Part = tuple[UInt[np.ndarray, " token"], Int[np.ndarray, " document"] | None]
 """Tokens, and the positions before which documents end (None: unknown but for their end-of-text tokens)."""
 
 
-class TextError(ValueError):
+class TextError(NolnError):
     """A text that cannot be read or does not suit the model; the message says where and what to do."""
 
 
@@ -152,8 +153,10 @@ def load_text(
         TextError: the source is missing, corrupt, of an unknown kind, without a column of text, or shorter than
             a block; or a token is beyond the vocabulary.
     """
-    if text.held_out is not None and _path(text.held_out) == _path(text.source):
-        raise TextError(f"text.held_out and text.source are both {text.source}: hold out another, or leave it out.")
+    if text.held_out is not None:
+        inner, outer = _path(text.held_out).resolve(), _path(text.source).resolve()
+        if inner == outer or (outer in inner.parents and not _bin_files(text.source)):
+            raise TextError(f"text.held_out, {text.held_out}, is a part of text.source, {text.source}.")
     if text.streaming and not _bin_files(text.source):
         return _stream(text, tokenizer, context, vocab_size, seed)
     read = partial(_read, text=text, tokenizer=tokenizer, vocab_size=vocab_size)
@@ -206,7 +209,7 @@ def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_
 def _read(
     name: str, text: Text, tokenizer: PreTrainedTokenizerBase, vocab_size: int, fraction: float = 0.0
 ) -> list[Part]:
-    """Return all tokens of a source in one part, or in two where it tells itself what is held out."""
+    """Return all tokens of a source, in two parts if whole documents or a val.bin are held out."""
     if files := _bin_files(name):
         dtype = text.token_dtype if text.token_dtype != "auto" else "uint16" if vocab_size <= 2**16 else "uint32"
         return [(_read_bin(file, np.dtype(dtype)), None) for file in files]
@@ -247,15 +250,10 @@ def _open(name: str, text: Text) -> tuple[datasets.Dataset | datasets.IterableDa
 
 def _open_files(path: Path, name: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     """Open a file, or all files of known format in and below a directory; hidden ones are passed over."""
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(
-            file
-            for file in path.rglob("*")
-            if _format(file) and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-    )
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if _format(file))
+        files = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}"]
     formats = {_format(file) for file in files}
     if len(formats) > 1:
         raise TextError(f"{name} has files of several formats: name one, or a directory with one format.")
@@ -271,7 +269,7 @@ def _open_files(path: Path, name: str, streaming: bool) -> datasets.Dataset | da
                 return datasets.Dataset.from_parquet(patterns, streaming=streaming)
     raise TextError(
         f"{name}: no known format. Text is read from {', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)}; "
-        "from directories of such files or saved by `datasets`; and from nanoGPT's .bin files."
+        "from directories of such files or saved by `datasets`; and, not streamed, from nanoGPT's .bin files."
     )
 
 
@@ -362,8 +360,8 @@ def _encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Ite
 
 
 def _pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Cut long documents where GPT-2's tokenizer parts two tokens anyway: before a lone line break."""
-    cut = re.compile(r"(?<=\S)(?=\n\S)")
+    """Cut long documents where GPT-2's tokenizer parts two tokens anyway: before line breaks."""
+    cut = re.compile(r"(?<=\S)\n")
     for document in documents:
         start = 0
         while place := cut.search(document, start + PIECE_CHARACTERS):

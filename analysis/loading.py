@@ -1,0 +1,393 @@
+"""One LN-free (or ordinary) GPT-2 -> HookedTransformer, TransformerBridge, nnsight, plain transformers.
+
+1. The model is read with `finetune.checkpoint`, which refuses what it does not recognise.
+2. Its norms are folded into the weights that read: an LN-free model is left without any norm, an ordinary one with
+   LNs that only centre and divide (`normalization_type` None and "LNPre" in TransformerLens).
+3. The weights are put one by one into an empty model of the tool.
+4. A few tokens are run through it and through the plain transformers model; a difference raises.
+"""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from nnsight import LanguageModel, NNsight
+from torch import Tensor, nn
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from finetune.checkpoint import (
+    CheckpointError,
+    Format,
+    NormState,
+    NoTokenizerError,
+    linear_maps,
+    load,
+    load_tokenizer,
+    norm_state,
+    to_identity,
+)
+
+Model = str | Path | nn.Module
+"""A short name, a directory, a Hub id, or a `GPT2LMHeadModel` in memory."""
+Tool = Literal["hooked", "bridge"]
+
+_TL4 = int(version("transformer-lens").split(".")[0]) >= 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published model."""
+
+    id: str
+    revision: str
+    format: Format | None
+    """None: LN is kept, a control."""
+    base: str
+    """The model it was made from, whose tokenizer it uses."""
+    paper: str
+    checked: bool = False
+    """Whether it was itself loaded and checked, and not only models of its format."""
+
+
+_H24 = "arXiv 2409.13710"
+_B25 = "arXiv 2507.02559"
+_NO_LN = "apollo-research/gpt2_noLN"
+
+PUBLISHED: dict[str, Published] = {
+    "gpt2_noLN": Published(_NO_LN, "main", "h24", "openai-community/gpt2", _H24),
+    **{
+        f"gpt2_noLN-{version}": Published(_NO_LN, version, "h24", "openai-community/gpt2", _H24)
+        for version in ("v1", "v2", "v3", "v4", "v5")
+    },
+    **{
+        f"gpt2_noLN-{control}": Published(_NO_LN, control, None, "openai-community/gpt2", _H24)
+        for control in ("vanilla", "vanilla_1200")
+    },
+    **{
+        name: Published(f"schaeff/{name}", "main", "b25", f"openai-community/{base}", _B25)
+        for name, base in {
+            "gpt2-small_LNFree300": "gpt2",
+            "gpt2-medium_LNFree500": "gpt2-medium",
+            "gpt2-large_LNFree600": "gpt2-large",
+            "gpt2-xl_LNFree800": "gpt2-xl",
+        }.items()
+    },
+}
+"""Short names of published models. What is neither here nor bundled is a directory or a Hub id."""
+
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference of the logits that the self-check lets pass, as a fraction of the largest logit."""
+_ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
+"""What TransformerLens and transformers have under one name."""
+_HOOKED_NAMES = {
+    "embed": ("embed.W_E", ""),
+    "pos_embed": ("pos_embed.W_pos", ""),
+    **{f"attn.{x}": (f"attn.W_{x.upper()}", f"attn.b_{x.upper()}") for x in "qkvo"},
+    **{f"mlp.{x}": (f"mlp.W_{x}", f"mlp.b_{x}") for x in ("in", "out")},
+    "unembed": ("unembed.W_U", "unembed.b_U"),
+}
+
+
+def load_hooked(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Any:
+    """Load `model` as a `HookedTransformer` of TransformerLens 3.
+
+    Without LN where the model is LN-free (`cfg.normalization_type` None), with "LNPre" where it is ordinary. Nothing
+    is centred but what the weights read, and value biases are not folded.
+
+    Args:
+        model: a short name (`PUBLISHED`, or a bundled one), a directory, a Hub id, or a `GPT2LMHeadModel`.
+        tokenizer: that of the checkpoint or of its base where None; a model in memory has none of its own.
+        revision: branch, tag or commit of a Hub id.
+        dtype: of the weights; that of a model in memory, float32 otherwise.
+        device: where to put the result; where a model in memory is, the CPU otherwise.
+
+    Raises:
+        CheckpointError: what is not recognised, or logits that differ from those of plain transformers.
+        ImportError: TransformerLens 4, which has no `HookedTransformer`.
+    """
+    source, state = _read(model, revision)
+    tokenizer = _tokenizer(model, tokenizer, revision)
+    return _hooked(source, state, tokenizer, dtype or source.dtype).to(device or source.device, print_details=False)
+
+
+def load_bridge(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> TransformerBridge:
+    """Load `model` as a `TransformerBridge` of TransformerLens 3 or 4, otherwise like `load_hooked`.
+
+    It has the hook names of `HookedTransformer` but `attn.hook_result`: use `attn.hook_z` and `W_O`.
+    """
+    source, state = _read(model, revision)
+    tokenizer = _tokenizer(model, tokenizer, revision)
+    return _bridge(source, state, tokenizer, dtype or source.dtype).to(device or source.device, print_details=False)
+
+
+def load_transformers(
+    model: Model,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> GPT2LMHeadModel:
+    """Load an LN-free `model` as a `GPT2LMHeadModel` in Identity form, an ordinary one as it is.
+
+    Arguments and errors are those of `load_hooked`.
+    """
+    source, state = _read(model, revision)
+    return _transformers(source, state, dtype or source.dtype, device or source.device)
+
+
+def load_nnsight(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    hooked: bool = False,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> LanguageModel | NNsight:
+    """Load `model` as an nnsight `LanguageModel` over what `load_transformers` returns, with GPT-2's module paths.
+
+    Where `hooked`, as what `load_hooked` returns wrapped in `NNsight`, with TransformerLens's module paths. Other
+    arguments and errors are those of `load_hooked`; a `LanguageModel` needs a tokenizer.
+    """
+    source, state = _read(model, revision)
+    tokenizer = _tokenizer(model, tokenizer, revision)
+    dtype, device = dtype or source.dtype, device or source.device
+    if hooked:
+        return NNsight(_hooked(source, state, tokenizer, dtype).to(device, print_details=False))
+    if tokenizer is None:
+        raise CheckpointError("nnsight's LanguageModel needs a tokenizer: give it beside the model.")
+    with warnings.catch_warnings():
+        # It is going to be called TransformersModel; until then this is the name that is known.
+        warnings.filterwarnings("ignore", "LanguageModel is deprecated")
+        return LanguageModel(_transformers(source, state, dtype, device), tokenizer=copy.deepcopy(tokenizer))
+
+
+def load_trio(
+    original: Model,
+    control: Model | None,
+    ln_free: Model,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    tool: Tool | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> dict[str, Any]:
+    """Load the models that the analyses compare, under the keys `original`, `control` (unless None) and `ln_free`.
+
+    In all of them the weights that write to the residual stream are centred, so that its mean is zero; no logits
+    depend on it. `tool` is "hooked" where TransformerLens has `HookedTransformer`, otherwise "bridge". Other
+    arguments and errors are those of `load_hooked`.
+
+    Raises:
+        CheckpointError: LN in `ln_free`, or none in the others.
+    """
+    make = {"hooked": _hooked, "bridge": _bridge}[tool or ("bridge" if _TL4 else "hooked")]
+    models = {"original": original, "control": control, "ln_free": ln_free}
+    trio = {}
+    for name, model in models.items():
+        if model is not None:
+            source, state = _read(model, None)
+            if (state == "live") != (name != "ln_free"):
+                raise CheckpointError(f"{name} is to be a model {'without' if name == 'ln_free' else 'with'} live LN.")
+            made = make(source, state, _tokenizer(model, tokenizer, None), dtype or source.dtype, centre_writing=True)
+            trio[name] = made.to(device or source.device, print_details=False)
+    return trio
+
+
+def _read(model: Model, revision: str | None) -> tuple[GPT2LMHeadModel, NormState]:
+    """Return the plain model and the state of its norms."""
+    if isinstance(model, nn.Module):
+        state = norm_state(model)
+        assert isinstance(model, GPT2LMHeadModel)
+        return model, state
+    published = PUBLISHED.get(str(model))
+    if published is None:
+        source = load(model, revision)
+        return source, norm_state(source)
+    source = load(published.id, revision or published.revision)
+    state = norm_state(source)
+    if (published.format is None) != (state == "live"):
+        raise CheckpointError(f"{model} has {state} norms, but its format is to be {published.format}.")
+    return source, state
+
+
+def _tokenizer(
+    model: Model, tokenizer: PreTrainedTokenizerBase | None, revision: str | None
+) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer given, else that of the checkpoint, else that of its base, else None."""
+    if tokenizer is not None or isinstance(model, nn.Module):
+        return tokenizer
+    published = PUBLISHED.get(str(model))
+    try:
+        if published is None:
+            return load_tokenizer(model, revision)
+        return load_tokenizer(published.id, revision or published.revision)
+    except NoTokenizerError:
+        return load_tokenizer(published.base) if published is not None else None
+
+
+def _transformers(
+    source: GPT2LMHeadModel, state: NormState, dtype: torch.dtype, device: str | torch.device
+) -> GPT2LMHeadModel:
+    made: Any = copy.deepcopy(source) if state == "live" else to_identity(source)
+    made = made.to(dtype).eval()
+    _check(lambda tokens: made(tokens).logits, source, dtype)
+    return made.to(device)
+
+
+def _hooked(
+    source: GPT2LMHeadModel,
+    state: NormState,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype,
+    centre_writing: bool = False,
+) -> Any:
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+    except ImportError as error:
+        raise ImportError("TransformerLens 4 has no HookedTransformer: use load_bridge.") from error
+
+    with warnings.catch_warnings():
+        # It says to use TransformerBridge: whoever calls `load_hooked` has chosen.
+        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
+        hooked = HookedTransformer(HookedTransformerConfig(**_config(source, state, dtype)))
+    parameters = dict(hooked.named_parameters())
+    with torch.no_grad():
+        for block, name, weight, bias in _maps(source, centre_writing):
+            weight_name, bias_name = (block + part for part in _HOOKED_NAMES[name])
+            if name in ("attn.q", "attn.k", "attn.v"):
+                weight = weight.unflatten(1, (hooked.cfg.n_heads, -1)).movedim(1, 0)
+            parameters[weight_name].copy_(weight.view_as(parameters[weight_name]))
+            if bias is not None:
+                parameters[bias_name].copy_(bias.view_as(parameters[bias_name]))
+    plain: Any
+    for made, plain in zip(hooked.blocks, source.transformer.h, strict=True):
+        made.attn.attn_scale = 1 / plain.attn.scaling
+    return _finish(hooked, source, tokenizer, dtype)
+
+
+def _bridge(
+    source: GPT2LMHeadModel,
+    state: NormState,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype,
+    centre_writing: bool = False,
+) -> TransformerBridge:
+    config = TransformerBridgeConfig(**_config(source, state, dtype), architecture="TransformerLensNative")
+    bridge = TransformerBridge.boot_native(config, dtype=dtype, device=source.device)
+    parameters = bridge.state_dict()
+    with torch.no_grad():
+        for block, name, weight, bias in _maps(source, centre_writing):
+            parameters[f"{block}{name}.weight"].copy_(weight if name in ("embed", "pos_embed") else weight.T)
+            if bias is not None:
+                parameters[f"{block}{name}.bias"].copy_(bias)
+    plain: Any
+    for made, plain in zip(bridge.blocks, source.transformer.h, strict=True):
+        made.attn.original_component.scale = 1 / plain.attn.scaling
+    return _finish(bridge, source, tokenizer, dtype)
+
+
+def _config(source: GPT2LMHeadModel, state: NormState, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what `HookedTransformerConfig` and `TransformerBridgeConfig` call alike."""
+    config = source.config
+    if config.activation_function not in _ACTIVATIONS:
+        raise CheckpointError(f"The activation {config.activation_function} is not one of {', '.join(_ACTIVATIONS)}.")
+    return {
+        "model_name": config.name_or_path or "gpt2",
+        "d_model": config.n_embd,
+        "n_layers": config.n_layer,
+        "n_heads": config.n_head,
+        "d_head": config.n_embd // config.n_head,
+        "d_mlp": config.n_inner or 4 * config.n_embd,
+        "d_vocab": config.vocab_size,
+        "n_ctx": config.n_positions,
+        "act_fn": config.activation_function,
+        "normalization_type": "LNPre" if state == "live" else None,
+        "eps": source.transformer.ln_f.eps if state == "live" else 0.0,
+        "init_weights": False,
+        "dtype": dtype,
+        "device": str(source.device),
+    }
+
+
+def _maps(
+    source: GPT2LMHeadModel, centre_writing: bool
+) -> Iterator[tuple[str, str, Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"] | None]]:
+    """Yield (block, name, weight, bias) of every linear map, one by one, norms folded in; names are the bridge's.
+
+    What writes to the residual stream has its output's mean over `d_model` taken out if `centre_writing`.
+    """
+
+    def centred(weight: Float[Tensor, "*d_in d_model"]) -> Float[Tensor, "*d_in d_model"]:
+        return weight - weight.mean(-1, keepdim=True) if centre_writing else weight
+
+    yield "", "embed", centred(source.transformer.wte.weight), None
+    yield "", "pos_embed", centred(source.transformer.wpe.weight), None
+    block: Any
+    for i, block in enumerate(source.transformer.h):
+        for name, writer in (("attn.o", block.attn.c_proj), ("mlp.out", block.mlp.c_proj)):
+            yield f"blocks.{i}.", name, centred(writer.weight), centred(writer.bias)
+    for path, weight, bias in linear_maps(source):
+        if path == "lm_head":
+            yield "", "unembed", weight, bias
+            continue
+        at = f"blocks.{path.split('.')[2]}."
+        if path.endswith("c_fc"):
+            yield at, "mlp.in", weight, bias
+        else:
+            for x, part, part_bias in zip("qkv", weight.chunk(3, dim=1), bias.chunk(3), strict=True):
+                yield at, f"attn.{x}", part, part_bias
+
+
+def _finish(made: Any, source: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype) -> Any:
+    """Give `made` its tokenizer, check it and return it.
+
+    TransformerLens's own way to set a tokenizer reads it again by name, from the Hub if it is not a path.
+    """
+    if tokenizer is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
+        made.cfg.tokenizer_prepends_bos = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+        made.tokenizer = tokenizer
+    _check(made, source, dtype)
+    return made.eval()
+
+
+@torch.no_grad()
+def _check(logits: Callable[[Tensor], Tensor], source: GPT2LMHeadModel, dtype: torch.dtype) -> None:
+    """Raise unless `logits` of a few tokens are those of `source`."""
+    length = min(16, source.config.n_positions)
+    tokens = torch.linspace(0, source.config.vocab_size - 1, length, device=source.device).long()[None]
+    training = source.training
+    expected, found = source.eval()(tokens).logits.double(), logits(tokens).double()
+    source.train(training)
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    tolerance = max(_TOLERANCE[dtype], _TOLERANCE[source.dtype])
+    if not error <= tolerance:
+        raise CheckpointError(
+            f"The loaded model's logits differ from plain transformers' by {error:.2g} of the largest, more than "
+            f"the {tolerance:g} of {dtype}: these weights cannot be used in this tool as they are."
+        )

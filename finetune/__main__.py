@@ -1,0 +1,132 @@
+"""The command line: `python -m finetune [run] [RECIPE] [FLAGS]`, `resume RUN`, `list`, `show RECIPE`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from finetune import NolnError
+from finetune import recipe as recipes
+from finetune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from finetune.run import Run
+
+USAGE = """\
+Fine-tune the LayerNorm out of a GPT-2-type model.
+
+  python -m finetune [run] [RECIPE] [FLAGS]   train: RECIPE is a shipped name (default micro) or a YAML file
+  python -m finetune resume RUN               go on with a run that was cut off
+  python -m finetune list                     name the shipped recipes
+  python -m finetune show RECIPE              print a recipe
+
+  python -m finetune run [RECIPE] --help      every field of the recipe, as a flag with its default
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Fine-tune the LayerNorm out of a GPT-2-type model, beside a control that keeps it."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    steps: int
+    """Optimizer steps of the run. Schedule, warm-up and LR horizon are scaled with them."""
+    out: Path | None = None
+    """The run directory. None: runs/RECIPE-TIME."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that `arguments` (None: the process's own) name; what the user can mend is said in a line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return
+    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
+    try:
+        COMMANDS[command](arguments)
+    except (NolnError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(arguments: list[str]) -> None:
+    recipe = recipes.load(arguments.pop(0) if arguments and not arguments[0].startswith("-") else "micro")
+    # Scaled before the other flags are read: what they say holds as it is said.
+    steps_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    steps_only.add_argument("--steps", type=int)
+    steps = steps_only.parse_known_args(arguments)[0].steps
+    if steps is not None:
+        recipe = recipe.scaled(steps)
+    options = tyro.cli(
+        Options, default=Options(recipe, steps=recipe.steps), args=arguments, prog="python -m finetune run [RECIPE]"
+    )
+
+    run = _import_run()
+    _report(run.start(options.recipe, options.out))
+
+
+def _resume(arguments: list[str]) -> None:
+    directory = _only(arguments, "resume RUN")
+    run = _import_run()
+    _report(run.resume(directory))
+
+
+def _import_run() -> ModuleType:
+    """Import what trains, which takes seconds, without the bars of files that are read and written in a moment."""
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    from finetune import run
+
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
+    return run
+
+
+def _list(arguments: list[str]) -> None:
+    print("\n".join(recipes.shipped()))
+
+
+def _show(arguments: list[str]) -> None:
+    print(recipes.dump(recipes.load(_only(arguments, "show RECIPE"))), end="")
+
+
+def _only(arguments: list[str], usage: str) -> str:
+    if len(arguments) != 1:
+        sys.exit(f"usage: python -m finetune {usage}")
+    return arguments[0]
+
+
+def _report(run: "Run") -> None:
+    """Print the table of a complete run, and where the rest is."""
+    from accelerate import PartialState
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not PartialState().is_main_process:
+        return
+    table = Table("model", "loss", "gap to control", "JSD to original", "tokens", "seconds", box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        column.no_wrap = True
+    for row in run.results.to_dict("records"):
+        measures = [f"{row[m]:.4f} ± {row[m + '_error']:.4f}" if row[m] else "" for m in ("loss", "gap", "jsd")]
+        trained = [f"{row['trained_tokens']:,}", f"{row['trained_seconds']:.0f}"] if row["trained_tokens"] else []
+        table.add_row(row["model"], *measures, *trained)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Loss, gap and JSD in nats/token over {run.results['tokens'][0]:,} held-out tokens, ± the standard error over "
+        f"their {run.results['documents'][0]} documents; tokens and seconds of training."
+    )
+    console.print(f"Everything is in {run.directory}; the LN-free model in {run.directory / 'ln_free'}", soft_wrap=True)
+
+
+COMMANDS = {"run": _run, "resume": _resume, "list": _list, "show": _show}
+
+if __name__ == "__main__":
+    main()

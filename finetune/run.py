@@ -1,0 +1,283 @@
+"""A run: set up, fit, export, compare, and leave a run directory.
+
+RUN/recipe.yaml    what was run, replayable; with versions, git state and command
+RUN/log.jsonl      one line a step of each fit
+RUN/checkpoints/   to resume from
+RUN/control/       fine-tuned the same way with LayerNorm kept
+RUN/ln_free/       without LayerNorm: an ordinary GPT2LMHeadModel directory, with a model card
+RUN/results.csv    original, control and LN-free on held-out text
+"""
+
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
+from torch import nn
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from finetune import checkpoint, evaluate, schedule
+from finetune import recipe as recipes
+from finetune.bundled import MODELS, TEXTS
+from finetune.recipe import Recipe, RecipeError, Text
+from finetune.schedule import Event
+from finetune.sites import Sites
+from finetune.text import TextSplits, load_text
+from finetune.trainer import RemovalTrainer, checkpoints
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run leaves."""
+
+    directory: Path
+    """The run directory."""
+    results: pd.DataFrame
+    """A row a model (original, control, ln_free): see `evaluate.compare`; and trained_tokens and seconds of its fit."""
+
+    def load(self, name: str) -> GPT2LMHeadModel:
+        """Return the model called `name`: ln_free, control or original."""
+        named = recipes.load(self.directory / "recipe.yaml")
+        if name == "original":
+            return checkpoint.load(named.model, named.revision)
+        if name == "control" and named.control_from is not None:
+            return checkpoint.load(named.control_from)
+        return checkpoint.load(self.directory / name)
+
+
+def remove_layernorm(
+    model: str | Path | GPT2LMHeadModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    text: str | Path | Text | None = None,
+    recipe: str | Path | Recipe = "micro",
+    out: str | Path | None = None,
+) -> Run:
+    """Fine-tune the LayerNorm out of a model, beside a control that keeps it, and return what the command writes.
+
+    Args:
+        model: a bundled name, a directory, a Hub name, or a model in memory, which stays as it is. None: the recipe's.
+        tokenizer: needed with a model in memory; otherwise the one beside the model is taken.
+        text: a source, or a whole `Text`. None: the recipe's.
+        recipe: a shipped name, a YAML file, or a recipe.
+        out: the run directory. None: runs/RECIPE-TIME.
+
+    Raises:
+        RecipeError, CheckpointError, TextError: recipe, model or text do not do; nothing has been trained.
+        DivergedError: the loss exploded; the last good checkpoint is in the run directory.
+        FileExistsError: `out` exists.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = recipes.load(recipe)
+    if isinstance(text, str | Path):
+        text = dataclasses.replace(recipe.text, source=str(text), held_out=None)
+    if text is not None:
+        recipe = dataclasses.replace(recipe, text=text)
+    if isinstance(model, str | Path):
+        recipe = dataclasses.replace(recipe, model=str(model), revision=None)
+    return start(recipe, out, model if isinstance(model, GPT2LMHeadModel) else None, tokenizer)
+
+
+def start(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    model: GPT2LMHeadModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Run:
+    """Run `recipe`, with the model and tokenizer in memory in place of those that it names, if they are given."""
+    directory = Path(out) if out is not None else Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(broadcast_object_list([str(directory.absolute())])[0])
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists, and a run writes over nothing: name another with --out.")
+    setup = set_up(recipe, model, tokenizer)
+    if PartialState().is_main_process:
+        directory.mkdir(parents=True)
+        if model is not None or tokenizer is not None:
+            # A run is replayed and resumed from files alone.
+            checkpoint.save(setup.model, directory / "original", setup.tokenizer)
+            recipe = dataclasses.replace(setup.recipe, model=str(directory / "original"), revision=None)
+        _write(directory / "recipe.yaml", recipes.dump(_absolute(recipe), _provenance()))
+    PartialState().wait_for_everyone()
+    return _complete(setup, directory)
+
+
+def resume(directory: str | Path) -> Run:
+    """Take up a run where its newest complete checkpoint is; one that is complete is only compared again.
+
+    Raises:
+        RecipeError, CheckpointError, TextError, DivergedError: as `remove_layernorm`.
+    """
+    directory = Path(directory).absolute()
+    if not (directory / "recipe.yaml").is_file():
+        raise RecipeError(f"{directory} is no run directory: it holds no recipe.yaml.")
+    return _complete(set_up(recipes.load(directory / "recipe.yaml")), directory)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe with all that it names: loaded, checked against each other, and ready to be trained."""
+
+    recipe: Recipe
+    model: GPT2LMHeadModel
+    tokenizer: PreTrainedTokenizerBase
+    events: list[Event]
+    text: TextSplits
+
+
+def set_up(
+    recipe: Recipe, model: GPT2LMHeadModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Setup:
+    """Load what `recipe` names, the cheapest checks first.
+
+    Raises:
+        RecipeError, CheckpointError, TextError: they do not do, or not together.
+    """
+    state = PartialState(cpu=recipe.device == "cpu")
+    if recipe.device not in ("auto", state.device.type):
+        raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
+    config = checkpoint.load_config(recipe.model, recipe.revision) if model is None else model.config
+    events = schedule.resolve(recipe.schedule, config.n_layer, recipe.steps)
+    if recipe.control_from is not None:
+        checkpoint.load_config(recipe.control_from)
+    if tokenizer is None:
+        if model is not None:
+            raise checkpoint.CheckpointError("A model in memory needs its tokenizer: pass it as `tokenizer`.")
+        tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
+    if model is None:
+        model = checkpoint.load(recipe.model, recipe.revision)
+    if (norms := checkpoint.norm_state(model)) != "live":
+        raise checkpoint.CheckpointError(
+            f"The norms of {recipe.model} are {norms}: there is no LayerNorm left to remove."
+        )
+    text = load_text(recipe.text, tokenizer, config.n_positions, config.vocab_size, seed=recipe.seed)
+    return Setup(recipe, model, tokenizer, events, text)
+
+
+def _complete(setup: Setup, directory: Path) -> Run:
+    """Do what is still to be done of a run: fit, export and compare."""
+    fit(setup, directory, "ln_free", setup.events)
+    if setup.recipe.control and setup.recipe.control_from is None:
+        fit(setup, directory, "control", [])
+    return Run(directory, _conclude(setup, directory))
+
+
+def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> None:
+    """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
+    if (directory / name).exists():
+        return
+    model = copy.deepcopy(setup.model).float()
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    sites = Sites(model, setup.tokenizer.eos_token_id)
+    trainer = RemovalTrainer(
+        sites, setup.recipe, events, setup.text.train, directory / "checkpoints" / name, directory / "log.jsonl", name
+    )
+    saved = checkpoints(directory / "checkpoints" / name)
+    trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+    if PartialState().is_main_process:
+        plain = sites.to_plain()
+        if events:
+            plain = checkpoint.convert(plain, setup.recipe.export_format)
+        checkpoint.save(plain, directory / name, setup.tokenizer)
+    PartialState().wait_for_everyone()
+
+
+def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
+    """Compare the models on held-out text, and write the table and the model cards."""
+    state = PartialState()
+    if state.is_main_process:
+        recipe = setup.recipe
+        models = {"original": setup.model}
+        if recipe.control:
+            models["control"] = checkpoint.load(recipe.control_from or directory / "control")
+        models["ln_free"] = checkpoint.load(directory / "ln_free")
+        results = evaluate.compare(
+            {name: model.to(state.device) for name, model in models.items()}, setup.text.held_out
+        )
+        spent = {line["model"]: line for line in map(json.loads, (directory / "log.jsonl").read_text().splitlines())}
+        for column in ("tokens", "seconds"):
+            results[f"trained_{column}"] = [spent.get(name, {}).get(column, 0) for name in results["model"]]
+        _write(directory / "results.csv", results.to_csv(index=False))
+        for name in ("control", "ln_free"):
+            if (directory / name).is_dir():
+                _write(directory / name / "README.md", _card(setup, name, results))
+        if recipe.push_to_hub is not None:
+            HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
+            HfApi().upload_folder(repo_id=recipe.push_to_hub, folder_path=directory / "ln_free")
+    state.wait_for_everyone()
+    return pd.read_csv(directory / "results.csv")
+
+
+def _card(setup: Setup, name: str, results: pd.DataFrame) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("finetune", ""), trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("model_card.md.jinja").render(
+        name=name,
+        base=Path(setup.recipe.model).name,
+        recipe=setup.recipe,
+        config=setup.model.config,
+        events=setup.events if name == "ln_free" else [],
+        tokens=setup.recipe.steps * setup.recipe.batch * setup.model.config.n_positions,
+        results=results.to_dict("records"),
+    )
+
+
+def _write(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(path)
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """Return `recipe` with local paths made absolute, so that it can be replayed from anywhere."""
+
+    def absolute(fields: dict[str, str | None]) -> dict[str, Any]:
+        return {
+            field: str(Path(name).absolute()) if name and name not in MODELS | TEXTS and Path(name).exists() else name
+            for field, name in fields.items()
+        }
+
+    text = dataclasses.replace(
+        recipe.text, **absolute({"source": recipe.text.source, "held_out": recipe.text.held_out})
+    )
+    return dataclasses.replace(
+        recipe, **absolute({"model": recipe.model, "control_from": recipe.control_from}), text=text
+    )
+
+
+def _provenance() -> dict[str, Any]:
+    """Return what else there is to know of a run: its time, command, versions, git state and processes."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    packages = ("noln", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+    return {
+        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "git": git.stdout.strip() or None,
+        "processes": PartialState().num_processes,
+        "device": str(PartialState().device),
+    }
