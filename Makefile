@@ -1,15 +1,20 @@
 # `make demo` runs the main job on the bundled model, `make test` the tests. Each installs what it needs into .venv.
 PYTHON ?= python3
 VENV := .venv
+VENV_TL4 := .venv-tl4
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test test-tl4 lint benchmark clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m finetune run micro
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto tests
+	$(BIN)/python -m pytest -n auto tests --ignore tests/benchmarks
+
+# The loading tests again, with TransformerLens 4.
+test-tl4: $(VENV_TL4)/installed
+	$(VENV_TL4)/bin/python -m pytest -n auto tests/analysis/test_loading.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -27,5 +32,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,logging]'
 	@touch $@
 
+# Nothing but TransformerLens 4, over the packages of the first environment.
+$(VENV_TL4)/installed: $(VENV)/installed constraints-tl4.txt
+	$(BIN)/python -m venv --clear --without-pip $(VENV_TL4)
+	$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
+	  > $$($(VENV_TL4)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
+	$(BIN)/python -m pip --python $(VENV_TL4)/bin/python install --quiet --disable-pip-version-check \
+	  --no-deps --constraint constraints-tl4.txt transformer-lens
+	$(BIN)/python -m pip --python $(VENV_TL4)/bin/python check
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL4) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -26,8 +26,8 @@ def forwards(
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], dict[str, Forward]]]:
     """Yield batch after batch of `tokens` with what every model, all on one device, makes of it.
 
-    `models` are `HookedTransformer`s or `TransformerBridge`s, as `load_trio` returns them. Memory does not grow with the
-    number of tokens as long as the caller reduces each batch before it takes the next.
+    `models` are `HookedTransformer`s or `TransformerBridge`s, as `load_trio` returns them. Memory does not grow with
+    the number of tokens as long as the caller reduces each batch before it takes the next.
     """
     device = next(iter(models.values())).cfg.device
     names = list(hook_names)

@@ -13,7 +13,7 @@ _HOMES = {"Recipe": "recipe", "Schedule": "recipe", "Text": "recipe"} | dict.fro
 )
 
 
-class NolnError(ValueError):
+class NolnError(Exception):
     """Something that the user can mend: the message says what is wrong, where, and what to do."""
 
 

@@ -484,8 +484,7 @@ def test_importing_the_package_is_cheap():
 
 
 def readme_snippets() -> list[str]:
-    root = Path(__file__).parents[2]
-    text = "".join(file.read_text() for file in (root / "README.md", root / "README-loading.md") if file.exists())
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     section = re.search(r"^## Load an LN-free model\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     return re.findall(r"^```python\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
 

@@ -1,0 +1,75 @@
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from finetune.bundled import MODELS, TEXTS
+from finetune.recipe import Gaps, Recipe, Schedule, Text
+from finetune.run import Run, remove_layernorm
+
+
+def tiny_gpt2(**config: int) -> GPT2LMHeadModel:
+    """A random GPT-2 with the vocabulary of micro, whose every parameter matters."""
+    sizes = {"vocab_size": 4096, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2} | config
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(1.0 if "ln_" in name and name.endswith("weight") else 0.0, 0.2, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODELS["micro"])
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """The directory of a tiny model with the tokenizer of micro."""
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_gpt2().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of sixty short documents, some 300 blocks of the tiny model."""
+    book = json.loads(lzma.open(TEXTS["books-validation"], "rt").readline())["text"]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": book[i : i + 200]}) + "\n" for i in range(0, 12_000, 200)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny: Path, text: Path) -> Recipe:
+    """Sixteen steps for the tiny model: an event at each of the steps 2 to 10, checkpoints at 5, 10, 15 and 16."""
+    return Recipe(
+        name="tiny",
+        model=str(tiny),
+        text=Text(source=str(text), held_out_fraction=0.1),
+        steps=16,
+        batch=4,
+        micro_batch=2,
+        lr=3e-3,
+        min_lr=1e-3,
+        warmup=2,
+        schedule=Schedule(start=2, gap=Gaps(ln_2=1, qk=1, v=1, ln_f=1, eot=1)),
+        save_every=5,
+        log_every=4,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="session")
+def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The recipe, run without a break."""
+    return remove_layernorm(recipe=recipe, out=tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def read_log(directory: Path, model: str | None = None) -> list[dict]:
+    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if model in (None, line["model"])]
