@@ -35,7 +35,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # Nothing but TransformerLens 4, over the packages of the first environment.
 $(VENV_TL4)/installed: $(VENV)/installed constraints-tl4.txt
 	$(BIN)/python -m venv --clear --without-pip $(VENV_TL4)
-	$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(VENV_TL4)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
 	$(BIN)/python -m pip --python $(VENV_TL4)/bin/python install --quiet --disable-pip-version-check \
 	  --no-deps --constraint constraints-tl4.txt transformer-lens

@@ -184,7 +184,7 @@ class Recipe:
         if not 0 <= self.std_decay < 1:
             raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
         if not 0 <= self.warmup < self.steps:
-            raise RecipeError(f"The warm-up of {self.warmup} steps is not shorter than the run, {self.steps} steps.")
+            raise RecipeError(f"warmup is {self.warmup} steps, not shorter than the run of {self.steps} steps.")
         if self.horizon < self.steps:
             raise RecipeError(f"lr_horizon is {self.horizon}, before the end of the run at {self.steps} steps.")
         if self.schedule.start >= self.steps:
@@ -243,8 +243,10 @@ def load(name_or_path: str | Path) -> Recipe:
     content.pop("run", None)  # what `dump` says of a run, which changes nothing
     try:
         return pydantic.TypeAdapter(Recipe).validate_python(content)
+    except RecipeError as error:
+        raise RecipeError(f"The recipe {path} does not hold: {error}") from error
     except pydantic.ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise RecipeError(f"The recipe {path} does not hold:\n  " + "\n  ".join(problems)) from error
 
 

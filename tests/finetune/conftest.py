@@ -3,22 +3,12 @@ import lzma
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from helpers import tiny_gpt2
+from transformers import AutoTokenizer
 
 from finetune.bundled import MODELS, TEXTS
 from finetune.recipe import Gaps, Recipe, Schedule, Text
 from finetune.run import Run, remove_layernorm
-
-
-def tiny_gpt2(**config: int) -> GPT2LMHeadModel:
-    """A random GPT-2 with the vocabulary of micro, whose every parameter matters."""
-    sizes = {"vocab_size": 4096, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2} | config
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_(1.0 if "ln_" in name and name.endswith("weight") else 0.0, 0.2, generator=generator)
-    return model
 
 
 @pytest.fixture(scope="session")
@@ -68,8 +58,3 @@ def recipe(tiny: Path, text: Path) -> Recipe:
 def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The recipe, run without a break."""
     return remove_layernorm(recipe=recipe, out=tmp_path_factory.mktemp("runs") / "tiny")
-
-
-def read_log(directory: Path, model: str | None = None) -> list[dict]:
-    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if model in (None, line["model"])]

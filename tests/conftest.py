@@ -1,0 +1,68 @@
+import os
+import tempfile
+from collections.abc import Callable
+
+_cache = tempfile.TemporaryDirectory(prefix="noln-tests-")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and what they start inherits it
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = _cache.name
+
+import ipaddress  # noqa: E402
+import socket  # noqa: E402
+
+import pytest  # noqa: E402
+import shape_checks  # noqa: E402
+import torch  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
+
+
+shape_checks.install("finetune", "analysis")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch):
+    """Fail a test that calls anyone but this computer, even if whoever called gets over the refusal."""
+    refused = []
+
+    def is_local(host: str | bytes | None) -> bool:
+        host = host.decode() if isinstance(host, bytes) else host
+        if host in (None, "", "localhost", socket.gethostname()):
+            return True
+        try:
+            return ipaddress.ip_address(host).is_loopback or ipaddress.ip_address(host).is_unspecified
+        except ValueError:
+            return False
+
+    def guard(owner: object, name: str, host_of: Callable) -> None:
+        original = getattr(owner, name)
+
+        def guarded(*args, **kwargs):
+            if not is_local(host := host_of(*args, **kwargs)):
+                refused.append(host)
+                raise OSError(f"no network in tests: {host}")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, guarded)
+
+    for name in ("connect", "connect_ex"):
+        guard(socket.socket, name, lambda self, address: None if self.family == socket.AF_UNIX else address[0])
+    guard(socket, "getaddrinfo", lambda host, *_, **__: host)
+    yield
+    assert not refused
+
+
+@pytest.fixture
+def make_gpt2() -> Callable[..., GPT2LMHeadModel]:
+    """Make a small random GPT-2 whose every parameter matters, without dropout."""
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **config) -> GPT2LMHeadModel:
+        shape = {"vocab_size": 23, "n_positions": 11, "n_embd": 12, "n_layer": 2, "n_head": 3}
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model = GPT2LMHeadModel(GPT2Config(**{**shape, **dropout, "bos_token_id": 0, "eos_token_id": 0, **config}))
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            mean = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
+            parameter.data.normal_(mean, 0.3, generator=generator)
+        return model.to(dtype).eval()
+
+    return make
