@@ -1,0 +1,117 @@
+"""How much heads attend to position 0, the attention sink, and how spread their attention is.
+
+1. Attention patterns are reduced layer by layer while a model runs, none is kept.
+2. Over all blocks and query positions ≥ 1, head by head: the sink rate, the share of query positions whose attention to
+   position 0 exceeds 0.3 (Baroni et al. 2025, arXiv 2507.02559); the mean attention to position 0; the mean entropy of
+   the pattern.
+3. All heads have as many query positions, so a model's figures are the means of its heads'.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from analysis import palette
+from analysis.batches import forwards
+
+SINK_THRESHOLD = 0.3
+"""Attention to position 0 above which a query position counts in the sink rate."""
+
+
+def measure_heads(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8) -> pd.DataFrame:
+    """Measure the attention of each head.
+
+    Returns a row a model, layer and head: sink_rate (a share); sink_rate_code, which also counts query position 0, as
+    the paper's released code does, although it can attend to nothing else; attention_to_0 (a share) and entropy (nats),
+    means over blocks and query positions ≥ 1.
+    """
+    queries = tokens.shape[1] - 1
+    frames = []
+    for name, model in models.items():
+        cfg = model.cfg
+        total = torch.zeros(cfg.n_layers, 3, cfg.n_heads, dtype=torch.float64, device=cfg.device)
+        hooks = [(f"blocks.{i}.attn.hook_pattern", partial(_add, total=total[i])) for i in range(cfg.n_layers)]
+        with model.hooks(fwd_hooks=hooks):
+            for _ in forwards({name: model}, tokens, batch_size=batch_size, description=f"Attention of {name}"):
+                pass
+        layer, head = np.indices((cfg.n_layers, cfg.n_heads)).reshape(2, -1)
+        sink_rate, attention_to_0, entropy = (total / (len(tokens) * queries)).movedim(1, 0).flatten(1).cpu().numpy()
+        means = {
+            "sink_rate": sink_rate,
+            "sink_rate_code": (sink_rate * queries + 1) / (queries + 1),
+            "attention_to_0": attention_to_0,
+            "entropy": entropy,
+        }
+        frames.append(pd.DataFrame({"model": name, "layer": layer, "head": head, **means}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _add(pattern: Float[Tensor, "batch head query key"], hook: Any, *, total: Float[Tensor, "3 head"]) -> None:
+    """Add up over blocks and query positions ≥ 1: sinks, attention to position 0, entropy."""
+    pattern = pattern[:, :, 1:].double()
+    to_0 = pattern[..., 0]
+    total += torch.stack([to_0 > SINK_THRESHOLD, to_0, torch.special.entr(pattern).sum(-1)]).sum((1, 3))
+
+
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+    """Average what `measure_heads` returns over all heads: a row a model, the same columns without layer and head."""
+    return frame.drop(columns=["layer", "head"]).groupby("model", sort=False).mean().reset_index()
+
+
+def measure(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8) -> pd.DataFrame:
+    """Measure the attention of each model: `summarise` of `measure_heads`."""
+    return summarise(measure_heads(models, tokens, batch_size=batch_size))
+
+
+def plot(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure` returns: shares on the left, entropy on the right."""
+    shares = {
+        "sink_rate": "Sink rate",
+        "sink_rate_code": "Sink rate with<br>query 0 counted",
+        "attention_to_0": "Attention to<br>position 0",
+    }
+    figure = make_subplots(1, 2, column_widths=[0.75, 0.25], horizontal_spacing=0.12)
+    for row in frame.itertuples():
+        style = {"name": row.model, "legendgroup": row.model, "marker_color": palette.colour(row.model)}
+        figure.add_bar(x=list(shares.values()), y=[getattr(row, share) for share in shares], **style, row=1, col=1)
+        figure.add_bar(x=["Entropy of<br>patterns"], y=[row.entropy], showlegend=False, **style, row=1, col=2)
+    return figure.update_layout(yaxis_title="Share", yaxis2_title="Mean entropy (nats)")
+
+
+def plot_heads(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_heads` returns as heat maps: a row a measure, a column a model."""
+    models = list(frame["model"].unique())
+    quantities = {
+        "sink_rate": ("Sink rate<br>(share)", 1),
+        "attention_to_0": ("Attention to<br>position 0<br>(share)", 1),
+        "entropy": ("Entropy<br>(nats)", frame["entropy"].max()),
+    }
+    figure = make_subplots(
+        len(quantities),
+        len(models),
+        shared_xaxes=True,
+        shared_yaxes=True,
+        column_titles=models,
+        vertical_spacing=0.05,
+        horizontal_spacing=0.03,
+    )
+    for row, (quantity, (title, greatest)) in enumerate(quantities.items(), start=1):
+        for col, model in enumerate(models, start=1):
+            heat = frame[frame["model"] == model].pivot(index="layer", columns="head", values=quantity)
+            figure.add_heatmap(z=heat, x=heat.columns, y=heat.index, coloraxis=f"coloraxis{row}", row=row, col=col)
+        place = {"title": title, "len": 0.33, "y": 1 - (row - 0.5) / len(quantities)}
+        figure.update_layout(
+            {f"coloraxis{row}": {"colorscale": "Cividis", "cmin": 0, "cmax": greatest, "colorbar": place}}
+        )
+    figure.update_layout(height=850)
+    figure.update_xaxes(dtick=max(1, int(frame["head"].max()) // 6))
+    figure.update_xaxes(title="Head", row=len(quantities))
+    return figure.update_yaxes(title="Layer", col=1)

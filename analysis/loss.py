@@ -1,0 +1,227 @@
+"""How well models predict each next token: by model, by position, and token by token.
+
+1. The cross-entropy (CE) of every next token under every model, from log-probabilities in float32.
+2. Its mean over tokens, with documents as the independent draws, and the same of the difference to a reference.
+3. Median, 95 and 99.9 percentiles, and the worst tokens: the mean of an LN-free model may come from very few tokens, as
+   the 130.2 of GPT-2 XL on the Pile, from three samples (Baroni et al. 2025, arXiv 2507.02559).
+
+A table has a column `text`: those of several texts, concatenated with `pandas.concat`, are plotted side by side.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Int
+from plotly.subplots import make_subplots
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from analysis import palette
+from analysis.batches import forwards
+from finetune.evaluate import losses, mean_and_error
+
+
+def measure_tokens(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    documents: Int[np.ndarray, "block pos"] | None = None,
+    *,
+    text: str = "text",
+    reference: str = "original",
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Measure each model's CE at every token of `tokens` that has one before it in its block.
+
+    Args:
+        models: what `analysis.load_trio` returns.
+        tokens: packed blocks, nothing prepended.
+        documents: the document of each token, `Blocks.document_ids`; without it each block counts as one.
+        text: what to call the text.
+        reference: the model to subtract.
+        batch_size: blocks in one forward; no result depends on it.
+
+    Returns a row a token and model: text, model, block, position and token (id) of the token that is predicted,
+    document of the token before it, loss (nats), difference (loss less that of `reference`, NaN without one, nats).
+    """
+    loss = {}
+    for name, model in models.items():  # one after another: logits are large
+        batches = forwards({name: model}, tokens, batch_size=batch_size, description=f"Loss of {name}")
+        parts = [losses(out[name].logits.float().log_softmax(-1), batch).double().cpu() for batch, out in batches]
+        loss[name] = torch.cat(parts).numpy().ravel()
+    if documents is None:
+        documents = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
+    block, position = np.indices((len(tokens), tokens.shape[1] - 1)).reshape(2, -1)
+    predicted = {
+        "block": block,
+        "position": position + 1,
+        "token": tokens[:, 1:].cpu().numpy().ravel(),
+        "document": documents[:, :-1].ravel(),
+    }
+    subtracted = loss.get(reference, np.nan)
+    frames = [
+        pd.DataFrame(
+            {"text": text, "model": name, **predicted, "loss": loss[name], "difference": loss[name] - subtracted}
+        )
+        for name in models
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+    """Average what `measure_tokens` returns over the tokens of each text and model.
+
+    Returns a row a text and model, in nats/token: loss (the mean over tokens) and difference (to the reference), each
+    with its standard error over documents, `…_error`; median, percentile_95, percentile_99_9, max; tokens; documents.
+    """
+    rows = []
+    for (text, model), group in frame.groupby(["text", "model"], sort=False):
+        row = {"text": text, "model": model}
+        documents = group["document"].to_numpy()
+        for column in ("loss", "difference"):
+            values = group[column].to_numpy()
+            known = not np.isnan(values).any()
+            row[column], row[f"{column}_error"] = mean_and_error(values, documents) if known else (np.nan, np.nan)
+        percentiles = np.percentile(group["loss"], [50, 95, 99.9, 100])
+        row |= dict(zip(("median", "percentile_95", "percentile_99_9", "max"), percentiles, strict=True))
+        rows.append(row | {"tokens": len(group), "documents": len(np.unique(documents))})
+    return pd.DataFrame(rows)
+
+
+def average_positions(frame: pd.DataFrame) -> pd.DataFrame:
+    """Average what `measure_tokens` returns over the blocks, position by position.
+
+    Returns a row a text, model and position (of the token that is predicted): loss, the mean over blocks, and its
+    standard error over blocks, loss_error, in nats/token; tokens.
+    """
+    by_position = frame.groupby(["text", "model", "position"], sort=False)["loss"]
+    return by_position.agg(loss="mean", loss_error="sem", tokens="size").reset_index()
+
+
+def measure(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    documents: Int[np.ndarray, "block pos"] | None = None,
+    *,
+    text: str = "text",
+    reference: str = "original",
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Measure each model's CE on a text: `summarise` of `measure_tokens`, whose arguments it takes."""
+    return summarise(measure_tokens(models, tokens, documents, text=text, reference=reference, batch_size=batch_size))
+
+
+def measure_positions(
+    models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, text: str = "text", batch_size: int = 8
+) -> pd.DataFrame:
+    """Measure each model's CE by position: `average_positions` of `measure_tokens`, whose arguments it takes."""
+    return average_positions(measure_tokens(models, tokens, text=text, batch_size=batch_size))
+
+
+def worst_tokens(
+    frame: pd.DataFrame,
+    tokens: Int[Tensor, "block pos"],
+    tokenizer: PreTrainedTokenizerBase,
+    k: int = 10,
+    *,
+    by: Literal["loss", "difference"] = "loss",
+    context: int = 20,
+) -> pd.DataFrame:
+    """Return the `k` tokens of each model with the largest loss, or the largest difference to the reference above 0.
+
+    Args:
+        frame: what `measure_tokens` returns for one text.
+        tokens: the tokens that it was measured on.
+        tokenizer: turns them into text.
+        k: how many tokens of each model.
+        by: what to order by.
+        context: how many tokens before, of the same block, to show.
+
+    Returns the rows of `frame`, worst first model by model, with token as text and, last, the context as text.
+    """
+    worst = frame[frame[by] > 0].sort_values(by, ascending=False, kind="stable").groupby("model", sort=False).head(k)
+    worst = pd.concat([worst[worst["model"] == model] for model in frame["model"].unique()], ignore_index=True)
+    before = [
+        tokens[block, max(0, position - context) : position]
+        for block, position in zip(worst["block"], worst["position"], strict=True)
+    ]
+    return worst.assign(
+        token=[tokenizer.decode([token]) for token in worst["token"]],
+        context=[tokenizer.decode(ids) for ids in before],
+    )
+
+
+def plot(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure` returns: means with standard errors, and the tail."""
+    titles = "Mean, with standard error", "Median (●), 95 % (▲), 99.9 % (◆), maximum (✖)"
+    tail = {"median": "circle", "percentile_95": "triangle-up", "percentile_99_9": "diamond", "max": "x"}
+    figure = make_subplots(2, 1, subplot_titles=titles, vertical_spacing=0.15)
+    for model, group in frame.groupby("model", sort=False):
+        style = {"x": group["text"], "name": model, "legendgroup": model, "offsetgroup": model, "mode": "markers"}
+        marker = {"color": palette.colour(model), "size": 9}
+        error = {"array": group["loss_error"]}
+        figure.add_scatter(y=group["loss"], error_y=error, marker=marker, **style, row=1, col=1)
+        for column, symbol in tail.items():
+            hover = f"%{{x}}: {column} %{{y:.3f}}"
+            marker = marker | {"symbol": symbol}
+            figure.add_scatter(
+                y=group[column], marker=marker, hovertemplate=hover, showlegend=False, **style, row=2, col=1
+            )
+    figure.update_layout(scattermode="group", height=700)
+    figure.update_xaxes(title="Text", row=2)
+    return figure.update_yaxes(title="CE (nats/token)")
+
+
+def plot_positions(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_positions` returns, a panel a text."""
+    texts = list(frame["text"].unique())
+    figure = _panels(texts)
+    for (model, text), group in frame.groupby(["model", "text"], sort=False):
+        figure.add_scatter(
+            x=group["position"],
+            y=group["loss"],
+            name=model,
+            legendgroup=model,
+            showlegend=text == texts[0],
+            mode="lines",
+            line={"color": palette.colour(model), "width": 1.5},
+            customdata=group["loss_error"],
+            hovertemplate="position %{x}: %{y:.3f} ± %{customdata:.3f}",
+            row=texts.index(text) + 1,
+            col=1,
+        )
+    figure.update_xaxes(type="log").update_xaxes(title="Position (tokens)", row=len(texts))
+    return figure.update_yaxes(title="Mean CE (nats/token)")
+
+
+def plot_tokens(frame: pd.DataFrame, reference: str = "original") -> go.Figure:
+    """Plot how the differences to `reference` that `measure_tokens` returns are distributed, a panel a text."""
+    frame = frame[frame["model"] != reference]
+    texts = list(frame["text"].unique())
+    figure = _panels(texts)
+    edges = np.histogram_bin_edges(frame["difference"], bins=200)
+    for (model, text), group in frame.groupby(["model", "text"], sort=False):
+        counts, _ = np.histogram(group["difference"], edges)
+        figure.add_scatter(
+            x=(edges[1:] + edges[:-1]) / 2,
+            y=np.where(counts > 0, counts, np.nan),  # a logarithmic axis has no 0
+            name=model,
+            legendgroup=model,
+            showlegend=text == texts[0],
+            mode="lines+markers",
+            line={"color": palette.colour(model), "shape": "hvh", "width": 1.5},
+            marker={"size": 3},
+            row=texts.index(text) + 1,
+            col=1,
+        )
+    figure.update_xaxes(title=f"CE less that of {reference} (nats)", row=len(texts))
+    return figure.update_yaxes(title="Tokens", type="log")
+
+
+def _panels(texts: list[str]) -> go.Figure:
+    """Return an empty figure with a panel a text, one below the other."""
+    figure = make_subplots(len(texts), 1, shared_xaxes=True, subplot_titles=texts, vertical_spacing=0.2 / len(texts))
+    return figure.update_layout(height=150 + 300 * len(texts))

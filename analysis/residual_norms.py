@@ -1,0 +1,185 @@
+"""How large the residual stream is, from the embeddings to the end, and how it grows and turns on the way.
+
+1. At every hook point of the residual stream and for every token x: the L2 norm ‖x‖ and the std of x over the width
+   (biased, what LayerNorm divides by).
+2. From the point before: growth ‖x‖/‖x_before‖, and the cosine similarity of x and x_before.
+3. Summaries over tokens, those at position 0 and end-of-text tokens apart from the others, because in GPT-2 they differ
+   by far: Heimersheim 2024 (arXiv 2409.13710), Baroni et al. 2025 (arXiv 2507.02559).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+from torch import Tensor
+from torch.nn import functional as F
+
+from analysis import palette
+from analysis.batches import forwards
+
+CLASSES = ("ordinary", "position 0", "end-of-text")
+"""The classes of token; position 0 wins over end-of-text."""
+
+
+def residual_points(model: Any) -> list[str]:
+    """Return the hook names of the residual stream in order: before each block, after its attention, and the end."""
+    blocks = [f"blocks.{layer}.hook_resid" for layer in range(model.cfg.n_layers)]
+    return [f"{block}_{place}" for block in blocks for place in ("pre", "mid")] + [f"{blocks[-1]}_post"]
+
+
+def label(point: str) -> str:
+    """Return a hook name of the residual stream as an axis shows it, such as "3 mid"."""
+    return point.removeprefix("blocks.").replace(".hook_resid_", " ")
+
+
+def measure(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    eot_token_id: int | None = None,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Measure the residual stream of each model at every point.
+
+    Args:
+        models: what `analysis.load_trio` returns.
+        tokens: packed blocks, nothing prepended.
+        eot_token_id: the end-of-text token; None: that of the model's tokenizer, if it has one.
+        batch_size: blocks in one forward; no result depends on it.
+
+    Returns a row a model, point (hook name) and token_class with any tokens. norm and std: the mean over the tokens of
+    the class, and `…_spread` (std over the tokens), `…_median` (of an even number the lower, to 0.3 %) and `…_max`,
+    all in the units of the residual stream. growth and cosine: means over the tokens, without unit, NaN at the first
+    point. tokens: their number.
+    """
+    return pd.concat(
+        [_measure(*named, tokens, eot_token_id, batch_size) for named in models.items()], ignore_index=True
+    )
+
+
+def _measure(
+    name: str, model: Any, tokens: Int[Tensor, "block pos"], eot_token_id: int | None, batch_size: int
+) -> pd.DataFrame:
+    if eot_token_id is None:
+        eot_token_id = getattr(model.tokenizer, "eos_token_id", None)
+    points = residual_points(model)
+    summaries = {token_class: _Summary() for token_class in CLASSES}
+    for batch, outputs in forwards({name: model}, tokens, points, batch_size, f"Residual norms of {name}"):
+        values = _per_token([outputs[name].cache[point] for point in points])
+        classes = torch.zeros_like(batch)
+        if eot_token_id is not None:
+            classes[batch == eot_token_id] = CLASSES.index("end-of-text")
+        classes[:, 0] = CLASSES.index("position 0")
+        for i, summary in enumerate(summaries.values()):
+            if (classes == i).any():
+                summary.add(values[..., classes == i])
+    return pd.concat(
+        [
+            pd.DataFrame({"model": name, "point": points, "token_class": token_class, **summary.columns()})
+            for token_class, summary in summaries.items()
+            if summary.count
+        ]
+    )
+
+
+def _per_token(residuals: Sequence[Float[Tensor, "batch pos d_model"]]) -> Float[Tensor, "4 point batch pos"]:
+    """Return norm, std, growth and cosine of each token in float64; the last two are NaN at the first point."""
+    norms = torch.stack([x.double().norm(dim=-1) for x in residuals])
+    stds = torch.stack([x.double().std(dim=-1, correction=0) for x in residuals])
+    cosines = torch.stack([F.cosine_similarity(x.double(), y.double(), dim=-1) for x, y in pairwise(residuals)])
+    unknown = torch.full_like(norms[:1], torch.nan)
+    return torch.stack([norms, stds, torch.cat([unknown, norms[1:] / norms[:-1]]), torch.cat([unknown, cosines])])
+
+
+class _Summary:
+    """What is reported of values that come batch by batch.
+
+    A median is the mean in the bucket that the middle value is in, of buckets 0.3 % wide, so that memory does not grow
+    with the number of tokens.
+    """
+
+    OCTAVES = 20
+    """From 2^-20 to 2^20; what is outside counts in the first or last bucket."""
+    PER_OCTAVE = 256
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Any = 0
+        self.squares: Any = 0
+        self.greatest = torch.tensor(-torch.inf, dtype=torch.float64)
+        self.bucket_count: Any = 0
+        self.bucket_total: Any = 0
+
+    def add(self, values: Float[Tensor, "4 point token"]) -> None:
+        self.count += values.shape[-1]
+        self.total = self.total + values.sum(-1)
+        self.squares = self.squares + values.square().sum(-1)
+        self.greatest = torch.maximum(values.amax(-1), self.greatest)
+        octaves = values[:2].log2().nan_to_num(-self.OCTAVES).clamp(-self.OCTAVES, self.OCTAVES)
+        bucket = ((octaves + self.OCTAVES) * self.PER_OCTAVE).long().flatten(0, 1)
+        size = 2 * self.OCTAVES * self.PER_OCTAVE + 1
+        bucket = (bucket + size * torch.arange(len(bucket), device=bucket.device)[:, None]).flatten()
+        shape = (2, values.shape[1], size)
+        length = math.prod(shape)
+        self.bucket_count = self.bucket_count + bucket.bincount(minlength=length).view(shape)
+        self.bucket_total = self.bucket_total + bucket.bincount(values[:2].flatten(), length).view(shape)
+
+    def columns(self) -> dict[str, Any]:
+        mean = self.total / self.count
+        spread = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
+        middle = (2 * self.bucket_count.cumsum(-1) < self.count).sum(-1, keepdim=True)
+        median = (self.bucket_total.gather(-1, middle) / self.bucket_count.gather(-1, middle)).squeeze(-1)
+        columns = {}
+        for i, quantity in enumerate(("norm", "std")):
+            columns[quantity] = mean[i]
+            columns[f"{quantity}_spread"] = spread[i]
+            columns[f"{quantity}_median"] = median[i]
+            columns[f"{quantity}_max"] = self.greatest[i]
+        columns |= {"growth": mean[2], "cosine": mean[3]}
+        return {column: values.cpu().numpy() for column, values in columns.items()} | {"tokens": self.count}
+
+
+def plot(frame: pd.DataFrame, quantity: Literal["norm", "std", "growth", "cosine"] = "norm") -> go.Figure:
+    """Plot one quantity by point, a panel a class of token: its mean and, of norm and std, spread and maximum."""
+    title = {
+        "norm": "L2 norm (no unit)",
+        "std": "Std over the width (no unit)",
+        "growth": "Growth of the L2 norm (ratio)",
+        "cosine": "Cosine similarity (no unit)",
+    }[quantity]
+    classes = [token_class for token_class in CLASSES if (frame["token_class"] == token_class).any()]
+    figure = make_subplots(len(classes), 1, shared_xaxes=True, subplot_titles=classes, vertical_spacing=0.06)
+    for (model, token_class), group in frame.groupby(["model", "token_class"], sort=False):
+        row = classes.index(token_class) + 1
+        style = {
+            "x": group["point"].map(label),
+            "name": model,
+            "legendgroup": model,
+            "line_color": palette.colour(model),
+        }
+        spread = f"{quantity}_spread" in frame
+        error = {"array": group[f"{quantity}_spread"], "thickness": 1, "width": 2} if spread else None
+        figure.add_scatter(y=group[quantity], error_y=error, showlegend=row == 1, **style, row=row, col=1)
+        if spread:
+            marker = {"symbol": "line-ew-open", "size": 9}
+            figure.add_scatter(
+                y=group[f"{quantity}_max"],
+                mode="markers",
+                marker=marker,
+                hovertemplate="%{x}: maximum %{y:.3g}",
+                showlegend=False,
+                **style,
+                row=row,
+                col=1,
+            )
+    figure.update_layout(
+        title=f"Mean{', spread and maximum (—)' * spread} over tokens", height=150 + 250 * len(classes)
+    )
+    figure.update_xaxes(title="Point of the residual stream (layer, place)", row=len(classes))
+    return figure.update_yaxes(title=title, type="linear" if quantity == "cosine" else "log")

@@ -1,0 +1,59 @@
+"""What holds for every analysis."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io
+import torch
+from transformers import GPT2LMHeadModel
+
+from analysis import load_trio, palette
+
+TL4 = version("transformer-lens").startswith("4")
+TOKENS = torch.randint(23, (7, 11), generator=torch.Generator().manual_seed(0))
+EOT = 0
+TOKENS[2, 0] = TOKENS[4, 5] = EOT
+
+
+def trio(make_gpt2: Callable[..., GPT2LMHeadModel], tool: str | None = None) -> dict[str, Any]:
+    """Three small random models, one LN-free."""
+    ln_free = make_gpt2(seed=3, layer_norm_epsilon=1e12)
+    for name, parameter in ln_free.named_parameters():
+        if "ln_" in name and name.endswith("weight"):
+            parameter.data *= 1e6
+    return load_trio(make_gpt2(seed=1), make_gpt2(seed=2), ln_free, tool=tool)
+
+
+def assert_same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(
+        found.reset_index(drop=True), expected.reset_index(drop=True), rtol=1e-4, atol=1e-5, check_exact=False
+    )
+
+
+def assert_keeps_contract(measure: Callable[..., pd.DataFrame], make_gpt2: Callable[..., GPT2LMHeadModel]) -> None:
+    """Numbers depend neither on the batch size nor on the other models nor on the tool, and equal models have equal."""
+    models = trio(make_gpt2)
+    frame = measure(models, TOKENS)
+    assert list(frame["model"].unique()) == list(models)
+    for batch_size in (1, 3, 7):
+        assert_same(measure(models, TOKENS, batch_size=batch_size), frame)
+    fewer = ["original", "ln_free"]
+    assert_same(measure({name: models[name] for name in fewer}, TOKENS), frame[frame["model"].isin(fewer)])
+    twins = measure({"original": models["original"], "twin": models["original"]}, TOKENS)
+    one, other = (twins[twins["model"] == name].drop(columns="model") for name in ("original", "twin"))
+    pd.testing.assert_frame_equal(one.reset_index(drop=True), other.reset_index(drop=True))
+    if not TL4:
+        assert_same(measure(trio(make_gpt2, "bridge"), TOKENS), measure(trio(make_gpt2, "hooked"), TOKENS))
+
+
+def assert_plots_by_model(figure: go.Figure, models: list[str]) -> None:
+    """Every model is in the legend once, in its colour; axes have titles; the figure outlives JSON."""
+    shown = [trace for trace in figure.data if trace.showlegend is not False]
+    assert list(dict.fromkeys(trace.legendgroup for trace in shown)) == models
+    for trace in figure.data:
+        assert palette.colour(trace.legendgroup) in (trace.marker.color, trace.line.color if "line" in trace else None)
+    assert any(axis.title.text for axis in figure.select_yaxes())
+    assert plotly.io.from_json(figure.to_json()) == figure
