@@ -1,0 +1,313 @@
+"""Confidence neurons: those of the last MLP that set how sure the model is, not what it predicts.
+
+They write with a large norm in directions that hardly change the logits, and so act through the scale of the final LN
+(Gurnee et al. 2024, arXiv 2401.12181, and Stolfo et al. 2024, arXiv 2406.16254, who call them entropy neurons). Baroni
+et al. 2025, arXiv 2507.02559, found that they have no effect without LN.
+
+1. For every neuron i, ‖w_out,i‖ and LogitVar(i), the variance over the vocabulary of
+   W_U[:,v]·w_out,i / (‖W_U[:,v]‖ ‖w_out,i‖). With w the unit vector along w_out,i that is wᵀ C w, C the covariance over
+   the vocabulary of the unit columns of W_U: no product of all neurons with all tokens is made.
+2. Candidates have a large norm and a small LogitVar.
+3. Mean-ablation sets neurons to their mean activation over all tokens, ā. Only the final LN and the unembedding come
+   after the last MLP, so the new logits follow from the clean ones. With s and s' the final LN's scale before and
+   after, and b_U the bias of the unembedding:
+       direct = logits − (a − ā) · W_out W_U / s     the scale keeps its value
+       total  = b_U + (direct − b_U) · s / s'        the scale follows
+   What goes through the final LN is the effect of total less that of direct. The scale is what the model's own final
+   norm divides by; where a model has none, nothing divides, and s/s' = 1.
+4. The singular directions of W_U on the side of the residual stream, and the share of w_out in each: what lies in
+   directions of small singular value does not reach the logits.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from analysis import palette
+from analysis.batches import forwards
+from finetune import NolnError
+from finetune.evaluate import losses
+
+LARGE = 0.1
+"""Share of the neurons, those of the largest ‖w_out‖, among which candidates are looked for."""
+
+PARTS = {
+    "total": "In all",
+    "direct": "With the final LN's<br>scale frozen",
+    "through_ln": "Through the final<br>LN's scale",
+}
+MEASURES = {"entropy": "entropy", "loss": "CE"}
+
+
+def candidates(model: Any, count: int = 6) -> list[int]:
+    """Return the likeliest confidence neurons of `model`, at most `count`.
+
+    Of the neurons of large ‖w_out‖ (`LARGE`) they are those of the smallest LogitVar, the smallest first.
+    """
+    norm, logit_var = _norm_and_logit_var(model)
+    large = norm.topk(math.ceil(LARGE * len(norm))).indices
+    return large[logit_var[large].argsort()[:count]].tolist()
+
+
+def measure_neurons(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.DataFrame:
+    """Measure the weights of every neuron of the last MLP.
+
+    Returns a row a model and neuron: norm, ‖w_out‖ (units of the residual stream); logit_var, LogitVar (a squared
+    cosine, no unit); candidate, whether it is one of `neurons`.
+
+    Raises:
+        NolnError: a neuron that a model does not have, or one given twice.
+    """
+    frames = []
+    for name, model in models.items():
+        _check(name, model, neurons)
+        norm, logit_var = _norm_and_logit_var(model)
+        frame = pd.DataFrame(
+            {"model": name, "neuron": range(len(norm)), "norm": norm.cpu(), "logit_var": logit_var.cpu()}
+        )
+        frames.append(frame.assign(candidate=frame["neuron"].isin(neurons)))
+    return pd.concat(frames, ignore_index=True)
+
+
+def measure(
+    models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], neurons: Sequence[int], *, batch_size: int = 8
+) -> pd.DataFrame:
+    """Mean-ablate each of `neurons`, one at a time, in every model: the same neurons in all.
+
+    Returns a row a model, neuron and measure, entropy of the prediction or loss (CE), in nats/token, means over tokens
+    that have a next one: clean, without ablation; total, the change by the ablation; direct, the change with the final
+    LN's scale frozen; through_ln, their difference.
+
+    Raises:
+        NolnError: a neuron that a model does not have, or one given twice.
+    """
+    frame = _ablate(models, tokens, neurons, [[neuron] for neuron in neurons], batch_size)
+    frame.insert(1, "neuron", [neurons[i] for i in frame.pop("group")])
+    return frame
+
+
+def measure_cumulative(
+    models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], neurons: Sequence[int], *, batch_size: int = 8
+) -> pd.DataFrame:
+    """Mean-ablate the first k of `neurons` together, for k from 0 to all.
+
+    Returns a row a model, k (`ablated`) and measure, columns and errors as in `measure`.
+    """
+    frame = _ablate(models, tokens, neurons, [list(neurons[:k]) for k in range(len(neurons) + 1)], batch_size)
+    frame.insert(1, "ablated", frame.pop("group"))
+    return frame
+
+
+def measure_spectrum(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.DataFrame:
+    """Measure where in the spectrum of W_U the last MLP writes.
+
+    Returns a row a model, group of neurons ("candidates", those of `neurons`, or "all"), and singular direction of W_U,
+    numbered from 1 at the largest: singular_value (logits per unit of what W_U reads); share, that of ‖w_out‖² in the
+    direction, mean over the group; cumulative, the shares summed from the first direction to this one.
+
+    Raises:
+        NolnError: a neuron that a model does not have, or one given twice.
+    """
+    frames = []
+    for name, model in models.items():
+        _check(name, model, neurons)
+        W_out, W_U = _weights(model)
+        squares, directions = torch.linalg.eigh(W_U @ W_U.T)
+        squares, directions = squares.flip(0), directions.flip(1)
+        shares = (W_out @ directions).square() / W_out.square().sum(1, keepdim=True)
+        for group, members in {"candidates": shares[list(neurons)], "all": shares}.items():
+            share = members.mean(0)
+            columns = {
+                "singular_value": squares.clamp(min=0).sqrt().cpu(),
+                "share": share.cpu(),
+                "cumulative": share.cumsum(0).cpu(),
+            }
+            frames.append(
+                pd.DataFrame({"model": name, "neurons": group, "direction": range(1, len(share) + 1), **columns})
+            )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _check(name: str, model: Any, neurons: Sequence[int]) -> None:
+    if unknown := sorted(set(neurons) - set(range(model.cfg.d_mlp))):
+        raise NolnError(
+            f"{name} has no neurons {unknown} in its last MLP: they are numbered 0 to {model.cfg.d_mlp - 1}."
+        )
+    if len(set(neurons)) < len(neurons):
+        raise NolnError(f"A neuron is given twice among {list(neurons)}.")
+
+
+@torch.no_grad()
+def _weights(model: Any) -> tuple[Float[Tensor, "neuron d_model"], Float[Tensor, "d_model vocab"]]:
+    """Return W_out of the last MLP and W_U, in float64."""
+    return model.blocks[-1].mlp.W_out.detach().double(), model.W_U.detach().double()
+
+
+def _norm_and_logit_var(model: Any) -> tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"]]:
+    W_out, W_U = _weights(model)
+    covariance = torch.cov(W_U / W_U.norm(dim=0), correction=0)
+    norm = W_out.norm(dim=1)
+    unit = W_out / norm[:, None]
+    return norm, ((unit @ covariance) * unit).sum(1)
+
+
+def _ablate(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    neurons: Sequence[int],
+    groups: Sequence[Sequence[int]],
+    batch_size: int,
+) -> pd.DataFrame:
+    """Mean-ablate each of `groups`, all of `neurons`, and return a row a model, group (its index) and measure."""
+    rows = []
+    for name, model in models.items():
+        _check(name, model, neurons)
+        for i, values in enumerate(_ablate_groups(name, model, tokens, groups, batch_size).tolist()):
+            for measure, (clean, total, direct) in zip(MEASURES, values, strict=True):
+                changes = {"total": total - clean, "direct": direct - clean, "through_ln": total - direct}
+                rows.append({"model": name, "group": i, "measure": measure, "clean": clean, **changes})
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _ablate_groups(
+    name: str, model: Any, tokens: Int[Tensor, "block pos"], groups: Sequence[Sequence[int]], batch_size: int
+) -> Float[Tensor, "group measure 3"]:
+    """Return each measure without ablation, with it, and with it under a frozen scale, means over tokens."""
+    last = f"blocks.{model.cfg.n_layers - 1}"
+    post, resid = f"{last}.mlp.hook_post", f"{last}.hook_resid_post"
+    mean = torch.zeros(model.cfg.d_mlp, dtype=torch.float64, device=model.cfg.device)
+    for _, outputs in forwards({name: model}, tokens, [post], batch_size, f"Mean activations of {name}"):
+        mean += outputs[name].cache[post].double().sum((0, 1)) / tokens.numel()
+
+    total = torch.zeros(len(groups), len(MEASURES), 3, dtype=torch.float64, device=model.cfg.device)
+    for batch, outputs in forwards({name: model}, tokens, [post, resid], batch_size, f"Ablating neurons of {name}"):
+        logits, cache = outputs[name]
+        # Block by block: the logits of a batch are large, and are needed for every group anew.
+        for block in zip(batch.split(1), logits.split(1), cache[post].split(1), cache[resid].split(1), strict=True):
+            total += _ablate_block(model, *block, mean, groups)
+    return total / tokens[:, 1:].numel()
+
+
+def _ablate_block(
+    model: Any,
+    tokens: Int[Tensor, "1 pos"],
+    logits: Float[Tensor, "1 pos vocab"],
+    activation: Float[Tensor, "1 pos neuron"],
+    resid: Float[Tensor, "1 pos d_model"],
+    mean: Float[Tensor, " neuron"],
+    groups: Sequence[Sequence[int]],
+) -> Float[Tensor, "group measure 3"]:
+    """Return what `_ablate_groups` does, summed over the tokens of one block."""
+    W_out, b_U = model.blocks[-1].mlp.W_out, model.b_U
+    clean, scale = _entropy_and_loss(logits, tokens), _final_scale(model, resid)
+    sums = []
+    for group in groups:
+        excess = (activation[..., group] - mean[group]).to(logits.dtype)
+        direct = logits - excess @ (W_out[group] @ model.W_U) / scale
+        ratio = scale / _final_scale(model, resid - excess @ W_out[group])
+        # Not b_U + (direct − b_U) · ratio, so that nothing is rounded where the ratio is 1.
+        total = direct + (direct - b_U) * (ratio - 1)
+        sums.append(torch.stack([clean, _entropy_and_loss(total, tokens), _entropy_and_loss(direct, tokens)], dim=1))
+    return torch.stack(sums)
+
+
+def _entropy_and_loss(
+    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, " measure"]:
+    """Return both, summed over the tokens that have a next one."""
+    log_probs = logits.float().log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)[:, :-1]
+    return torch.stack([entropy.double().sum(), losses(log_probs, tokens).double().sum()])
+
+
+def _final_scale(model: Any, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos 1"]:
+    """Return what the model's final norm divides `resid` by: 1 where nothing divides."""
+    if "ln_final.hook_scale" not in model.hook_dict:
+        return torch.ones_like(resid[..., :1])
+    scales: list[Tensor] = []
+    with model.hooks(fwd_hooks=[("ln_final.hook_scale", lambda scale, hook: scales.append(scale))]):
+        model.ln_final(resid)
+    return scales[0]
+
+
+def plot_neurons(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_neurons` returns: LogitVar against ‖w_out‖, a panel a model, candidates as diamonds."""
+    models = list(frame["model"].unique())
+    figure = make_subplots(1, len(models), shared_yaxes=True, column_titles=models, horizontal_spacing=0.03)
+    for (model, candidate), group in frame.groupby(["model", "candidate"], sort=False):
+        figure.add_scatter(
+            x=group["norm"],
+            y=group["logit_var"],
+            customdata=group["neuron"],
+            mode="markers",
+            marker={
+                "color": palette.colour(model),
+                "symbol": "diamond" if candidate else "circle-open",
+                "size": 10 if candidate else 4,
+                "line": {"color": "black", "width": 1} if candidate else None,
+            },
+            name="candidates" if candidate else "others",
+            legendgroup=str(candidate),
+            showlegend=model == models[0],
+            hovertemplate="neuron %{customdata}<br>‖w_out‖ %{x:.3g}<br>LogitVar %{y:.3g}<extra></extra>",
+            row=1,
+            col=models.index(model) + 1,
+        )
+    figure.update_yaxes(type="log").update_xaxes(title="‖w_out‖ (units of<br>the stream)")
+    return figure.update_yaxes(title="LogitVar (no unit)", col=1)
+
+
+def plot(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure` returns: the changes by neuron, a row a measure, a column a part."""
+    figure = _plot_changes(frame.astype({"neuron": str}), "neuron", go.Bar)
+    return figure.update_xaxes(type="category").update_xaxes(title="Neuron ablated", row=len(MEASURES))
+
+
+def plot_cumulative(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_cumulative` returns: the changes by number of neurons ablated."""
+    return _plot_changes(frame, "ablated", go.Scatter).update_xaxes(title="Neurons ablated", row=len(MEASURES))
+
+
+def _plot_changes(frame: pd.DataFrame, x: str, trace: type[go.Bar] | type[go.Scatter]) -> go.Figure:
+    figure = make_subplots(
+        len(MEASURES),
+        len(PARTS),
+        shared_xaxes=True,
+        shared_yaxes=True,
+        column_titles=list(PARTS.values()),
+        vertical_spacing=0.06,
+        horizontal_spacing=0.03,
+    )
+    for row, (measure, label) in enumerate(MEASURES.items(), start=1):
+        for (model,), group in frame[frame["measure"] == measure].groupby(["model"], sort=False):
+            style = {"name": model, "legendgroup": model, "marker_color": palette.colour(model)}
+            for col, part in enumerate(PARTS, start=1):
+                figure.add_trace(
+                    trace(x=group[x], y=group[part], showlegend=row == col == 1, **style), row=row, col=col
+                )
+        figure.update_yaxes(title=f"Change of {label}<br>(nats/token)", row=row, col=1)
+    return figure
+
+
+def plot_spectrum(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_spectrum` returns: singular values above, cumulative share of ‖w_out‖² below."""
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
+    for (model, neurons), group in frame.groupby(["model", "neurons"], sort=False):
+        line = {"color": palette.colour(model), "dash": "solid" if neurons == "candidates" else "dot"}
+        style = {"x": group["direction"], "mode": "lines", "line": line, "legendgroup": model}
+        if neurons == "candidates":
+            # W_U is centred: one value is 0 but for rounding, and would squeeze the others on a log axis.
+            values = group["singular_value"].where(group["singular_value"] > 1e-6 * group["singular_value"].max())
+            figure.add_scatter(y=values, name=model, showlegend=False, **style, row=1, col=1)
+        figure.add_scatter(y=group["cumulative"], name=f"{model}, {neurons}", **style, row=2, col=1)
+    figure.update_yaxes(title="Singular value of W_U<br>(logits per unit read)", type="log", row=1)
+    figure.update_yaxes(title="Cumulative share<br>of ‖w_out‖²", row=2)
+    return figure.update_xaxes(title="Singular direction, from the largest (number)", row=2)

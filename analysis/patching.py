@@ -1,0 +1,256 @@
+"""How well attribution patching estimates activation patching, on pairs of prompts.
+
+1. A pair is a clean and a corrupt prompt of as many tokens, and the token that each wants next, `correct` and `wrong`.
+   With LD the logit of `correct` less that of `wrong` at the last position,
+   metric = (LD − LD_corrupt) / (LD_clean − LD_corrupt): 0 for the corrupt prompt and 1 for the clean one.
+2. A place is a hook point of a layer, a position, and a head where the hook point has heads.
+3. Activation patching: run the corrupt prompt with the activation at one place replaced by that of the clean prompt.
+   Effect = metric then − metric of the corrupt prompt, which is 0. Places run side by side in a batch.
+4. Attribution patching: (a_clean − a_corrupt) · ∂metric/∂a, the gradient taken at the corrupt prompt: the same to
+   first order, for all places from one backward pass (Syed et al. 2023, arXiv 2310.10348).
+5. Error = |attribution − activation|. LN is one of the nonlinearities that make it; Baroni et al. 2025, arXiv
+   2507.02559, found that it does not shrink when LN is removed.
+"""
+
+import html
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from analysis import palette
+from analysis.prompts import Pair, PairTokens, encode_pairs
+
+HOOK_POINTS = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z"
+"""Hook points of a layer, by their names in TransformerLens."""
+
+Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
+
+
+def measure(
+    models: Mapping[str, Any],
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    hook_points: Sequence[str] = HOOK_POINTS,
+    batch_size: int = 32,
+) -> pd.DataFrame:
+    """Patch every place of every layer of every model, one by one, for every pair.
+
+    Positions before the first at which the prompts differ are left out: both effects are 0 there.
+
+    Returns:
+        A row a model, pair (numbered from 1), hook point, layer, position, and head (NA without heads), with `token`,
+        the clean prompt's token there, and `activation`, `attribution` and `error`, in shares of LD_clean − LD_corrupt
+        (no unit). Where a model hardly tells the prompts apart (`measure_pairs`) that is small, and the shares are
+        large and mean little: leave such pairs out.
+
+    Raises:
+        PairError: what `encode_pairs` raises.
+    """
+    frames = []
+    for model_name, model in models.items():
+        encoded = encode_pairs(pairs, tokenizer, model.cfg.n_ctx)
+        for number, tokens in enumerate(tqdm(encoded, desc=f"Patching {model_name}", unit="pair", leave=False), 1):
+            words = tokenizer.batch_decode(tokens.clean[:, None])
+            for frame in _patch_pair(model, tokens, hook_points, batch_size):
+                frame.insert(0, "model", model_name)
+                frame.insert(1, "pair", number)
+                frame.insert(frame.columns.get_loc("position") + 1, "token", [words[i] for i in frame["position"]])
+                frames.append(frame)
+    frame = pd.concat(frames, ignore_index=True)
+    frame["error"] = (frame["attribution"] - frame["activation"]).abs()
+    return frame
+
+
+def _patch_pair(model: Any, tokens: PairTokens, hook_points: Sequence[str], batch_size: int) -> list[pd.DataFrame]:
+    """Return a frame a layer and hook point."""
+    device = model.cfg.device
+    names = {f"blocks.{layer}.{point}": (layer, point) for layer in range(model.cfg.n_layers) for point in hook_points}
+    corrupt = tokens.corrupt.to(device)
+    with torch.no_grad():
+        logits, clean = model.run_with_cache(
+            tokens.clean[None].to(device), names_filter=list(names), return_cache_object=False
+        )
+        low, high = _logit_difference(model(corrupt[None]), tokens), _logit_difference(logits, tokens)
+
+    def metric(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        return (_logit_difference(logits, tokens) - low) / (high - low)
+
+    attributed = _attribution(model, corrupt, {name: clean[name][0] for name in names}, metric)
+    differs = int((tokens.clean != tokens.corrupt).nonzero()[0])
+    frames = []
+    for name, (layer, point) in names.items():
+        activation = clean[name][0]
+        places = torch.ones(activation.shape[:-1]).nonzero()
+        places = places[places[:, 0] >= differs]
+        columns = {
+            "hook_point": point,
+            "layer": layer,
+            "position": places[:, 0],
+            "head": pd.array(places[:, 1].tolist() if places.shape[1] == 2 else [pd.NA] * len(places), dtype="Int64"),
+            "activation": _activation(model, corrupt, name, activation, places, metric, batch_size).cpu(),
+            "attribution": attributed[name][places.unbind(1)].cpu(),
+        }
+        frames.append(pd.DataFrame(columns))
+    return frames
+
+
+def _logit_difference(logits: Float[Tensor, "batch pos vocab"], tokens: PairTokens) -> Float[Tensor, " batch"]:
+    last = logits[:, -1].double()
+    return last[:, tokens.correct] - last[:, tokens.wrong]
+
+
+@torch.no_grad()
+def _activation(
+    model: Any,
+    corrupt: Int[Tensor, " pos"],
+    name: str,
+    clean: Float[Tensor, "pos ... d"],
+    places: Int[Tensor, "place axis"],
+    metric: Metric,
+    batch_size: int,
+) -> Float[Tensor, " place"]:
+    """Return the effect of replacing the activation of `name` at each of `places` by the clean one."""
+
+    def patch(activation: Float[Tensor, "place pos ... d"], hook: Any, part: Tensor) -> Tensor:
+        activation = activation.clone()
+        where = part.unbind(1)
+        activation[(torch.arange(len(part)), *where)] = clean[where]
+        return activation
+
+    return torch.cat(
+        [
+            metric(model.run_with_hooks(corrupt.expand(len(part), -1), fwd_hooks=[(name, partial(patch, part=part))]))
+            for part in places.split(batch_size)
+        ]
+    )
+
+
+def _attribution(
+    model: Any, corrupt: Int[Tensor, " pos"], clean: Mapping[str, Float[Tensor, "pos ... d"]], metric: Metric
+) -> dict[str, Float[Tensor, "pos ..."]]:
+    """Return the first-order effect of replacing the activation at each place of each hook by the clean one."""
+    activations, nothings = {}, {}
+
+    def add_nothing(activation: Tensor, hook: Any, name: str) -> Tensor:
+        # What is added has the gradient of the activation, whatever in the model requires one.
+        activations[name], nothings[name] = activation.detach(), torch.zeros_like(activation, requires_grad=True)
+        return activation + nothings[name]
+
+    with torch.enable_grad():
+        logits = model.run_with_hooks(
+            corrupt[None], fwd_hooks=[(name, partial(add_nothing, name=name)) for name in clean]
+        )
+        gradients = torch.autograd.grad(metric(logits).sum(), list(nothings.values()))
+    return {
+        name: ((clean[name] - activations[name][0]) * gradient[0]).double().sum(-1)
+        for name, gradient in zip(nothings, gradients, strict=True)
+    }
+
+
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+    """Average the error of what `measure` returns over pairs, positions and heads.
+
+    Returns a row a model, hook point and layer: mean_error and error_spread, its mean and standard deviation, in shares
+    of LD_clean − LD_corrupt; places, how many there were.
+    """
+    errors = frame.groupby(["model", "hook_point", "layer"], sort=False)["error"]
+    return errors.agg(mean_error="mean", error_spread="std", places="count").reset_index()
+
+
+@torch.no_grad()
+def measure_pairs(models: Mapping[str, Any], pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """Measure whether the models can do the task: above 0 for the clean prompt and below 0 for the corrupt one.
+
+    Returns a row a model and pair (numbered from 1): the four texts of the pair; clean_difference and
+    corrupt_difference, the logit of `correct` less that of `wrong` at the end of each prompt (logits).
+
+    Raises:
+        PairError: what `encode_pairs` raises.
+    """
+    rows = []
+    for name, model in models.items():
+        for number, tokens in enumerate(encode_pairs(pairs, tokenizer, model.cfg.n_ctx), 1):
+            logits = model(torch.stack([tokens.clean, tokens.corrupt]).to(model.cfg.device))
+            clean, corrupt = _logit_difference(logits, tokens).tolist()
+            texts = asdict(pairs[number - 1])
+            differences = {"clean_difference": clean, "corrupt_difference": corrupt}
+            rows.append({"model": name, "pair": number, **texts, **differences})
+    return pd.DataFrame(rows)
+
+
+def plot(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure` returns: the mean error of attribution patching by layer, a panel a hook point."""
+    points = list(frame["hook_point"].unique())
+    columns = min(2, len(points))
+    figure = make_subplots(
+        math.ceil(len(points) / columns),
+        columns,
+        shared_xaxes=True,
+        subplot_titles=points,
+        vertical_spacing=0.12,
+        horizontal_spacing=0.14,
+    )
+    for (model, point), group in summarise(frame).groupby(["model", "hook_point"], sort=False):
+        row, col = divmod(points.index(point), columns)
+        style = {"name": model, "legendgroup": model, "marker_color": palette.colour(model)}
+        place = {"row": row + 1, "col": col + 1}
+        figure.add_scatter(x=group["layer"], y=group["mean_error"], showlegend=row == col == 0, **style, **place)
+    figure.update_xaxes(title="Layer", row=math.ceil(len(points) / columns))
+    figure.update_yaxes(rangemode="tozero")
+    return figure.update_yaxes(title="Mean error (share of<br>logit difference)", col=1)
+
+
+def plot_effects(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure` returns: attribution against activation patching, a dot a place, a panel a model.
+
+    On the grey line they agree.
+    """
+    models = list(frame["model"].unique())
+    figure = make_subplots(
+        1, len(models), shared_xaxes="all", shared_yaxes=True, column_titles=models, horizontal_spacing=0.03
+    )
+    ends = frame["activation"].agg(["min", "max"])
+    for col, model in enumerate(models, start=1):
+        effects = frame[frame["model"] == model]
+        figure.add_scatter(x=ends, y=ends, mode="lines", line_color="grey", hoverinfo="skip", row=1, col=col)
+        figure.add_scatter(
+            x=effects["activation"],
+            y=effects["attribution"],
+            mode="markers",
+            marker={"color": palette.colour(model), "size": 4, "opacity": 0.5},
+            name=model,
+            row=1,
+            col=col,
+        )
+    figure.update_xaxes(title="Activation patching (share<br>of logit difference)").update_layout(showlegend=False)
+    return figure.update_yaxes(title="Attribution patching<br>(share of logit difference)", col=1)
+
+
+def plot_pairs(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_pairs` returns: the logit difference of both prompts, pair by pair."""
+    figure = go.Figure()
+    for (model,), group in frame.groupby(["model"], sort=False):
+        for prompt, symbol in (("clean", "circle"), ("corrupt", "circle-open")):
+            figure.add_scatter(
+                x=group["pair"],
+                y=group[f"{prompt}_difference"],
+                mode="markers",
+                marker={"color": palette.colour(model), "symbol": symbol, "size": 9},
+                text=group[prompt].map(html.escape),
+                name=f"{model}, {prompt}",
+                legendgroup=model,
+            )
+    figure.update_layout(scattermode="group", xaxis={"title": "Pair (number)", "type": "category"})
+    return figure.update_yaxes(title="Logit of the clean prompt’s answer<br>less the other’s (logits)")

@@ -1,0 +1,138 @@
+"""Pairs of prompts for patching: read from JSON, made for any tokenizer, and turned into tokens."""
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from finetune import NolnError
+
+MICRO = Path(__file__).parent / "pairs" / "micro.json"
+"""Pairs that the bundled `micro` can do: pronouns and verbs that agree with a noun."""
+
+_NAMES = (
+    *("Mary", "John", "Jane", "Tom", "Emma", "Paul", "Amy", "George", "Bella", "James", "Alice", "Henry", "Anna"),
+    *("Robert", "Sarah", "William", "Kate", "David", "Laura", "Peter", "Martha", "Richard", "Amelia", "Philip", "Lucy"),
+    *("Frank", "Rose", "Fred", "Susan", "Jim", "Ruth", "Joe", "Helen", "Jack", "Emily", "Michael", "Lisa", "Daniel"),
+)
+_PLACES = "shop", "garden", "house", "school", "station", "church"
+_THINGS = "book", "letter", "flower", "drink", "ring", "key"
+_TEMPLATES = (
+    "When {receiver} and {giver} went to the {place}, {repeated} gave a {thing} to",
+    "When {giver} and {receiver} went to the {place}, {repeated} gave a {thing} to",
+)
+
+
+class PairError(NolnError):
+    """A pair of prompts that cannot be patched; the message names it and says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two prompts that want different answers, as text; the space before a word belongs to the answer."""
+
+    clean: str
+    corrupt: str
+    correct: str
+    """The answer to `clean`."""
+    wrong: str
+    """The answer to `corrupt`."""
+
+
+class PairTokens(NamedTuple):
+    """A pair as token ids."""
+
+    clean: Int[Tensor, " pos"]
+    corrupt: Int[Tensor, " pos"]
+    correct: int
+    wrong: int
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Read pairs from a JSON file: a list of objects with the texts `clean`, `corrupt`, `correct` and `wrong`.
+
+    Raises:
+        PairError: no such file, not JSON, no such list, or an object with other keys or values.
+    """
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PairError(f"The prompt pairs of {path} cannot be read: {error}.") from error
+    if not isinstance(entries, list) or not entries:
+        raise PairError(f"{path} holds no list of prompt pairs.")
+    keys = [field.name for field in fields(Pair)]
+    for number, entry in enumerate(entries, 1):
+        if not (isinstance(entry, dict) and set(entry) == set(keys) and all(isinstance(entry[k], str) for k in keys)):
+            raise PairError(f"Pair {number} of {path} is not of the texts {', '.join(keys)}: {json.dumps(entry)}.")
+    return [Pair(**entry) for entry in entries]
+
+
+def indirect_object_pairs(tokenizer: PreTrainedTokenizerBase, count: int = 10, seed: int = 0) -> list[Pair]:
+    """Make pairs in which one of two names is repeated and the other is the answer, for any tokenizer.
+
+    "When Mary and John went to the shop, John gave a book to" → " Mary"; the corrupt prompt repeats Mary instead.
+    Only names that are one token after a space are used, so that both prompts have as many tokens. The task is that
+    of Wang et al. 2022, arXiv 2211.00593.
+
+    Raises:
+        PairError: fewer than two such names.
+    """
+    names = [name for name in _NAMES if _single_token(tokenizer, f" {name}") is not None]
+    if len(names) < 2:
+        raise PairError(
+            f"This tokenizer has {len(names)} of {len(_NAMES)} names as a single token: give pairs in JSON."
+        )
+    choices = list(itertools.product(itertools.permutations(names, 2), _PLACES, _THINGS, _TEMPLATES))
+    pairs = []
+    for (giver, receiver), place, thing, template in random.Random(seed).sample(choices, count):
+        fill = partial(template.format, giver=giver, receiver=receiver, place=place, thing=thing)
+        pairs.append(Pair(fill(repeated=giver), fill(repeated=receiver), f" {receiver}", f" {giver}"))
+    return pairs
+
+
+def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, n_ctx: int) -> list[PairTokens]:
+    """Tokenise pairs, nothing prepended, for a model with a context of `n_ctx` tokens.
+
+    Raises:
+        PairError: prompts that are empty, the same, too long, or of different numbers of tokens; an answer that is
+            not one token or that the tokenizer does not know, or twice the same answer.
+    """
+    return [_encode_pair(number, pair, tokenizer, n_ctx) for number, pair in enumerate(pairs, 1)]
+
+
+def _encode_pair(number: int, pair: Pair, tokenizer: PreTrainedTokenizerBase, n_ctx: int) -> PairTokens:
+    name = f"Prompt pair {number} ({pair.clean!r}, {pair.corrupt!r})"
+    clean, corrupt = (tokenizer.encode(text, add_special_tokens=False) for text in (pair.clean, pair.corrupt))
+    if len(clean) != len(corrupt):
+        raise PairError(f"{name}: the prompts have {len(clean)} and {len(corrupt)} tokens; they must have as many.")
+    if not 0 < len(clean) <= n_ctx:
+        raise PairError(f"{name}: {len(clean)} tokens; the model takes 1 to {n_ctx}.")
+    if clean == corrupt:
+        raise PairError(f"{name}: the prompts are the same tokens.")
+    answers = []
+    for answer in (pair.correct, pair.wrong):
+        token = _single_token(tokenizer, answer)
+        if token is None:
+            raise PairError(
+                f"{name}: the answer {answer!r} is not one token of this tokenizer's vocabulary. Mind the space "
+                "before it, or take another word."
+            )
+        answers.append(token)
+    if answers[0] == answers[1]:
+        raise PairError(f"{name}: both answers are {pair.correct!r}.")
+    return PairTokens(torch.tensor(clean), torch.tensor(corrupt), *answers)
+
+
+def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """Return the token that `text` is, None if it is several or an unknown one."""
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    return tokens[0] if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id else None

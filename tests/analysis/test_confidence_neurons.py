@@ -1,0 +1,189 @@
+import numpy as np
+import pytest
+import torch
+from contract import EOT, TL4, TOKENS, assert_keeps_contract, assert_plots_by_model, assert_same, trio
+from scipy.stats import entropy
+
+from analysis import confidence_neurons, load_bridge, load_trio
+from finetune import NolnError
+from finetune.recipe import Gaps, Schedule
+from finetune.schedule import resolve
+from finetune.sites import Sites
+
+NEURONS = [7, 0, 31]
+MEASURES = {
+    "alone": lambda models, tokens, **options: confidence_neurons.measure(models, tokens, NEURONS, **options),
+    "cumulative": lambda models, tokens, **options: confidence_neurons.measure_cumulative(
+        models, tokens, NEURONS, **options
+    ),
+}
+NULL = torch.tensor([1.0, -1.0] + [0.0] * 10) * 5
+"""A direction that the unembedding of `with_confidence_neuron` does not see."""
+
+
+def remove_layernorm(model):
+    """Return `model` with every norm frozen, at the stds that it has on `TOKENS`."""
+    sites = Sites(model, EOT)
+    events = resolve(Schedule(start=2, gap=Gaps()), model.config.n_layer, steps=4)
+    for step in range(4):
+        sites.advance(events, step)
+        model(TOKENS)
+        sites.observe()
+        sites.update(0.9)
+    return sites.to_plain()
+
+
+def with_confidence_neuron(model, neuron):
+    model.transformer.ln_f.weight.data[:2] = 1
+    model.lm_head.weight.data[:, 1] = model.lm_head.weight.data[:, 0]
+    model.transformer.h[-1].mlp.c_proj.weight.data[neuron] = NULL
+    return model
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_contract(measure, make_gpt2):
+    assert_keeps_contract(measure, make_gpt2)
+
+
+@pytest.mark.parametrize("measure", [confidence_neurons.measure_neurons, confidence_neurons.measure_spectrum])
+def test_contract_of_weights(measure, make_gpt2):
+    models = trio(make_gpt2)
+    frame = measure(models, NEURONS)
+    assert list(frame["model"].unique()) == list(models)
+    assert_same(measure({"ln_free": models["ln_free"]}, NEURONS), frame[frame["model"] == "ln_free"])
+    if not TL4:
+        assert_same(measure(trio(make_gpt2, "bridge"), NEURONS), measure(trio(make_gpt2, "hooked"), NEURONS))
+
+
+def test_neurons_against_a_loop(make_gpt2):
+    model = load_bridge(make_gpt2())
+    frame = confidence_neurons.measure_neurons({"m": model}, NEURONS)
+    W_out, W_U = (x.detach().double().numpy() for x in (model.blocks[-1].mlp.W_out, model.W_U))
+    for i, row in enumerate(frame.itertuples()):
+        norm = np.sqrt(sum(w**2 for w in W_out[i]))
+        cosines = [W_U[:, v] @ W_out[i] / np.sqrt(sum(W_U[:, v] ** 2)) / norm for v in range(W_U.shape[1])]
+        assert row.neuron == i
+        assert row.candidate == (i in NEURONS)
+        assert row.norm == pytest.approx(norm, rel=1e-12)
+        assert row.logit_var == pytest.approx(np.var(cosines), rel=1e-10)
+
+
+@pytest.mark.parametrize("tool", ["bridge"] if TL4 else ["bridge", "hooked"])
+def test_ablation_against_a_forward_by_hand(make_gpt2, tool):
+    plain = make_gpt2(dtype=torch.float64)
+    models = load_trio(plain, None, remove_layernorm(make_gpt2(dtype=torch.float64)), tool=tool)
+    frame = confidence_neurons.measure({"m": models["original"]}, TOKENS, NEURONS, batch_size=2)
+    means, scales = {}, None
+
+    def edit(_, inputs, neuron):
+        activation = inputs[0].clone()
+        means.setdefault(neuron, activation[..., neuron].mean())
+        activation[..., neuron] = means[neuron]
+        return (activation,)
+
+    def keep_scale(norm, inputs, output):
+        nonlocal scales
+        scales = (inputs[0].var(-1, keepdim=True, correction=0) + norm.eps).sqrt()
+
+    def freeze_scale(norm, inputs, output):
+        return (inputs[0] - inputs[0].mean(-1, keepdim=True)) / scales * norm.weight + norm.bias
+
+    def forward(neuron=None, norm_hook=None):
+        handles = []
+        if neuron is not None:
+            c_proj = plain.transformer.h[-1].mlp.c_proj
+            handles.append(c_proj.register_forward_pre_hook(lambda *args: edit(*args, neuron)))
+        if norm_hook is not None:
+            handles.append(plain.transformer.ln_f.register_forward_hook(norm_hook))
+        with torch.no_grad():
+            probabilities = plain(TOKENS).logits.softmax(-1).numpy()[:, :-1]
+        for handle in handles:
+            handle.remove()
+        of_next = np.take_along_axis(probabilities, TOKENS[:, 1:, None].numpy(), -1)
+        return {"entropy": entropy(probabilities, axis=-1).mean(), "loss": -np.log(of_next).mean()}
+
+    clean = forward(norm_hook=keep_scale)
+    for row in frame.itertuples():
+        total, direct = forward(row.neuron)[row.measure], forward(row.neuron, freeze_scale)[row.measure]
+        assert row.clean == pytest.approx(clean[row.measure], rel=1e-6)
+        assert row.total == pytest.approx(total - clean[row.measure], abs=1e-6)
+        assert row.direct == pytest.approx(direct - clean[row.measure], abs=1e-6)
+        assert row.through_ln == pytest.approx(total - direct, abs=1e-6)
+    assert frame[["total", "direct", "through_ln"]].abs().min().min() > 1e-5
+
+
+def test_nothing_goes_through_the_ln_of_an_ln_free_model(make_gpt2):
+    models = load_trio(make_gpt2(seed=1), None, remove_layernorm(make_gpt2(seed=1)))
+    for measure in MEASURES.values():
+        frame = measure(models, TOKENS).set_index("model")
+        assert np.allclose(frame["total"], frame["direct"] + frame["through_ln"], rtol=0, atol=1e-12)
+        assert (frame.loc["ln_free", "through_ln"] == 0).all()
+        assert frame.loc["ln_free", "direct"].abs().max() > 1e-3
+        assert frame.loc["original", "through_ln"].abs().max() > 1e-3
+
+
+def test_a_planted_confidence_neuron_is_found_and_acts_through_ln_alone(make_gpt2):
+    model = load_bridge(with_confidence_neuron(make_gpt2(), neuron=13))
+    assert confidence_neurons.candidates(model)[0] == 13
+    frame = confidence_neurons.measure({"m": model}, TOKENS, [13])
+    assert frame["direct"].abs().max() < 1e-6
+    assert frame["through_ln"].abs().max() > 1e-2
+    (in_null, _) = confidence_neurons.measure_spectrum({"m": model}, [13]).groupby("neurons", sort=False)
+    assert in_null[1]["cumulative"].iloc[-3] == pytest.approx(0, abs=1e-12)
+
+
+def test_candidates_have_a_large_norm_and_the_smallest_logit_var(make_gpt2):
+    model = load_bridge(make_gpt2())
+    frame = confidence_neurons.measure_neurons({"m": model}, [])
+    large = frame.nlargest(5, "norm")
+    assert confidence_neurons.candidates(model, 3) == large.nsmallest(3, "logit_var")["neuron"].tolist()
+
+
+def test_cumulative_ablation_starts_at_nothing_and_at_the_first_neuron(make_gpt2):
+    models = trio(make_gpt2)
+    cumulative = confidence_neurons.measure_cumulative(models, TOKENS, NEURONS)
+    assert (cumulative.loc[cumulative["ablated"] == 0, ["total", "direct", "through_ln"]] == 0).all(axis=None)
+    alone = confidence_neurons.measure(models, TOKENS, NEURONS[:1])
+    assert_same(cumulative[cumulative["ablated"] == 1].drop(columns="ablated"), alone.drop(columns="neuron"))
+
+
+def test_spectrum_against_the_svd(make_gpt2):
+    model = load_bridge(make_gpt2())
+    frame = confidence_neurons.measure_spectrum({"m": model}, NEURONS)
+    W_out, W_U = (x.detach().double().numpy() for x in (model.blocks[-1].mlp.W_out, model.W_U))
+    directions, values, _ = np.linalg.svd(W_U, full_matrices=False)
+    for neurons, group in frame.groupby("neurons"):
+        members = W_out[NEURONS] if neurons == "candidates" else W_out
+        shares = np.mean([(w @ directions) ** 2 / (w @ w) for w in members], axis=0)
+        assert list(group["direction"]) == list(range(1, 13))
+        assert np.allclose(group["singular_value"], values, atol=1e-6)
+        assert np.allclose(group["share"], shares)
+        assert np.allclose(group["cumulative"], np.cumsum(shares))
+        assert group["cumulative"].iloc[-1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("neurons", "message"), [([3, 48], r"ln_free has no neurons \[48\].* 0 to 47"), ([3, 3], "twice")]
+)
+def test_neurons_that_there_are_not(make_gpt2, neurons, message):
+    models = {"ln_free": load_bridge(make_gpt2())}
+    for measure in (confidence_neurons.measure_neurons, confidence_neurons.measure_spectrum):
+        with pytest.raises(NolnError, match=message):
+            measure(models, neurons)
+    with pytest.raises(NolnError, match=message):
+        confidence_neurons.measure(models, TOKENS, neurons)
+
+
+def test_plots(make_gpt2):
+    models = trio(make_gpt2)
+    figure = confidence_neurons.plot(confidence_neurons.measure(models, TOKENS, NEURONS))
+    assert_plots_by_model(figure, list(models))
+    assert list(figure.data[0].x) == ["7", "0", "31"]
+    figure = confidence_neurons.plot_cumulative(confidence_neurons.measure_cumulative(models, TOKENS, NEURONS))
+    assert_plots_by_model(figure, list(models))
+    assert list(figure.data[0].x) == [0, 1, 2, 3]
+    figure = confidence_neurons.plot_spectrum(confidence_neurons.measure_spectrum(models, NEURONS))
+    assert_plots_by_model(figure, list(models))
+    figure = confidence_neurons.plot_neurons(confidence_neurons.measure_neurons(models, NEURONS))
+    assert sum(len(trace.x) for trace in figure.data) == 3 * 48
+    assert [annotation.text for annotation in figure.layout.annotations] == list(models)
