@@ -1,6 +1,7 @@
 """The command line: `python -m finetune [run] [RECIPE] [FLAGS]`, `resume RUN`, `list`, `show RECIPE`."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,11 +111,16 @@ def _report(run: "Run") -> None:
 
     if not PartialState().is_main_process:
         return
-    table = Table("model", "loss", "gap to control", "JSD to original", "tokens", "seconds", box=box.SIMPLE_HEAD)
+    headings = ("model", "loss", "gap to control", "JSD to original", "tokens", "seconds")
+    table = Table(
+        *headings, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )  # fits in 80 columns
     for column in table.columns:
         column.no_wrap = True
     for row in run.results.to_dict("records"):
-        measures = [f"{row[m]:.4f} ± {row[m + '_error']:.4f}" if row[m] else "" for m in ("loss", "gap", "jsd")]
+        # Nothing where a model is measured against itself (0), or there is no control (NaN).
+        known = {measure: row[measure] and not math.isnan(row[measure]) for measure in ("loss", "gap", "jsd")}
+        measures = [f"{row[m]:.4f} ± {row[m + '_error']:.4f}" if known[m] else "" for m in known]
         trained = [f"{row['trained_tokens']:,}", f"{row['trained_seconds']:.0f}"] if row["trained_tokens"] else []
         table.add_row(row["model"], *measures, *trained)
     console = Console()

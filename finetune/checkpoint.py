@@ -225,15 +225,18 @@ def save(
                 f"{site.name} has an eps of {site.norm.eps:g}, but what is saved would be loaded with that "
                 f"of the config, {model.config.layer_norm_epsilon:g}: set config.layer_norm_epsilon."
             )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
-        partial = Path(temporary) / directory.name
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        if card is not None:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.rename(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
+            partial = Path(temporary) / directory.name
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            if card is not None:
+                (partial / "README.md").write_text(card, encoding="utf-8")
+            partial.rename(directory)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} cannot be written: {error}. Make room, or name another.") from error
 
 
 def load_config(name_or_path: str | Path, revision: str | None = None) -> GPT2Config:

@@ -50,7 +50,7 @@ def mean_and_error(values: Float[np.ndarray, " token"], documents: Int[np.ndarra
 @torch.inference_mode()
 def measure_tokens(
     models: Mapping[str, GPT2LMHeadModel], blocks: Blocks, reference: str = "original"
-) -> dict[str, dict[str, Float[np.ndarray, "block pos-1"]]]:
+) -> dict[str, dict[str, Float[np.ndarray, "block target"]]]:
     """Measure each model at every token of `blocks` that has a next one: model -> measure -> float64 values, nats.
 
     Measures are `loss`, and to the model called `reference` `kl`, KL(reference ‖ model), and `jsd`. The models share

@@ -14,6 +14,7 @@ with the weights: the QKV product is taken once, of the vector scaled for QK, an
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -110,12 +111,12 @@ class _Normalise(torch.autograd.Function):
         return centred / (std.pow(1 - alpha) * c), std
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # type: ignore[no-untyped-def]
         _, c, alpha, _ = inputs
         ctx.save_for_backward(*output, c, alpha)
 
     @staticmethod
-    def backward(ctx, g: Tensor, h: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, None, None, None]:
         y, std, c, alpha = ctx.saved_tensors
         scale = std.pow(1 - alpha) * c
         width = y.shape[-1]
@@ -181,7 +182,7 @@ class NormedConv1D(nn.Module):
         if self.constant:
             self._measure(x)
             weight = (weight - weight.mean(0)) / self._column_stds()
-            return F.linear(x, weight.T, bias)
+            return F.linear(x, weight.T.to(x.dtype), bias)
         y, ratios = self.norm.normalise(x)
         y = y.to(x.dtype)
         if not ratios:

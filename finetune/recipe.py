@@ -165,7 +165,7 @@ class Recipe:
     log_every: int = 10
     """Steps from one record of the stds, and one report to `report_to`, to the next."""
     save_every: int = 50
-    """Steps from one checkpoint to the next; the newest two are kept until the run is complete."""
+    """Steps from one checkpoint to the next; the newest two are kept."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where to report the losses, beside the run's log."""
     export_format: Literal["b25", "h24"] = "b25"
@@ -179,8 +179,10 @@ class Recipe:
                 raise RecipeError(f"{field} is {getattr(self, field)}; at least 1 is needed.")
         if self.batch % self.micro_batch:
             raise RecipeError(f"batch is {self.batch}, no multiple of micro_batch, {self.micro_batch}: change either.")
-        if not 0 <= self.min_lr <= self.lr:
-            raise RecipeError(f"min_lr is {self.min_lr} and lr {self.lr}; 0 <= min_lr <= lr is needed.")
+        if not 0 <= self.min_lr <= self.lr or self.lr == 0:
+            raise RecipeError(f"min_lr is {self.min_lr} and lr {self.lr}; 0 <= min_lr <= lr and lr > 0 are needed.")
+        if self.clip <= 0 or self.max_rise <= 0:
+            raise RecipeError(f"clip is {self.clip} and max_rise {self.max_rise}; both must be greater than 0.")
         if not 0 <= self.std_decay < 1:
             raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
         if not 0 <= self.warmup < self.steps:
@@ -204,11 +206,14 @@ class Recipe:
         if steps < 1:
             raise RecipeError(f"steps is {steps}; at least 1 is needed.")
         factor = steps / self.steps
+        start = max(1.0, self.schedule.start * factor)
+        # `factor` too, unless the start could not fall as far: what follows it is fitted into the steps left.
+        after_start = (steps - start) / (self.steps - self.schedule.start)
         schedule = dataclasses.replace(
             self.schedule,
-            start=max(1.0, self.schedule.start * factor),
-            gap=Gaps(**{phase: gap * factor for phase, gap in dataclasses.asdict(self.schedule.gap).items()}),
-            fade=max(1, round(self.schedule.fade * factor)),
+            start=start,
+            gap=Gaps(**{phase: gap * after_start for phase, gap in dataclasses.asdict(self.schedule.gap).items()}),
+            fade=max(1, int(self.schedule.fade * after_start + 1e-6)),
         )
         return dataclasses.replace(
             self,
@@ -247,7 +252,7 @@ def load(name_or_path: str | Path) -> Recipe:
         raise RecipeError(f"The recipe {path} does not hold: {error}") from error
     except pydantic.ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise RecipeError(f"The recipe {path} does not hold:\n  " + "\n  ".join(problems)) from error
+        raise RecipeError(f"The recipe {path} does not hold: {'; '.join(problems)}") from error
 
 
 def dump(recipe: Recipe, run: dict[str, Any] | None = None) -> str:

@@ -51,7 +51,7 @@ class Run:
 
     def load(self, name: str) -> GPT2LMHeadModel:
         """Return the model called `name`: ln_free, control or original."""
-        named = recipes.load(self.directory / "recipe.yaml")
+        named = _recipe_of(self.directory)
         if name == "original":
             return checkpoint.load(named.model, named.revision)
         if name == "control" and named.control_from is not None:
@@ -98,6 +98,7 @@ def start(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Run:
     """Run `recipe`, with the model and tokenizer in memory in place of those that it names, if they are given."""
+    PartialState(cpu=recipe.device == "cpu")  # whoever asks first decides for all
     directory = Path(out) if out is not None else Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(broadcast_object_list([str(directory.absolute())])[0])
     if directory.exists():
@@ -121,9 +122,16 @@ def resume(directory: str | Path) -> Run:
         RecipeError, CheckpointError, TextError, DivergedError: as `remove_layernorm`.
     """
     directory = Path(directory).absolute()
+    return _complete(set_up(_recipe_of(directory)), directory)
+
+
+def _recipe_of(directory: Path) -> Recipe:
     if not (directory / "recipe.yaml").is_file():
         raise RecipeError(f"{directory} is no run directory: it holds no recipe.yaml.")
-    return _complete(set_up(recipes.load(directory / "recipe.yaml")), directory)
+    recipe = recipes.load(directory / "recipe.yaml")
+    # What was a model in memory moves with the run directory.
+    original = directory / "original"
+    return dataclasses.replace(recipe, model=str(original)) if original.is_dir() else recipe
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,11 @@ def set_up(
     state = PartialState(cpu=recipe.device == "cpu")
     if recipe.device not in ("auto", state.device.type):
         raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
+    if recipe.batch % (recipe.micro_batch * state.num_processes):
+        raise RecipeError(
+            f"A batch of {recipe.batch} cannot be shared by {state.num_processes} processes in micro-batches of "
+            f"{recipe.micro_batch}: change micro_batch, batch or the number of processes."
+        )
     config = checkpoint.load_config(recipe.model, recipe.revision) if model is None else model.config
     events = schedule.resolve(recipe.schedule, config.n_layer, recipe.steps)
     if recipe.control_from is not None:
@@ -156,8 +169,8 @@ def set_up(
         if model is not None:
             raise checkpoint.CheckpointError("A model in memory needs its tokenizer: pass it as `tokenizer`.")
         tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
-    if model is None:
-        model = checkpoint.load(recipe.model, recipe.revision)
+    # A model in memory stays as it is, on its device and in its mode.
+    model = checkpoint.load(recipe.model, recipe.revision) if model is None else copy.deepcopy(model).float()
     if (norms := checkpoint.norm_state(model)) != "live":
         raise checkpoint.CheckpointError(
             f"The norms of {recipe.model} are {norms}: there is no LayerNorm left to remove."

@@ -156,7 +156,10 @@ class Sites:
         if frozen:
             config.layer_norm_epsilon = FROZEN_EPS
             self._freeze_plain(state)
-        return GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=state, dtype=self.model.dtype).eval()
+        plain = GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=state, dtype=self.model.dtype).eval()
+        plain.config.name_or_path = self.model.config.name_or_path
+        plain.generation_config = copy.deepcopy(self.model.generation_config)
+        return plain
 
     def _freeze_plain(self, state: dict[str, Tensor]) -> None:
         """Put the constants into the weights of a plain model's `state`, in float64, rounded once."""

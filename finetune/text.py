@@ -202,7 +202,7 @@ def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_
     stream = StreamedBlocks(source, column, frozenset(held_out), tokenizer, context, vocab_size, text.source, seed)
     stop = text.held_out_blocks * context
     return TextSplits(
-        stream, Blocks(np.array(tokens[:stop], np.uint32), context, tokenizer.eos_token_id, np.array(ends))
+        stream, Blocks(np.array(tokens[:stop], np.uint32), context, tokenizer.eos_token_id, np.array(ends, np.int64))
     )
 
 

@@ -8,6 +8,7 @@ An optimizer step, in order:
 5. The step's record waits on the device until the next report, so that no step waits for the device.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune import NolnError, objective
-from finetune.recipe import Recipe, RecipeError
+from finetune.recipe import Recipe
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import Blocks
@@ -90,6 +91,19 @@ class RemovalTrainer(Trainer):
         self.sites.observe()
         return loss
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and leave the line of the progress bar, however it ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._record.bar.close()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Go through the text, unless the last step is done: a stream, which has no end, would begin anew."""
+        self.control.should_training_stop = self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
     def create_scheduler(
         self, num_training_steps: int, *args: Any, **kwargs: Any
     ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -100,8 +114,8 @@ class RemovalTrainer(Trainer):
         """Decay matrices, and no vectors: the Trainer's own rule would decay the gains of a norm of ours."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
-        self._record.grad_norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._record.grad_norm = super()._get_grad_norm(*args, **kwargs)
         return self._record.grad_norm
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -113,6 +127,7 @@ class RemovalTrainer(Trainer):
         self._partial = self.directory / "partial"
         if self.args.should_save:
             shutil.rmtree(self._partial, ignore_errors=True)
+        PartialState().wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -124,7 +139,9 @@ class RemovalTrainer(Trainer):
         PartialState().wait_for_everyone()
         if self.args.should_save:
             for checkpoint in self._partial.iterdir():
-                checkpoint.rename(self.directory / checkpoint.name)
+                whole = self.directory / checkpoint.name
+                shutil.rmtree(whole, ignore_errors=True)  # one that is there is not whole, or would not be written anew
+                checkpoint.rename(whole)
             for checkpoint in checkpoints(self.directory)[:-2]:
                 shutil.rmtree(checkpoint)
         self._partial = None
@@ -141,12 +158,6 @@ def _step(checkpoint: Path) -> int:
 
 
 def _arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
-    processes = PartialState().num_processes
-    if recipe.batch % (recipe.micro_batch * processes):
-        raise RecipeError(
-            f"A batch of {recipe.batch} cannot be shared by {processes} processes in micro-batches of "
-            f"{recipe.micro_batch}: change micro_batch, batch or the number of processes."
-        )
     bf16 = recipe.bf16
     if bf16 is None:
         bf16 = recipe.device in ("auto", "cuda") and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -154,7 +165,7 @@ def _arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         output_dir=str(directory),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.micro_batch,
-        gradient_accumulation_steps=recipe.batch // (recipe.micro_batch * processes),
+        gradient_accumulation_steps=recipe.batch // (recipe.micro_batch * PartialState().num_processes),
         train_sampling_strategy="sequential",
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
@@ -183,6 +194,11 @@ def _arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         report_to=list(recipe.report_to),
         disable_tqdm=True,
     )
+    if recipe.compile and recipe.gradient_checkpointing:
+        # No need to keep live stds again when a forward is recomputed. (Without it, or before torch has it: as many
+        # graphs as blocks.)
+        with contextlib.suppress(AttributeError):
+            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     if arguments.n_gpu > 1:
         # Several GPUs are used by several processes (torchrun), never by one process's threads.
         arguments._n_gpu = 1
@@ -205,6 +221,7 @@ class _Record(TrainerCallback):
 
     def __init__(self, trainer: RemovalTrainer, path: Path, name: str) -> None:
         self.trainer, self.path, self.name = trainer, path, name
+        self.bar = tqdm(disable=True)
         self.grad_norm: Tensor
         self._losses: list[Tensor] = []
         self._on_host: list[Tensor] = []
@@ -220,7 +237,8 @@ class _Record(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Cut the log back to where the run stands."""
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        written = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        lines = [json.loads(line) for line in written if line.endswith("\n")]
         lines = [line for line in lines if line["model"] != self.name or line["step"] < state.global_step]
         own = [line for line in lines if line["model"] == self.name]
         self._first = [line["loss"] for line in own[:10]]
@@ -231,7 +249,7 @@ class _Record(TrainerCallback):
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
             partial.replace(self.path)
-        self._bar = tqdm(
+        self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             desc=self.name,
@@ -246,7 +264,7 @@ class _Record(TrainerCallback):
             self._frozen = self._begun[-1]
         if self.trainer.events and state.global_step == self.trainer.events[-1].end:
             compiling = ", the compiled model is compiled once more" if args.torch_compile else ""
-            self._bar.write(f"Step {state.global_step}: every norm is a constant from here on{compiling}.")
+            self.bar.write(f"Step {state.global_step}: every norm is a constant from here on{compiling}.")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -273,35 +291,43 @@ class _Record(TrainerCallback):
         self._lines.append((line, torch.cat([value.to(losses) for value in values])))
         self._losses.clear()
         self._on_host.clear()
-        self._bar.set_postfix(loss=f"{loss:.3f}", frozen=self._frozen, refresh=False)
+        self.bar.set_postfix(loss=f"{loss:.3f}", frozen=self._frozen, refresh=False)
 
     def _check(self, loss: float, step: int) -> None:
-        if len(self._first) < 10:
-            self._first.append(loss)
-        limit = sum(self._first) / len(self._first) + self.trainer.recipe.max_rise
-        if math.isfinite(loss) and loss <= limit:
+        usual = sum(self._first) / len(self._first) if self._first else math.inf
+        if math.isfinite(loss) and loss <= usual + self.trainer.recipe.max_rise:
+            if len(self._first) < 10:
+                self._first.append(loss)
             return
+        self.write()
+        raise self._diverged(
+            f"the loss is {loss:.3f} nats/token at step {step}, more than max_rise={self.trainer.recipe.max_rise:g} "
+            "above that of the first steps"
+        )
+
+    def _diverged(self, what: str) -> DivergedError:
         saved = checkpoints(self.trainer.directory)
-        raise DivergedError(
-            f"{self.name}: the loss is {loss:.3f} nats/token at step {step}, more than max_rise="
-            f"{self.trainer.recipe.max_rise:g} above that of the first steps; the last to freeze was {self._frozen}. "
+        return DivergedError(
+            f"{self.name}: {what}; the last to freeze was {self._frozen}. "
             f"The last good checkpoint is {saved[-1] if saved else 'none, the run had just begun'}. Larger gaps in "
             "the schedule, a lower lr and a higher min_lr make the removal steadier."
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the log at every report."""
-        self._bar.update()
+        self.bar.update()
         if state.global_step % args.logging_steps == 0:
             self.write()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the rest of the log."""
         self.write()
-        self._bar.close()
 
     def write(self) -> None:
-        """Bring the records of the last steps to the host in one copy, and append them to the log."""
+        """Bring the records of the last steps to the host in one copy, append them to the log, and check gradients.
+
+        A gradient that is not finite has spoilt the weights, although its loss was good: no checkpoint follows it.
+        """
         if not self._lines:
             return
         on_host = torch.cat([values for _, values in self._lines]).cpu()
@@ -310,7 +336,12 @@ class _Record(TrainerCallback):
             with self.path.open("a") as file:
                 for (line, _), numbers in zip(self._lines, split, strict=True):
                     file.write(json.dumps(line | self._named(numbers, line["step"])) + "\n")
+        spoilt = [
+            line["step"] for (line, _), numbers in zip(self._lines, split, strict=True) if not numbers[2].isfinite()
+        ]
         self._lines.clear()
+        if spoilt:
+            raise self._diverged(f"the gradient is not finite at step {spoilt[0]}")
 
     def _named(self, numbers: Float[Tensor, " number"], step: int) -> dict[str, Any]:
         loss, aux, grad_norm, *stds = numbers.tolist()

@@ -15,7 +15,6 @@ import shape_checks  # noqa: E402
 import torch  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
-
 shape_checks.install("finetune", "analysis")
 
 

@@ -28,7 +28,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of sixty short documents, some 300 blocks of the tiny model."""
-    book = json.loads(lzma.open(TEXTS["books-validation"], "rt").readline())["text"]
+    with lzma.open(TEXTS["books-validation"], "rt") as books:
+        book = json.loads(books.readline())["text"]
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     path.write_text("".join(json.dumps({"text": book[i : i + 200]}) + "\n" for i in range(0, 12_000, 200)))
     return path

@@ -1,41 +1,42 @@
+import copy
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import at_call, finetune, kill_at, read_log, run_forked, tiny_gpt2
+from helpers import finetune, kill_at, read_log, run_forked, tiny_gpt2
 from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel
 
-from finetune import checkpoint, recipe as recipes
+from finetune import checkpoint
+from finetune import recipe as recipes
 from finetune.recipe import Recipe
-from finetune.run import Run, remove_layernorm
+from finetune.run import Run, remove_layernorm, resume
 from finetune.sites import Sites
+from finetune.text import load_text
 
 KILLED = -signal.SIGKILL
 
 
-def assert_equal_runs(one: Path, other: Path) -> None:
+def assert_equal_runs(one: Path, other: Path, *models: str) -> None:
     """Both left the same weights, constants, log and table, but for times."""
-    for file in (
-        *(f"{name}/model.safetensors" for name in ("ln_free", "control")),
-        *(f"checkpoints/{name}/checkpoint-16/model.safetensors" for name in ("ln_free", "control")),
-    ):
-        ours, theirs = load_file(one / file), load_file(other / file)
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert torch.equal(ours[name], theirs[name]), (file, name)
+    for model in models or ("ln_free", "control"):
+        for directory in (model, f"checkpoints/{model}/checkpoint-16"):
+            ours, theirs = (load_file(run / directory / "model.safetensors") for run in (one, other))
+            assert ours.keys() == theirs.keys()
+            for name in ours:
+                assert torch.equal(ours[name], theirs[name]), (directory, name)
     logs = [[line | {"seconds": 0} for line in read_log(run)] for run in (one, other)]
     assert logs[0] == logs[1]
     tables = [pd.read_csv(run / "results.csv").drop(columns="trained_seconds") for run in (one, other)]
@@ -46,6 +47,23 @@ def recipe_file(recipe: Recipe, directory: Path) -> Path:
     path = directory / "tiny.yaml"
     path.write_text(recipes.dump(recipe))
     return path
+
+
+@pytest.fixture(scope="module")
+def streamed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run of a text that is streamed, without a control."""
+    text = replace(recipe.text, streaming=True, held_out_blocks=8)
+    return remove_layernorm(recipe=replace(recipe, text=text, control=False), out=tmp_path_factory.mktemp("s") / "run")
+
+
+@pytest.fixture(scope="module")
+def folded(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run, exported once more in the other format."""
+    directory = shutil.copytree(run.directory, tmp_path_factory.mktemp("folded") / "run")
+    shutil.rmtree(directory / "ln_free")
+    file = directory / "recipe.yaml"
+    file.write_text(file.read_text().replace("export_format: b25", "export_format: h24"))
+    return resume(directory)
 
 
 def write_half(_, path: str) -> None:
@@ -62,12 +80,9 @@ class TestResume:
             pytest.param(partial(kill_at, "finetune.sites.Sites.advance", 3), id="before-first-checkpoint"),
             # The Trainer saves arguments, optimizer, scheduler and generators with torch.save, in this order.
             pytest.param(partial(kill_at, "torch.save", 6, write_half), id="writing-checkpoint"),
-            pytest.param(partial(kill_at, "transformers.TrainerState.save_to_json", 2), id="checkpoint-all-but-whole"),
-            pytest.param(partial(kill_at, "shutil.rmtree", 4, None), id="dropping-old-checkpoint"),
+            pytest.param(partial(kill_at, "shutil.rmtree", 7), id="dropping-old-checkpoint"),
             pytest.param(partial(kill_at, "finetune.sites.Sites.to_plain", 1), id="before-export"),
-            pytest.param(partial(kill_at, "finetune.run.fit", 2), id="before-control"),
             pytest.param(partial(kill_at, "finetune.sites.Sites.advance", 16 + 8), id="control"),
-            pytest.param(partial(kill_at, "finetune.evaluate.compare", 1), id="before-table"),
         ],
     )
     def test_killed_and_resumed_equals_uninterrupted(self, killed, recipe: Recipe, run: Run, tmp_path: Path):
@@ -81,6 +96,7 @@ class TestResume:
         assert_equal_runs(tmp_path / "run", run.directory)
 
     def test_killed_from_outside(self, recipe: Recipe, run: Run, tmp_path: Path):
+        """Both as a user calls them: the table is on stdout, and nothing warns."""
         process = subprocess.Popen(
             [sys.executable, "-m", "finetune", recipe_file(recipe, tmp_path), "--out", "run"],
             cwd=tmp_path,
@@ -92,9 +108,14 @@ class TestResume:
         process.kill()
         assert process.wait() == KILLED
 
-        assert run_forked(partial(finetune, "resume", "run"), tmp_path).code == 0
+        again = [sys.executable, "-m", "finetune", "resume", "run"]
+        resumed = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=True)
 
         assert_equal_runs(tmp_path / "run", run.directory)
+        for row in run.results.to_dict("records"):
+            assert f"{row['loss']:.4f} ± {row['loss_error']:.4f}" in resumed.stdout
+        assert f"Everything is in {tmp_path / 'run'}" in resumed.stdout
+        assert "Warning" not in resumed.stderr
 
     def test_leftovers_are_passed_over(self, recipe: Recipe, run: Run, tmp_path: Path):
         """Half-written checkpoints, under another name or their own, and half a line of the log."""
@@ -111,20 +132,181 @@ class TestResume:
 
         assert_equal_runs(resume(directory).directory, run.directory)
 
-    def test_streamed_text(self, recipe: Recipe, tmp_path: Path):
-        """From the middle, and after the last step: a stream has no end that would stop it."""
-        streamed = replace(recipe, text=replace(recipe.text, streaming=True, held_out_blocks=8), control=False)
-        whole = remove_layernorm(recipe=streamed, out=tmp_path / "whole").directory
-        final = "checkpoints/ln_free/checkpoint-16/model.safetensors"
-        for last in (10, 16):
-            part = shutil.copytree(whole, tmp_path / f"from-{last}")
-            shutil.rmtree(part / "ln_free")
-            if last < 16:
-                shutil.rmtree(part / "checkpoints/ln_free/checkpoint-16")
-                shutil.rmtree(part / "checkpoints/ln_free/checkpoint-15")
-                shutil.copytree(TestResume.checkpoint_10(streamed, tmp_path), part / "checkpoints/ln_free/checkpoint-10")
-            resume(part)
-            assert load_file(part / final)["transformer.wte.weight"].equal(
-                load_file(whole / final)["transformer.wte.weight"]
-            )
-            assert [line["loss"] for line in read_log(part)] == [line["loss"] for line in read_log(whole)]
+    @pytest.mark.parametrize(
+        "killed",
+        [
+            pytest.param(partial(kill_at, "finetune.sites.Sites.advance", 12), id="middle-of-schedule"),
+            pytest.param(partial(kill_at, "finetune.sites.Sites.to_plain", 1), id="before-export"),
+        ],
+    )
+    def test_streamed_text(self, killed, streamed: Run, tmp_path: Path):
+        """Neither read again from its beginning, nor on after the last step."""
+        name = streamed.directory / "recipe.yaml"
+        assert run_forked(partial(finetune, name, "--out", "run", first=killed), tmp_path).code == KILLED
+
+        resumed = resume(tmp_path / "run")
+
+        assert_equal_runs(resumed.directory, streamed.directory, "ln_free")
+        assert len(read_log(resumed.directory)) == 16
+
+    def test_complete_run_is_only_compared_again(self, recipe: Recipe, run: Run, tmp_path: Path):
+        directory = shutil.copytree(run.directory, tmp_path / "run")
+        (directory / "results.csv").unlink()
+        times = {path: path.stat().st_mtime_ns for path in directory.rglob("*.safetensors")}
+
+        resume(directory)
+
+        assert_equal_runs(directory, run.directory)
+        assert {path: path.stat().st_mtime_ns for path in directory.rglob("*.safetensors")} == times
+
+
+class TestExport:
+    def test_run_directory(self, run: Run):
+        assert {path.name for path in run.directory.iterdir()} == {
+            "recipe.yaml", "log.jsonl", "checkpoints", "ln_free", "control", "results.csv"
+        }  # fmt: skip
+
+    def test_table(self, run: Run, recipe: Recipe):
+        table = pd.read_csv(run.directory / "results.csv")
+
+        measures = [f"{m}{e}" for m in ("loss", "gap", "kl", "jsd") for e in ("", "_error")]
+        assert list(table) == ["model", *measures, "tokens", "documents", "trained_tokens", "trained_seconds"]
+        assert list(table["model"]) == ["original", "control", "ln_free"]
+        assert list(table["trained_tokens"]) == [0, 1024, 1024]
+        pd.testing.assert_frame_equal(table, run.results)
+
+    def test_losses_are_those_of_the_models(self, run: Run, recipe: Recipe, tokenizer):
+        """By transformers' own loss, which takes the mean over the same tokens."""
+        held_out = load_text(recipe.text, tokenizer, 16, 4096).held_out
+        ids = torch.from_numpy(held_out.blocks.astype(np.int64))
+        for name, loss in zip(run.results["model"], run.results["loss"], strict=True):
+            with torch.no_grad():
+                assert run.load(name)(ids, labels=ids).loss.item() == pytest.approx(loss, rel=1e-5)
+
+    def test_control_is_an_ordinary_model(self, run: Run, tiny: Path):
+        control = run.load("control")
+
+        assert checkpoint.norm_state(control) == "live"
+        ours, original = (json.loads((path / "config.json").read_text()) for path in (run.directory / "control", tiny))
+        assert ours["layer_norm_epsilon"] == original["layer_norm_epsilon"] == 1e-5
+        assert ours["attn_pdrop"] == original["attn_pdrop"]
+
+    def test_plain_transformers_loads_what_was_trained(self, run: Run, folded: Run, tokenizer, tmp_path: Path):
+        """Both formats and the control, in a process without this package, against the model of the last step."""
+        tokens = torch.randint(4096, (2, 16), generator=torch.Generator().manual_seed(0))
+        np.save(tmp_path / "tokens.npy", tokens)
+        models = [run.directory / "ln_free", folded.directory / "ln_free", run.directory / "control"]
+        script = """
+import sys
+sys.modules["finetune"] = None
+import numpy, torch
+from transformers import AutoTokenizer, GPT2LMHeadModel
+tokens = torch.from_numpy(numpy.load("tokens.npy"))
+for i, path in enumerate(sys.argv[1:]):
+    model, info = GPT2LMHeadModel.from_pretrained(path, output_loading_info=True)
+    assert not any(info.values()), info
+    numpy.save(f"{i}.npy", model(tokens).logits.detach())
+    assert AutoTokenizer.from_pretrained(path).decode([17, 18])
+"""
+        subprocess.run([sys.executable, "-W", "error:::finetune", "-c", script, *models], cwd=tmp_path, check=True)
+
+        for i, (directory, name) in enumerate([(run, "ln_free"), (run, "ln_free"), (run, "control")]):
+            trained = tiny_gpt2()
+            Sites(trained, tokenizer.eos_token_id)
+            state = load_file(directory.directory / f"checkpoints/{name}/checkpoint-16/model.safetensors")
+            assert trained.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]
+            with torch.no_grad():
+                logits = trained(tokens).logits.numpy()
+            np.testing.assert_allclose(np.load(tmp_path / f"{i}.npy"), logits, atol=1e-5 * np.abs(logits).max())
+
+    def test_folded_format(self, folded: Run):
+        block = folded.load("ln_free").transformer.h[0]
+
+        assert (block.ln_1.weight == 1e6).all()
+        assert (block.ln_2.bias == 0).all()
+
+    @pytest.mark.parametrize("name", ["ln_free", "control"])
+    def test_model_card(self, name: str, run: Run, recipe: Recipe):
+        card = (run.directory / name / "README.md").read_text()
+
+        _, front, body = card.split("---\n", 2)
+        assert yaml.safe_load(front)["base_model"] == recipe.model
+        assert ("layernorm-free" in yaml.safe_load(front)["tags"]) == (name == "ln_free")
+        for row in run.results.to_dict("records"):
+            assert f"| {row['model']} | {row['loss']:.4f} ± " in body
+        assert "16 steps of 4 sequences, 1,024 tokens; dropout 0; seed 0" in body
+        assert ("| 8 | ln_f |" in body) == (name == "ln_free")
+        assert "nan" not in body
+
+    def test_front_matter_holds_any_path(self, recipe: Recipe, tiny: Path, tmp_path: Path):
+        odd = shutil.copytree(tiny, tmp_path / "a: b #c")
+
+        run = remove_layernorm(odd, recipe=replace(recipe, control=False), out=tmp_path / "run")
+
+        front = (run.directory / "ln_free/README.md").read_text().split("---\n")[1]
+        assert yaml.safe_load(front)["base_model"] == str(odd)
+
+    def test_pushes_the_ln_free_model(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        hub = mock.Mock()
+        monkeypatch.setattr("finetune.run.HfApi", lambda: hub)
+        directory = shutil.copytree(run.directory, tmp_path / "run")
+        file = directory / "recipe.yaml"
+        file.write_text(file.read_text().replace("push_to_hub: null", "push_to_hub: someone/model"))
+
+        resume(directory)
+
+        hub.create_repo.assert_called_once_with("someone/model", exist_ok=True)
+        hub.upload_folder.assert_called_once_with(repo_id="someone/model", folder_path=directory / "ln_free")
+
+
+class TestPython:
+    def test_model_in_memory_stays_as_it_is(self, recipe: Recipe, run: Run, tokenizer, tmp_path: Path):
+        """Dtype, mode, weights and modules; and the run is that of the model on disk."""
+        model = tiny_gpt2().train()
+        before = copy.deepcopy(model)
+
+        ours = remove_layernorm(model, tokenizer, recipe=recipe, out=tmp_path / "run")
+
+        assert model.training
+        assert model.config.to_dict() == before.config.to_dict()
+        assert str(model) == str(before)
+        for name, parameter in before.named_parameters():
+            assert torch.equal(model.get_parameter(name), parameter)
+        assert_equal_runs(ours.directory, run.directory)
+        for name, parameter in ours.load("original").named_parameters():
+            assert torch.equal(before.get_parameter(name), parameter)
+
+    def test_half_precision_model_is_trained_in_full(self, recipe: Recipe, tokenizer, tmp_path: Path):
+        model = tiny_gpt2().to(torch.bfloat16)
+
+        run = remove_layernorm(model, tokenizer, recipe=replace(recipe, control=False), out=tmp_path / "run")
+
+        assert model.dtype == torch.bfloat16
+        weights = load_file(run.directory / "ln_free/model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        assert (weights["transformer.wpe.weight"] != weights["transformer.wpe.weight"].bfloat16()).any()
+
+    def test_needs_the_tokenizer_of_a_model_in_memory(self, recipe: Recipe, tmp_path: Path):
+        with pytest.raises(checkpoint.CheckpointError, match="tokenizer"):
+            remove_layernorm(tiny_gpt2(), recipe=recipe, out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_names(self, recipe: Recipe, tiny: Path, text: Path, tmp_path: Path):
+        """A model and a text by name take the place of the recipe's."""
+        file = recipe_file(replace(recipe, model="elsewhere", revision="main", control=False), tmp_path)
+
+        run = remove_layernorm(str(tiny), text=text, recipe=file, out=tmp_path / "run")
+
+        used = recipes.load(run.directory / "recipe.yaml")
+        assert (used.model, used.revision, used.text.source) == (str(tiny), None, str(text))
+        assert checkpoint.norm_state(run.load("ln_free")) == "frozen"
+
+    def test_contradiction_is_a_recipe_error(self, recipe: Recipe):
+        with pytest.raises(recipes.RecipeError, match="micro_batch"):
+            replace(recipe, micro_batch=3)
+
+    def test_trio(self, run: Run, tiny: Path):
+        states = [checkpoint.norm_state(run.load(name)) for name in ("original", "control", "ln_free")]
+
+        assert states == ["live", "live", "frozen"]
+        assert run.load("original").transformer.wte.weight.equal(tiny_gpt2().transformer.wte.weight)

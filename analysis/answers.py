@@ -1,0 +1,159 @@
+"""The questions that the report opens with, answered in a number and a sentence.
+
+Which sentence it is follows from the numbers by rule, and an effect that is weak or absent is called so. Each rule
+takes plain numbers; `answer` finds these in the tables of the report.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis.residual_norms import label
+from finetune.evaluate import mean_and_error
+
+_B25 = "Baroni et al. 2025, arXiv 2507.02559"
+_H24 = "Heimersheim 2024, arXiv 2409.13710"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question with its answer."""
+
+    question: str
+    number: str
+    unit: str
+    sentence: str
+    published: str
+    """The same for GPT-2 small, and by whom."""
+
+
+def answer(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Answer]:
+    """Answer what the tables of a report, by module and grain, have the numbers for."""
+    answers = []
+    if ("loss", "token") in tables:
+        answers.append(_loss_paid(tables["loss", "token"]))
+    if ("residual_norms", "point") in tables:
+        answers.append(_position_0(tables["residual_norms", "point"]))
+    if ("logit_attribution", "model") in tables:
+        nmae = tables["logit_attribution", "model"].set_index("model")["nmae"]
+        answers.append(exact_attribution(nmae["original"], nmae["ln_free"]))
+    if ("faithfulness", "model") in tables:
+        jsd = tables["faithfulness", "model"].set_index("model")["jsd"]
+        answers.append(same_model(jsd["ln_free"], jsd.get("control")))
+    return answers
+
+
+def loss_paid(paid: Mapping[str, tuple[float, float]], baseline: str) -> Answer:
+    """Answer from the loss of the LN-free model less that of `baseline` and its standard error, nats/token, by text."""
+    (text, (mean, error)), *others = paid.items()
+    if not abs(mean) > 2 * error:  # so too where the error of a single document is unknown
+        sentence = f"On {text} no difference to the {baseline} can be told from chance."
+    elif mean < 0:
+        sentence = f"Nothing: the LN-free model predicts {text} better than the {baseline} does."
+    elif mean < 0.01:
+        sentence = f"Little: the LN-free model predicts {text} hardly worse than the {baseline} does."
+    else:
+        sentence = f"The LN-free model predicts {text} worse than the {baseline} does."
+    sentence += "".join(f" On {other} the difference is {_signed(*values)}." for other, values in others)
+    if baseline != "control":
+        sentence += " Without a control, what fine-tuning did and what losing LN did cannot be told apart."
+    return Answer(
+        "What does losing LN cost?",
+        _signed(mean, error),
+        "nats/token, standard error over documents",
+        sentence,
+        f"+0.067 nats/token, 3.080 against the control’s 3.013 on OpenWebText ({_B25}).",
+    )
+
+
+def _loss_paid(frame: pd.DataFrame) -> Answer:
+    baseline = "control" if "control" in set(frame["model"]) else "original"
+    paid = {}
+    for text, group in frame.groupby("text", sort=False):
+        loss = {model: tokens["loss"].to_numpy() for model, tokens in group.groupby("model")}
+        documents = group.loc[group["model"] == "ln_free", "document"].to_numpy()
+        paid[str(text)] = mean_and_error(loss["ln_free"] - loss[baseline], documents)
+    return loss_paid(paid, baseline)
+
+
+def position_0(before: float, after: float, point: str) -> Answer:
+    """Answer from the norm at position 0 over that at other positions, before and after, where it was largest."""
+    where = f"at {point}, where it is largest in the original"
+    if before < 1.5:
+        sentence = f"There is nothing to lose: in the original too its norm is like that of other positions ({where})."
+    elif before < 4:
+        sentence = (
+            f"It stands out weakly in the original: its norm is {before:.1f} times that of other positions {where}; "
+        )
+        sentence += f"in the LN-free model, {after:.1f} times."
+    else:
+        change = "shrinks to" if after < before / 2 else "grows to" if after > before * 2 else "stays at"
+        sentence = f"Its norm is {before:.1f} times that of other positions {where}, and {change} {after:.1f} times."
+    return Answer(
+        "What becomes of position 0?",
+        f"{before:.1f} → {after:.1f}",
+        "× the norm of other positions",
+        sentence,
+        f"14 times before, std 112.5 against 7.9 after block 10 ({_H24}); norm up to about 3100 ({_B25}).",
+    )
+
+
+def _position_0(frame: pd.DataFrame) -> Answer:
+    norms = frame.pivot(index=["model", "point"], columns="token_class", values="norm")
+    ratio = norms["position 0"] / norms["ordinary"]
+    point = ratio["original"].idxmax()
+    return position_0(ratio["original", point], ratio["ln_free", point], label(point))
+
+
+def exact_attribution(before: float, after: float) -> Answer:
+    """Answer from the NMAE of direct logit attribution in the original and in the LN-free model, percent."""
+    if after > 0.1:
+        sentence = "It is not in the LN-free model, where it should be: the LN of this model is not entirely gone."
+    elif before < 1:
+        sentence = "Yes, but it nearly was before: the original’s attributions are hardly off."
+    elif before < 10:
+        sentence = "Yes. In the original it was off by a little: what LN hides from it is a weak effect here."
+    else:
+        sentence = "Yes. In the original it misses the effect that removing a head really has by this much on average."
+    return Answer(
+        "Is direct logit attribution exact?",
+        f"{before:.2f} → {after:.2f}",
+        "% NMAE, mean over heads",
+        sentence,
+        f"49.07 % → 0.00 %; control 57.85 % ({_B25}).",
+    )
+
+
+def same_model(ln_free: float, control: float | None) -> Answer:
+    """Answer from the mean JSD to the original of the LN-free model and of the control, nats/token."""
+    if control is None:
+        number = f"{ln_free:.4f}"
+        sentence = (
+            "This far from the original’s predictions; without a control, what of it is fine-tuning’s is unknown."
+        )
+    else:
+        number = f"{ln_free:.4f} / {control:.4f}"
+        if ln_free <= control:
+            sentence = (
+                "Its predictions are no farther from the original’s than those of the control: losing LN adds nothing."
+            )
+        elif ln_free < 1.25 * control:
+            sentence = "Its predictions are hardly farther from the original’s than those of the control."
+        else:
+            sentence = (
+                f"Its predictions are {ln_free / control:.1f} times as far from the original’s as those of the control."
+            )
+    return Answer(
+        "Is it still the same model?",
+        number,
+        "nats JSD to original, LN-free" + ("" if control is None else " / control"),
+        sentence,
+        f"0.0393 / 0.0202 nats, LN-free / control ({_B25}).",
+    )
+
+
+def _signed(mean: float, error: float) -> str:
+    error_text = "unknown" if math.isnan(error) else f"{error:.3f}"
+    return f"{mean:+.3f} ± {error_text}".replace("-", "−")

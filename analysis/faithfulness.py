@@ -1,0 +1,413 @@
+"""Does a model still compute what a reference does: its predictions, residual streams, heads and neurons.
+
+1. Predictions, token by token: JSD and KL to the reference, whether the top token is the same, and the rank correlation
+   of the reference's top tokens; of each model its entropy, and its calibration as the expected calibration error (ECE)
+   over equal bins of the top token's probability (Guo et al. 2017, arXiv 1706.04599).
+2. Residual streams between blocks: cosine similarity, token by token, and linear CKA, which sees no rotation
+   (Kornblith et al. 2019, arXiv 1905.00414).
+3. Heads: the total variation distance of attention patterns, and the correlation over tokens of their direct logit
+   attribution of the next token: are they the same heads that make the prediction?
+4. Neurons of MLPs: the correlation over tokens of their activations.
+
+CKA and correlations come from sums over tokens in float64, so that memory does not grow with the number of tokens.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+from scipy.stats import pearsonr, rankdata
+from torch import Tensor
+from torch.nn import functional as F
+
+from analysis import palette
+from analysis.batches import forwards
+from analysis.logit_attribution import Readout
+from finetune.evaluate import js_divergence, kl_divergence
+
+_TOP = 50
+"""How many of the reference's top tokens are ranked."""
+_BINS = 10
+"""Of the top token's probability."""
+_PATTERNS_AT_ONCE = 2**28
+"""Numbers in one model's attention patterns of one batch: bounds the memory, and no result depends on it."""
+_POSITIONS = {"all": 0, "after 0": 1}
+"""From which position on residual streams are compared: in GPT-2 the one at 0 is so long that CKA sees little else."""
+
+
+@torch.inference_mode()
+def measure(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    reference: str = "original",
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Compare the predictions of models with those of `models[reference]`, over all tokens that have a next one.
+
+    Args:
+        models: what `analysis.load_trio` returns.
+        tokens: packed blocks, nothing prepended.
+        reference: the model to compare with; it has a row of its own.
+        batch_size: blocks in one forward; no result depends on it.
+
+    Returns a row a model. Columns: model; reference; the means over tokens of jsd and kl, KL(reference ‖ model), nats,
+    agreement, how often both have the same top token, from 0 to 1, rank_correlation, Spearman's over the logits of the
+    reference's top 50 tokens, and entropy, nats; kl_max, the largest of a token; accuracy of the top token, from 0 to
+    1; ece, over 10 bins, from 0 to 1; tokens.
+
+    Raises:
+        ValueError: there is no such reference, or nothing else.
+    """
+    _check(models, reference)
+    means = ("jsd", "kl", "agreement", "rank_correlation", "entropy")
+    sums = {name: torch.zeros(len(means), dtype=torch.float64) for name in models}
+    kl_max = dict.fromkeys(models, 0.0)
+    bins = {name: torch.zeros(3, _BINS, dtype=torch.float64) for name in models}
+    for targets, log_probs in _predictions(models, tokens, batch_size):
+        expected = log_probs[reference]
+        top = expected.topk(min(_TOP, expected.shape[-1])).indices
+        expected_ranks = rankdata(expected.gather(-1, top).cpu(), axis=-1)
+        for name, found in log_probs.items():
+            kl = kl_divergence(expected, found)
+            values = (
+                js_divergence(expected, found),
+                kl,
+                expected.argmax(-1) == found.argmax(-1),
+                torch.from_numpy(
+                    pearsonr(expected_ranks, rankdata(found.gather(-1, top).cpu(), axis=-1), axis=-1).statistic
+                ),
+                -(found.exp() * found).sum(-1),
+            )
+            sums[name] += torch.stack([value.double().sum().cpu() for value in values])
+            kl_max[name] = max(kl_max[name], kl.max().item())
+            bins[name] += _calibration(found, targets)
+    rows = []
+    for name in models:
+        count, confidence, correct = bins[name]
+        row: dict[str, Any] = {"model": name, "reference": reference}
+        row |= dict(zip(means, (sums[name] / count.sum()).tolist(), strict=True))
+        row |= {"kl_max": kl_max[name], "accuracy": (correct.sum() / count.sum()).item()}
+        row |= {"ece": ((correct - confidence).abs().sum() / count.sum()).item(), "tokens": int(count.sum())}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def plot(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure` returns, a panel a quantity."""
+    titles = {
+        "jsd": "JSD to the reference (nats)",
+        "kl": "KL from the reference (nats)",
+        "agreement": "Same top token (share)",
+        "rank_correlation": f"Rank correlation of the top {_TOP}",
+        "entropy": "Entropy (nats)",
+        "ece": "ECE (probability)",
+    }
+    figure = make_subplots(2, 3, horizontal_spacing=0.12, vertical_spacing=0.15, subplot_titles=list(titles.values()))
+    colours = [palette.colour(name) for name in frame["model"]]
+    for panel, column in enumerate(titles):
+        place = {"row": panel // 3 + 1, "col": panel % 3 + 1}
+        figure.add_bar(x=frame["model"], y=frame[column], marker_color=colours, showlegend=False, **place)
+    return figure
+
+
+@torch.inference_mode()
+def measure_calibration(
+    models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8
+) -> pd.DataFrame:
+    """Measure how often the top token is right by how probable it is, over all tokens that have a next one.
+
+    Arguments are those of `measure`. Returns a row a model and bin of the top token's probability. Columns: model;
+    bin_start and bin_end, which is in the bin; confidence, the mean probability, and accuracy, both from 0 to 1, NaN in
+    an empty bin; tokens.
+    """
+    bins = {name: torch.zeros(3, _BINS, dtype=torch.float64) for name in models}
+    for targets, log_probs in _predictions(models, tokens, batch_size):
+        for name, found in log_probs.items():
+            bins[name] += _calibration(found, targets)
+    edges = np.linspace(0, 1, _BINS + 1)
+    frames = []
+    for name, sums in bins.items():
+        frame = pd.DataFrame({"model": name, "bin_start": edges[:-1], "bin_end": edges[1:]})
+        frame[["confidence", "accuracy"]] = (sums[1:] / sums[0]).T.numpy()
+        frames.append(frame.assign(tokens=sums[0].long().numpy()))
+    return pd.concat(frames, ignore_index=True)
+
+
+def plot_calibration(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_calibration` returns: accuracy over probability, equal on the line, and tokens in each bin."""
+    figure = make_subplots(2, 1, shared_xaxes=True, row_heights=[0.75, 0.25], vertical_spacing=0.05)
+    figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line={"color": "grey", "dash": "dot"}, row=1, col=1)
+    for name, bins in frame.groupby("model", sort=False):
+        style = {"name": name, "legendgroup": name}
+        line = {"color": palette.colour(name)}
+        figure.add_scatter(x=bins["confidence"], y=bins["accuracy"], line=line, **style, row=1, col=1)
+        share = bins["tokens"] / bins["tokens"].sum()
+        middle = (bins["bin_start"] + bins["bin_end"]) / 2
+        figure.add_bar(x=middle, y=share, marker=line, showlegend=False, **style, row=2, col=1)
+    figure.update_xaxes(title="Probability of the top token", row=2, col=1)
+    figure.update_yaxes(title="Accuracy of the top token<br>(share)", row=1, col=1)
+    return figure.update_yaxes(title="Tokens<br>(share)", row=2, col=1)
+
+
+@torch.inference_mode()
+def measure_layers(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    reference: str = "original",
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Compare the residual streams between blocks with those of `models[reference]`.
+
+    Arguments and errors are those of `measure`. Returns a row a model, positions ("all" or "after 0") and layer, the
+    number of blocks before. Columns: these; reference; cosine, of the two vectors of a token, its mean over tokens, and
+    cka, linear, over tokens, from 0 to 1: both without unit.
+    """
+    _check(models, reference)
+    blocks = range(models[reference].cfg.n_layers)
+    points = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in blocks)]
+    keys = [(name, positions, layer) for name in models for positions in _POSITIONS for layer in range(len(points))]
+    cosine = dict.fromkeys(keys, 0.0)
+    cka = {key: _CKA() for key in keys}
+    for _, outputs in forwards(models, tokens, points, batch_size, "Comparing residual streams"):
+        for key in keys:
+            name, positions, layer = key
+            x, y = (
+                outputs[model].cache[points[layer]][:, _POSITIONS[positions] :].flatten(0, 1).double()
+                for model in (reference, name)
+            )
+            cosine[key] += F.cosine_similarity(x, y, dim=-1).sum().item()
+            cka[key].add(x, y)
+    return pd.DataFrame(
+        [
+            {
+                "model": name,
+                "reference": reference,
+                "positions": positions,
+                "layer": layer,
+                "cosine": cosine[name, positions, layer] / cka[name, positions, layer].count,
+                "cka": cka[name, positions, layer].value(),
+            }
+            for name, positions, layer in keys
+        ]
+    )
+
+
+def plot_layers(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_layers` returns, a column a choice of positions."""
+    columns = list(frame["positions"].unique())
+    quantities = {"cosine": "Cosine similarity<br>(no unit)", "cka": "Linear CKA<br>(no unit)"}
+    titles = [f"positions: {positions}" for positions in columns]
+    figure = make_subplots(
+        2, len(columns), shared_xaxes=True, shared_yaxes="rows", column_titles=titles, vertical_spacing=0.06
+    )
+    for (name, positions), line in _compared(frame).groupby(["model", "positions"], sort=False):
+        for row, (quantity, title) in enumerate(quantities.items(), start=1):
+            col = columns.index(positions) + 1
+            figure.add_scatter(
+                x=line["layer"],
+                y=line[quantity],
+                name=name,
+                legendgroup=name,
+                showlegend=row == col == 1,
+                line={"color": palette.colour(name)},
+                row=row,
+                col=col,
+            )
+            figure.update_yaxes(title=title, row=row, col=1)
+    return figure.update_xaxes(title="Blocks before", row=2)
+
+
+@torch.inference_mode()
+def measure_heads(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    reference: str = "original",
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Compare each head with the same head of `models[reference]`.
+
+    Arguments and errors are those of `measure`. Returns a row a model, layer and head. Columns: these; reference;
+    attention_distance, the total variation distance ½ Σ_key |difference| of attention patterns, from 0 to 1, its mean
+    over blocks and query positions ≥ 1 (0 can only attend to itself); dla_correlation, Pearson's, over tokens, of the
+    direct logit attribution of the next token (W_U centred), NaN where a head's is constant.
+    """
+    _check(models, reference)
+    cfg = models[reference].cfg
+    queries = tokens.shape[1] - 1
+    batch_size = min(batch_size, max(1, _PATTERNS_AT_ONCE // (cfg.n_layers * cfg.n_heads * (queries + 1) ** 2)))
+    patterns, zs = ([f"blocks.{layer}.attn.hook_{name}" for layer in range(cfg.n_layers)] for name in ("pattern", "z"))
+    names = [*patterns, *zs, f"blocks.{cfg.n_layers - 1}.hook_resid_post"]
+    distance = {name: torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.float64) for name in models}
+    correlation = {name: _Correlation() for name in models}
+    for batch, outputs in forwards(models, tokens, names, batch_size, "Comparing heads"):
+        dla = {}
+        for name, (_, cache) in outputs.items():
+            readout = Readout(models[name], batch, cache)
+            dla[name] = torch.cat([readout.heads(layer).dla for layer in range(cfg.n_layers)], dim=-1).flatten(0, 1)
+        for name in models:
+            correlation[name].add(dla[reference], dla[name])
+            for layer, point in enumerate(patterns):
+                x, y = (outputs[model].cache[point][:, :, 1:] for model in (reference, name))
+                distance[name][layer] += (x - y).abs().sum((0, 2, 3), dtype=torch.float64).cpu() / 2
+    frames = []
+    for name in models:
+        frame = pd.MultiIndex.from_product([range(cfg.n_layers), range(cfg.n_heads)], names=["layer", "head"])
+        frame = frame.to_frame(index=False)
+        frame.insert(0, "model", name)
+        frame.insert(1, "reference", reference)
+        frame["attention_distance"] = distance[name].flatten().numpy() / (len(tokens) * queries)
+        frame["dla_correlation"] = correlation[name].value().cpu().numpy()
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def plot_heads(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_heads` returns as heat maps: a row a quantity, a column a model."""
+    frame = _compared(frame)
+    models = list(frame["model"].unique())
+    quantities: dict[str, dict[str, Any]] = {
+        "attention_distance": {"colorscale": "Cividis", "cmin": 0, "title": "Distance of<br>attention<br>(0 to 1)"},
+        "dla_correlation": {"colorscale": "Cividis", "cmax": 1, "title": "Correlation<br>of DLA<br>(no unit)"},
+    }
+    figure = make_subplots(
+        len(quantities),
+        len(models),
+        shared_xaxes=True,
+        shared_yaxes=True,
+        column_titles=models,
+        vertical_spacing=0.06,
+        horizontal_spacing=0.03,
+    )
+    for row, (quantity, axis) in enumerate(quantities.items(), start=1):
+        for col, name in enumerate(models, start=1):
+            heat = frame[frame["model"] == name].pivot(index="layer", columns="head", values=quantity)
+            figure.add_heatmap(z=heat, x=heat.columns, y=heat.index, coloraxis=f"coloraxis{row}", row=row, col=col)
+        place = {"title": axis.pop("title"), "len": 0.47, "y": 1 - (row - 0.5) / len(quantities)}
+        figure.update_layout({f"coloraxis{row}": {**axis, "colorbar": place}})
+    figure.update_xaxes(title="Head", row=len(quantities))
+    return figure.update_yaxes(title="Layer", col=1)
+
+
+@torch.inference_mode()
+def measure_neurons(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    reference: str = "original",
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Compare the activation of each MLP neuron with that of the same neuron of `models[reference]`.
+
+    Arguments and errors are those of `measure`. Returns a row a model, layer and neuron. Columns: these; reference;
+    correlation, Pearson's over tokens, NaN where a neuron is constant.
+    """
+    _check(models, reference)
+    points = [f"blocks.{layer}.mlp.hook_post" for layer in range(models[reference].cfg.n_layers)]
+    correlation = {(name, layer): _Correlation() for name in models for layer in range(len(points))}
+    for _, outputs in forwards(models, tokens, points, batch_size, "Comparing neurons"):
+        for (name, layer), pair in correlation.items():
+            pair.add(*(outputs[model].cache[points[layer]].flatten(0, 1) for model in (reference, name)))
+    frames = []
+    for (name, layer), pair in correlation.items():
+        values = pair.value().cpu().numpy()
+        row = {"model": name, "reference": reference, "layer": layer, "neuron": range(len(values))}
+        frames.append(pd.DataFrame({**row, "correlation": values}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def plot_neurons(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_neurons` returns: quartiles over a layer's neurons as boxes, 5 and 95 % as whiskers."""
+    figure = go.Figure()
+    for name, neurons in _compared(frame).groupby("model", sort=False):
+        quantiles = neurons.groupby("layer")["correlation"].quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
+        figure.add_box(
+            name=name,
+            legendgroup=name,
+            x=quantiles.index,
+            lowerfence=quantiles[0.05],
+            q1=quantiles[0.25],
+            median=quantiles[0.5],
+            q3=quantiles[0.75],
+            upperfence=quantiles[0.95],
+            marker_color=palette.colour(name),
+        )
+    figure.update_layout(boxmode="group")
+    figure.update_xaxes(title="Layer", dtick=1)
+    return figure.update_yaxes(title="Correlation of activations<br>(no unit; 5, 25, 50, 75 and 95 % of neurons)")
+
+
+def _check(models: Mapping[str, Any], reference: str) -> None:
+    if reference not in models or len(models) == 1:
+        raise ValueError(f"{reference!r} and at least one other model are needed to compare, not {', '.join(models)}.")
+
+
+def _compared(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows without those of the reference, which are what they must be."""
+    return frame[frame["model"] != frame["reference"]]
+
+
+def _predictions(
+    models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], batch_size: int
+) -> Iterator[tuple[Int[Tensor, " pos-1"], dict[str, Float[Tensor, "pos-1 vocab"]]]]:
+    """Yield block after block the next tokens and what each model says of them: log-probabilities in float32.
+
+    On a CPU whole batches would take three times as long: their temporaries do not fit its cache.
+    """
+    for batch, outputs in forwards(models, tokens, batch_size=batch_size, description="Comparing predictions"):
+        for i, block in enumerate(batch):
+            yield block[1:], {name: output.logits[i, :-1].float().log_softmax(-1) for name, output in outputs.items()}
+
+
+def _calibration(log_probs: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"]) -> Float[Tensor, "3 bin"]:
+    """Return by bin of the top token's probability: tokens, the sum of that probability, and how many are right."""
+    log_prob, top = log_probs.max(-1)
+    confidence = log_prob.double().exp()
+    inner = torch.linspace(0, 1, _BINS + 1, dtype=torch.float64, device=confidence.device)[1:-1]
+    of_bins = F.one_hot(torch.bucketize(confidence, inner), _BINS).double()
+    return (torch.stack([torch.ones_like(confidence), confidence, (top == targets).double()]) @ of_bins).cpu()
+
+
+class _Correlation:
+    """Pearson correlations of two sets of series, over tokens that come batch by batch."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sums: Any = 0
+
+    def add(self, x: Float[Tensor, "token series"], y: Float[Tensor, "token series"]) -> None:
+        x, y = x.double(), y.double()
+        self._count += len(x)
+        self._sums = self._sums + torch.stack([series.sum(0) for series in (x, y, x * x, y * y, x * y)])
+
+    def value(self) -> Float[Tensor, " series"]:
+        x, y, xx, yy, xy = self._sums / self._count
+        return (xy - x * y) / ((xx - x * x) * (yy - y * y)).sqrt()
+
+
+class _CKA:
+    """Linear CKA of two sets of vectors, over tokens that come batch by batch: ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), centred."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: Any = (0, 0)
+        self._products: Any = (0, 0, 0)
+
+    def add(self, x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"]) -> None:
+        self.count += len(x)
+        self._sums = [total + vectors.sum(0) for total, vectors in zip(self._sums, (x, y), strict=True)]
+        pairs = zip(self._products, (x, x, y), (x, y, y), strict=True)
+        self._products = [total + a.T @ b for total, a, b in pairs]
+
+    def value(self) -> float:
+        x, y = self._sums
+        pairs = zip(self._products, (x, x, y), (x, y, y), strict=True)
+        xx, xy, yy = ((product - a.outer(b) / self.count).norm() for product, a, b in pairs)
+        return (xy**2 / (xx * yy)).item()

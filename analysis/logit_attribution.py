@@ -1,0 +1,501 @@
+"""Direct logit attribution (DLA) and direct effect of every part of a model on a logit, and the logit lens.
+
+The final residual stream r of a token is a sum of components c: the embeddings, every head, every attention bias and
+every MLP. The logit of a target is read off it as LN(r) · w + b, w being the target's column of the unembedding.
+
+1. The target is the next token, whose w is taken less its mean over the vocabulary unless asked otherwise (the logit
+   then counts from the mean logit), or the difference of two given tokens.
+2. The DLA of c is its share at the scale of the full r: c · w / σ(r).
+3. The direct effect of c is what the logit loses when c is taken out of r and the final norm, as the model has it, is
+   applied afresh: logit(r) − logit(r − c).
+4. Over tokens, NMAE = 100 · mean|DLA − direct effect| / mean|direct effect|: 0 % where the final norm is linear (Baroni
+   et al. 2025, arXiv 2507.02559; their code scores the current token, here it is the next).
+5. No vector r − c is made. With r, c and w centred, logit(r − c) = (r·w − c·w) / σ(r − c) + b, where
+   d_model · σ²(r − c) = ‖r‖² − 2 r·c + ‖c‖² + d_model · eps: three dot products a component. That of a head is
+   c = z W_O, so that c·w = z·(W_O w), c·r = z·(W_O r) and ‖c‖² = z (W_O W_Oᵀ) z.
+
+Activations have the model's dtype; from the final residual stream on everything is float64.
+"""
+
+import html
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+from torch import Tensor
+from torch.nn import functional as F
+
+from analysis import palette
+from analysis.batches import forwards
+
+_BARS = 24
+"""Components that the figure of a prompt shows."""
+_STATISTICS = ("dla", "direct_effect", "dla_abs", "direct_effect_abs", "error_abs", "dla_max", "direct_effect_max")
+_LENS = ("loss", "agreement", "logit", "scale")
+
+
+class Effects(NamedTuple):
+    """What components do to the logit of the target, float64."""
+
+    dla: Float[Tensor, "batch pos component"]
+    direct_effect: Float[Tensor, "batch pos component"]
+
+
+class Readout:
+    """How one model reads the target of every token of a batch off its final residual stream, in float64."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "batch all_pos"],
+        cache: Mapping[str, Tensor],
+        pair: tuple[int, int] | None = None,
+        centre_unembedding: bool = True,
+    ) -> None:
+        """Take the target of each token: the next token, which the last one lacks, or the difference of `pair`.
+
+        `cache` holds the final residual stream and the activations of the components that are asked for later.
+
+        Raises:
+            ValueError: a final norm whose weights are not folded into the unembedding.
+        """
+        self._model, self._cache = model, cache
+        self._has_norm = model.cfg.normalization_type is not None
+        if model.cfg.normalization_type not in (None, "LNPre"):
+            raise ValueError(
+                f"The final norm is of type {model.cfg.normalization_type}; only a folded LayerNorm (LNPre) or none is "
+                "known: load the model with analysis.load_hooked or analysis.load_bridge."
+            )
+        self._pair, self._centre_unembedding = pair, centre_unembedding
+        self._targets = tokens[:, 1:] if pair is None else torch.full_like(tokens, pair[0])
+        self.w = self._centre(model.W_U.T[self._targets].double() - self._base(model.W_U))
+        self.b = model.b_U[self._targets].double() - self._base(model.b_U)
+        self.r = self._centre(self.cached(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"))
+        self._rw, self._rr = (torch.linalg.vecdot(self.r, x).unsqueeze(-1) for x in (self.w, self.r))
+
+    def _base(self, by_token: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:
+        """Return what the target's entry counts from: the other token's, the mean over the vocabulary, or zero."""
+        if self._pair is not None:
+            return by_token[..., self._pair[1]].double()
+        mean = by_token.mean(-1, dtype=torch.float64)
+        return mean if self._centre_unembedding else torch.zeros_like(mean)
+
+    def cached(self, name: str) -> Float[Tensor, "batch pos *shape"]:
+        """Return an activation at the tokens that have a target."""
+        return self._cache[name][:, : self._targets.shape[1]]
+
+    def _centre(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
+        x = x.double()
+        return x - x.mean(-1, keepdim=True) if self._has_norm else x
+
+    def read(self, normalised: Float[Tensor, "batch all_pos d_model"]) -> Float[Tensor, "batch pos"]:
+        """Return the target's logit read off residual vectors that went through the final norm."""
+        return torch.linalg.vecdot(normalised[:, : self._targets.shape[1]], self.w) + self.b
+
+    def _scale(self, square_norm: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return what the final norm divides a centred vector of this squared norm by."""
+        if not self._has_norm:
+            return torch.ones_like(square_norm)
+        return (square_norm.clamp(min=0) / self._model.cfg.d_model + self._model.cfg.eps).sqrt()
+
+    def logit(self, logits: Float[Tensor, "batch all_pos vocab"]) -> Float[Tensor, "batch pos"]:
+        """Return the target's logit among the model's own."""
+        logits = logits[:, : self._targets.shape[1]]
+        return logits.gather(-1, self._targets.unsqueeze(-1)).squeeze(-1).double() - self._base(logits)
+
+    def normalise(
+        self, x: Float[Tensor, "batch pos d_model"]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos 1"]]:
+        """Return the final norm of any residual vectors at their own scale, and that scale."""
+        x = self._centre(x)
+        scale = self._scale(x.square().sum(-1, keepdim=True))
+        return x / scale, scale
+
+    def _effects(
+        self,
+        cw: Float[Tensor, "batch pos component"],
+        cr: Float[Tensor, "batch pos component"],
+        cc: Float[Tensor, "*token component"],
+    ) -> Effects:
+        """Return the effects of components from their dot products with w, with r and with themselves."""
+        scale = self._scale(self._rr)
+        without = (self._rw - cw) / self._scale(self._rr - 2 * cr + cc)
+        return Effects(cw / scale, self._rw / scale - without)
+
+    def _vector(self, c: Float[Tensor, "*token d_model"]) -> Effects:
+        """Return the effects of one component whose vectors are at hand."""
+        c = self._centre(c)
+        cw, cr, cc = (torch.linalg.vecdot(c, x).unsqueeze(-1) for x in (self.w, self.r, c))
+        return self._effects(cw, cr, cc)
+
+    def _written(
+        self,
+        activations: Float[Tensor, "batch pos component d_in"],
+        weights: Float[Tensor, "component d_in d_model"],
+    ) -> Effects:
+        """Return the effects of components that write `activations` to the residual stream through `weights`."""
+        a, W = activations.double(), self._centre(weights)
+        cw, cr = (torch.linalg.vecdot(a, (x @ W.flatten(0, 1).T).view_as(a)) for x in (self.w, self.r))
+        cc = torch.einsum("bpci,cij,bpcj->bpc", a, W @ W.mT, a)
+        return self._effects(cw, cr, cc)
+
+    def heads(self, layer: int) -> Effects:
+        """Return the effects of a layer's heads, without the attention's bias, which is none of theirs."""
+        return self._written(self.cached(f"blocks.{layer}.attn.hook_z"), self._model.blocks[layer].attn.W_O)
+
+    def neurons(self, layer: int) -> Effects:
+        """Return the effects of the neurons of a layer's MLP."""
+        activations = self.cached(f"blocks.{layer}.mlp.hook_post")
+        return self._written(activations.unsqueeze(-1), self._model.blocks[layer].mlp.W_out.unsqueeze(1))
+
+    def components(
+        self, logits: Float[Tensor, "batch all_pos vocab"], neurons: bool = False
+    ) -> Iterator[tuple[str, int | None, Effects]]:
+        """Yield (kind, layer, effects) of everything that adds up to the logit, of that, and of what is left over.
+
+        Neurons are in the sum as parts of their MLP, whose bias is in it too. The model's own `logits` are the sum to
+        be reached; unlike the DLA, the direct effects of an LN model do not reach it.
+        """
+        dla = direct_effect = self.b
+        for kind, layer, effects in self._summands():
+            yield kind, layer, effects
+            dla, direct_effect = dla + effects.dla.sum(-1), direct_effect + effects.direct_effect.sum(-1)
+            if neurons and kind == "mlp" and layer is not None:
+                yield "neuron", layer, self.neurons(layer)
+        yield "b_U", None, Effects(self.b.unsqueeze(-1), self.b.unsqueeze(-1))
+        logit = self.logit(logits)
+        yield "logit", None, Effects(logit.unsqueeze(-1), logit.unsqueeze(-1))
+        yield "residue", None, Effects((logit - dla).unsqueeze(-1), (logit - direct_effect).unsqueeze(-1))
+
+    def _summands(self) -> Iterator[tuple[str, int | None, Effects]]:
+        yield "embed", None, self._vector(self.cached("hook_embed"))
+        yield "pos_embed", None, self._vector(self.cached("hook_pos_embed"))
+        for layer, block in enumerate(self._model.blocks):
+            yield "head", layer, self.heads(layer)
+            yield "b_O", layer, self._vector(block.attn.b_O)
+            yield "mlp", layer, self._vector(self.cached(f"blocks.{layer}.hook_mlp_out"))
+
+
+def measure(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    batch_size: int = 8,
+    pair: tuple[int, int] | None = None,
+    centre_unembedding: bool = True,
+) -> pd.DataFrame:
+    """Summarise how far DLA is from the direct effect of heads, and from adding up to the logit, in each model.
+
+    Arguments are those of `measure_components`, columns those of `summarise`.
+    """
+    components = measure_components(
+        models, tokens, batch_size=batch_size, pair=pair, centre_unembedding=centre_unembedding
+    )
+    return summarise(components)
+
+
+def summarise(components: pd.DataFrame) -> pd.DataFrame:
+    """Summarise what `measure_components` returns, a row a model, in the order of the models.
+
+    Columns: model, target, unembedding; nmae, the mean over heads of their NMAE, %, as in the paper; nmae_pooled, 100 ·
+    Σ mean|DLA − direct effect| / Σ mean|direct effect| over heads, %, as in its code; residue, the largest |logit − sum
+    of the DLA of all components| of a token, logits; residue_relative, the same over the largest |logit|, without unit;
+    effect_residue and effect_residue_relative, these with direct effects in place of DLA; tokens.
+    """
+    rows = []
+    for model, frame in components.groupby("model", sort=False):
+        heads = frame[frame["component"] == "head"]
+        logit, residue = (frame[frame["component"] == name].iloc[0] for name in ("logit", "residue"))
+        rows.append(
+            {
+                "model": model,
+                "target": logit["target"],
+                "unembedding": logit["unembedding"],
+                "nmae": heads["nmae"].mean(),
+                "nmae_pooled": 100 * heads["error_abs"].sum() / heads["direct_effect_abs"].sum(),
+                "residue": residue["dla_max"],
+                "residue_relative": residue["dla_max"] / logit["dla_max"],
+                "effect_residue": residue["direct_effect_max"],
+                "effect_residue_relative": residue["direct_effect_max"] / logit["dla_max"],
+                "tokens": logit["tokens"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def plot(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure` or `summarise` returns: the NMAE of each model."""
+    figure = go.Figure(
+        [
+            go.Bar(
+                name=row["model"],
+                legendgroup=row["model"],
+                x=["Mean over heads", "Pooled over heads"],
+                y=[row["nmae"], row["nmae_pooled"]],
+                marker_color=palette.colour(row["model"]),
+                texttemplate="%{y:.3g}",
+                textposition="outside",
+            )
+            for row in frame.to_dict("records")
+        ]
+    )
+    figure.update_yaxes(title=f"NMAE of DLA (%), W_U {frame['unembedding'].iloc[0]}")
+    return figure
+
+
+@torch.inference_mode()
+def measure_components(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    batch_size: int = 8,
+    pair: tuple[int, int] | None = None,
+    centre_unembedding: bool = True,
+    neurons: bool = False,
+) -> pd.DataFrame:
+    """Measure DLA and direct effect of every component, over all tokens that have a target.
+
+    Args:
+        models: by name, all on one device.
+        tokens: blocks as in training.
+        batch_size: blocks at a time; no result depends on it.
+        pair: two token ids: the target is how far the logit of the first is above that of the second, at every
+            position. None: the next token.
+        centre_unembedding: whether W_U is taken less its mean over the vocabulary. It cancels out in a pair.
+        neurons: also measure every neuron of every MLP.
+
+    Returns a row a model and component. Columns: model; target; unembedding, "centred" or "as it is"; component, one of
+    embed, pos_embed, head, b_O, mlp (its bias in it), neuron, b_U, logit (the sum to be reached) and residue (what the
+    others, neurons apart, leave over); label, such as L2H3; layer, head and neuron where it has them; over tokens, in
+    logits, dla, its mean, dla_abs, that of its absolute value, and dla_max, the largest; direct_effect, …_abs and …_max,
+    the same of it; error_abs, the mean |DLA − direct effect|; nmae, %; tokens, how many.
+    """
+    count = len(tokens) * (tokens.shape[1] - (pair is None))
+    frames = []
+    for name, model in models.items():
+        sums: dict[tuple[str, int | None], Float[Tensor, "5 component"]] = {}
+        maxima: dict[tuple[str, int | None], Float[Tensor, "2 component"]] = {}
+        hook_names = _hook_names(model, neurons)
+        for batch, outputs in forwards({name: model}, tokens, hook_names, batch_size, f"Logit attribution of {name}"):
+            logits, cache = outputs[name]
+            readout = Readout(model, batch, cache, pair, centre_unembedding)
+            for component, layer, effects in readout.components(logits, neurons):
+                values = torch.stack(effects).flatten(1, 2)
+                absolute, error = values.abs(), (values[:1] - values[1:]).abs()
+                maximum = absolute.amax(1)
+                key = component, layer
+                sums[key] = torch.cat([values, absolute, error]).sum(1) + sums.get(key, 0)
+                maxima[key] = maximum.maximum(maxima.get(key, maximum))
+        for (component, layer), total in sums.items():
+            statistics = torch.cat([total / count, maxima[component, layer]]).T.cpu().numpy()
+            frame = _labels(name, model, pair, centre_unembedding, component, layer, len(statistics))
+            frame[list(_STATISTICS)] = statistics
+            frames.append(frame)
+    components = pd.concat(frames, ignore_index=True)
+    is_part = ~components["component"].isin(["logit", "residue"])
+    components["nmae"] = (100 * components["error_abs"] / components["direct_effect_abs"]).where(is_part)
+    return components.assign(tokens=count)
+
+
+def plot_components(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_components` returns: the NMAE of each component over its mean |direct effect|."""
+    figure = go.Figure()
+    for name, points in frame.dropna(subset="nmae").groupby("model", sort=False):
+        figure.add_scatter(
+            name=name,
+            legendgroup=name,
+            x=points["direct_effect_abs"],
+            y=points["nmae"],
+            mode="markers",
+            marker={"color": palette.colour(name), "opacity": 0.7},
+            text=points["label"],
+            hovertemplate="%{text}: direct effect %{x:.3g} logits, NMAE %{y:.3g} %",
+        )
+    figure.update_xaxes(title="Mean |direct effect| (logits)", type="log")
+    figure.update_yaxes(title=f"NMAE of DLA (%), W_U {frame['unembedding'].iloc[0]}")
+    return figure
+
+
+def plot_heads(frame: pd.DataFrame) -> go.Figure:
+    """Plot the NMAE of the heads in what `measure_components` returns: a map of layer and head for each model."""
+    heads = frame[frame["component"] == "head"]
+    names = list(heads["model"].unique())
+    figure = make_subplots(1, len(names), column_titles=names, shared_yaxes=True, horizontal_spacing=0.03)
+    for column, name in enumerate(names, 1):
+        nmae = heads[heads["model"] == name].pivot(index="layer", columns="head", values="nmae")
+        figure.add_heatmap(z=nmae, x=nmae.columns, y=nmae.index, coloraxis="coloraxis", row=1, col=column)
+    figure.update_xaxes(title="Head", dtick=max(1, int(heads["head"].max()) // 6))
+    figure.update_yaxes(title="Layer", col=1)
+    title = f"NMAE (%),<br>W_U {heads['unembedding'].iloc[0]}"
+    figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "colorbar_title": title})
+    return figure
+
+
+@torch.inference_mode()
+def measure_prompt(
+    models: Mapping[str, Any],
+    prompt: Int[Tensor, " pos"],
+    *,
+    pair: tuple[int, int] | None = None,
+    centre_unembedding: bool = True,
+    neurons: bool = False,
+) -> pd.DataFrame:
+    """Measure DLA and direct effect of every component at every token of one prompt that has a target.
+
+    Arguments are those of `measure_components`. Returns a row a model, position and component. Columns: model,
+    unembedding, component, label, layer, head and neuron, as there; position; token and target, their texts in quotes;
+    dla and direct_effect, logits.
+    """
+    frames = []
+    for name, model in models.items():
+        texts = np.array([_text(model, token) for token in prompt], dtype=object)
+        for batch, outputs in forwards({name: model}, prompt.unsqueeze(0), _hook_names(model, neurons)):
+            logits, cache = outputs[name]
+            readout = Readout(model, batch, cache, pair, centre_unembedding)
+            for component, layer, effects in readout.components(logits, neurons):
+                positions, parts = np.indices(effects.dla.shape[1:]).reshape(2, -1)
+                labels = _labels(name, model, pair, centre_unembedding, component, layer, effects.dla.shape[2])
+                frame = labels.iloc[parts].assign(position=positions, token=texts[positions])
+                if pair is None:
+                    frame["target"] = texts[positions + 1]
+                frame[["dla", "direct_effect"]] = torch.stack(effects, dim=-1).flatten(0, 2).cpu().numpy()
+                frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def plot_prompt(frame: pd.DataFrame) -> go.Figure:
+    """Plot the DLA of components at the last position of what `measure_prompt` returns, as bars.
+
+    The logit comes first, then, in the order of the model, those whose DLA is largest in any model.
+    """
+    last = frame[(frame["position"] == frame["position"].max()) & (frame["component"] != "residue")]
+    parts = last[last["component"] != "logit"]
+    largest = parts["dla"].abs().groupby(parts["label"]).max().nlargest(_BARS).index
+    labels = ["logit", *parts["label"].drop_duplicates()[lambda label: label.isin(largest)]]
+    figure = go.Figure()
+    for name, bars in last.groupby("model", sort=False):
+        figure.add_bar(
+            name=name,
+            legendgroup=name,
+            x=labels,
+            y=bars.set_index("label")["dla"].reindex(labels),
+            marker_color=palette.colour(name),
+        )
+    text = {column: html.escape(last[column].iloc[0]) for column in ("token", "target")}
+    figure.update_xaxes(title=f"Component (the {len(largest)} largest), after {text['token']}", tickangle=-90)
+    figure.update_yaxes(title=f"DLA of {text['target']} (logits), W_U {last['unembedding'].iloc[0]}")
+    return figure
+
+
+@torch.inference_mode()
+def measure_lens(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    batch_size: int = 8,
+    pair: tuple[int, int] | None = None,
+    centre_unembedding: bool = True,
+) -> pd.DataFrame:
+    """Measure what the residual stream between blocks predicts, read as if it were final: the logit lens.
+
+    The final norm divides a layer's residual vector by that vector's own scale, not by the final one's.
+
+    Arguments are those of `measure_components`. Returns a row a model and layer, the number of blocks before it.
+    Columns: model, target, unembedding, layer; means over tokens of loss, of the next token, nats, agreement, how often
+    the top token is the model's own, from 0 to 1, logit, that of the target, and scale, what the norm divides by, in
+    units of the residual stream (1 without a norm).
+    """
+    frames = []
+    for name, model in models.items():
+        blocks = range(model.cfg.n_layers)
+        points = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in blocks)]
+        total = torch.zeros(len(points), len(_LENS), dtype=torch.float64)
+        for batch, outputs in forwards({name: model}, tokens, points, batch_size, f"Logit lens of {name}"):
+            logits, cache = outputs[name]
+            readout = Readout(model, batch, cache, pair, centre_unembedding)
+            top = logits[:, :-1].argmax(-1)
+            for layer, point in enumerate(points):
+                normalised, scale = readout.normalise(cache[point])
+                lens = normalised[:, :-1].to(model.W_U) @ model.W_U + model.b_U
+                loss = F.cross_entropy(lens.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
+                values = loss.view_as(top), top == lens.argmax(-1), readout.read(normalised), scale
+                # All blocks have as many tokens: their means can be averaged.
+                total[layer] += torch.stack([value.double().flatten(1).mean(1).sum().cpu() for value in values])
+        frame = pd.concat(
+            [_labels(name, model, pair, centre_unembedding, "", layer, 1) for layer in range(len(points))]
+        )
+        frame = frame[["model", "target", "unembedding", "layer"]]
+        frame[list(_LENS)] = (total / len(tokens)).numpy()
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def plot_lens(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_lens` returns by layer."""
+    titles = {
+        "loss": "CE<br>(nats/token)",
+        "agreement": "Final top<br>token (share)",
+        "logit": f"Logit of target,<br>W_U {frame['unembedding'].iloc[0]}",
+    }
+    figure = make_subplots(len(titles), 1, shared_xaxes=True, vertical_spacing=0.05)
+    for row, (column, title) in enumerate(titles.items(), 1):
+        for name, line in frame.groupby("model", sort=False):
+            figure.add_scatter(
+                name=name,
+                legendgroup=name,
+                showlegend=row == 1,
+                x=line["layer"],
+                y=line[column],
+                line_color=palette.colour(name),
+                row=row,
+                col=1,
+            )
+        figure.update_yaxes(title=title, row=row, col=1)
+    figure.update_xaxes(title="Blocks before", row=len(titles), col=1)
+    return figure
+
+
+def _hook_names(model: Any, neurons: bool) -> list[str]:
+    """Return the hook points of the activations that `Readout.components` needs."""
+    names = ["attn.hook_z", "hook_mlp_out"] + ["mlp.hook_post"] * neurons
+    blocks = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in names]
+    return ["hook_embed", "hook_pos_embed", *blocks, f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
+
+
+def _text(model: Any, token: int | Tensor) -> str:
+    """Return the text of a token in quotes, or its id where the model has no tokenizer."""
+    return repr(model.tokenizer.decode([int(token)])) if model.tokenizer is not None else str(int(token))
+
+
+def _target(model: Any, pair: tuple[int, int] | None) -> str:
+    return "next token" if pair is None else " − ".join(_text(model, token) for token in pair)
+
+
+def _labels(
+    name: str,
+    model: Any,
+    pair: tuple[int, int] | None,
+    centre_unembedding: bool,
+    component: str,
+    layer: int | None,
+    count: int,
+) -> pd.DataFrame:
+    """Return the columns that say what `count` components of one kind and layer are, and what they act on."""
+    place = {"head": f"L{layer}H", "neuron": f"L{layer}N", "mlp": f"L{layer} MLP", "b_O": f"L{layer} b_O"}
+    numbers = {kind: range(count) if component == kind else [None] * count for kind in ("head", "neuron")}
+    return pd.DataFrame(
+        {
+            "model": name,
+            "target": _target(model, pair),
+            "unembedding": "centred" if centre_unembedding else "as it is",
+            "component": component,
+            "label": [place.get(component, component) + str(i) * (component in numbers) for i in range(count)],
+            "layer": pd.array([layer] * count, "Int64"),
+            **{kind: pd.array(list(number), "Int64") for kind, number in numbers.items()},
+        }
+    )

@@ -1,0 +1,646 @@
+"""All analyses -> one directory: a self-contained HTML page, tables as CSV, figures as plotly JSON.
+
+1. Name the models: those given, or those of the newest run; load them, and pack the texts as in training.
+2. Measure and plot, analysis by analysis, in the order of `ANALYSES`.
+3. Answer the questions that the page opens with, from the tables (`answers`).
+4. Write everything under a temporary name, and rename it when it is complete.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Int
+from plotly.colors import get_colorscale
+from plotly.offline import get_plotlyjs
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from analysis import (
+    answers,
+    attention,
+    confidence_neurons,
+    faithfulness,
+    logit_attribution,
+    loss,
+    outlier_features,
+    palette,
+    patching,
+    residual_norms,
+    token_view,
+)
+from analysis.loading import Model, load_trio
+from analysis.prompts import MICRO, Pair, PairError, encode_pairs, indirect_object_pairs, read_pairs
+from finetune import NolnError, checkpoint
+from finetune import recipe as recipes
+from finetune.bundled import MODELS
+from finetune.recipe import Text
+from finetune.text import load_text
+
+ROWS_SHOWN = 40
+"""Rows of a table on the page; the CSV has all."""
+TOKENS_VIEWED = 512
+"""Tokens in the token view, in two blocks."""
+COLOURSCALES = {"sequential": "Cividis", "sequentialminus": "Cividis", "diverging": "RdBu"}
+PACKAGES = ("noln", "torch", "transformers", "transformer-lens", "plotly")
+
+
+class ReportError(NolnError):
+    """A report that cannot be made as asked; the message says why and what to do."""
+
+
+class Sample(NamedTuple):
+    """Blocks of a text, packed as in training, nothing prepended."""
+
+    tokens: Int[Tensor, "block pos"]
+    documents: Int[np.ndarray, "block pos"]
+    """The number of each token's document."""
+    description: str
+
+
+class Inputs(NamedTuple):
+    """What the analyses of a report look at."""
+
+    models: dict[str, Any]
+    samples: dict[str, Sample]
+    """The texts by name."""
+    pairs: Sequence[Pair]
+    """For patching."""
+    batch_size: int
+
+    def each(self, measure: Callable[..., pd.DataFrame], **options: Any) -> pd.DataFrame:
+        """Return what `measure` makes of the models and the first text."""
+        tokens = next(iter(self.samples.values())).tokens
+        return measure(self.models, tokens, batch_size=self.batch_size, **options)
+
+
+@dataclass(frozen=True)
+class Grain:
+    """One table of an analysis and its figure."""
+
+    name: str
+    """With the module's, the name of the files."""
+    title: str
+    plot: Callable[[pd.DataFrame], go.Figure] | None
+    python: str
+    """The call that makes what is plotted, from `models` and `tokens`."""
+    plotted: str | None = None
+    """The grain whose table is plotted, if another than this one."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One module of the package, and its section of the page."""
+
+    module: ModuleType
+    title: str
+    sentence: str
+    """What it measures."""
+    measure: Callable[[Inputs], dict[str, pd.DataFrame]]
+    """Makes the tables by grain, from as few forwards as can be."""
+    grains: tuple[Grain, ...]
+    python: tuple[str, ...] = ()
+    """What the calls of its grains need beside models and tokens."""
+
+    @property
+    def name(self) -> str:
+        """The module's name, in tables and file names too."""
+        return self.module.__name__.rpartition(".")[2]
+
+
+def _loss(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    """Measure every text: they stand side by side in each table."""
+    token = pd.concat(
+        [
+            loss.measure_tokens(inputs.models, sample.tokens, sample.documents, text=name, batch_size=inputs.batch_size)
+            for name, sample in inputs.samples.items()
+        ],
+        ignore_index=True,
+    )
+    text, sample = next(iter(inputs.samples.items()))
+    return {
+        "model": loss.summarise(token),
+        "position": loss.average_positions(token),
+        "token": token,
+        "worst": loss.worst_tokens(token[token["text"] == text], sample.tokens, inputs.models["original"].tokenizer),
+    }
+
+
+def _attention(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    head = inputs.each(attention.measure_heads)
+    return {"model": attention.summarise(head), "head": head}
+
+
+def _logit_attribution(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    component = inputs.each(logit_attribution.measure_components)
+    return {
+        "model": logit_attribution.summarise(component),
+        "component": component,
+        "head": component[component["component"] == "head"],
+        "lens": inputs.each(logit_attribution.measure_lens),
+    }
+
+
+def _faithfulness(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    return {
+        "model": inputs.each(faithfulness.measure),
+        "calibration": inputs.each(faithfulness.measure_calibration),
+        "layer": inputs.each(faithfulness.measure_layers),
+        "head": inputs.each(faithfulness.measure_heads),
+        "neuron": inputs.each(faithfulness.measure_neurons),
+    }
+
+
+def _confidence_neurons(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    neurons = confidence_neurons.candidates(inputs.models["original"])
+    return {
+        "neuron": confidence_neurons.measure_neurons(inputs.models, neurons),
+        "ablation": inputs.each(confidence_neurons.measure, neurons=neurons),
+        "cumulative": inputs.each(confidence_neurons.measure_cumulative, neurons=neurons),
+        "spectrum": confidence_neurons.measure_spectrum(inputs.models, neurons),
+    }
+
+
+def _patching(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    """Patch the pairs that every model can do: where a logit difference is small, effects in shares of it are noise."""
+    tokenizer = inputs.models["original"].tokenizer
+    pair = patching.measure_pairs(inputs.models, inputs.pairs, tokenizer)
+    able = ((pair["clean_difference"] > 0) & (pair["corrupt_difference"] < 0)).groupby(pair["pair"]).all()
+    able_pairs = [inputs.pairs[number - 1] for number in able.index[able]]
+    if not able_pairs:
+        return {"pair": pair}
+    place = patching.measure(inputs.models, able_pairs, tokenizer)
+    return {"pair": pair, "layer": patching.summarise(place), "place": place}
+
+
+ANALYSES = (
+    Analysis(
+        loss,
+        "Loss",
+        "The cross-entropy of every next token, and what it is in the LN-free model and in the control less what it is "
+        "in the original; of a mean that a few tokens make, the percentiles tell.",
+        _loss,
+        (
+            Grain("model", "By model and text", loss.plot, "loss.measure(models, tokens)"),
+            Grain("position", "By position", loss.plot_positions, "loss.measure_positions(models, tokens)"),
+            Grain(
+                "token", "Difference to the original by token", loss.plot_tokens, "loss.measure_tokens(models, tokens)"
+            ),
+            Grain(
+                "worst",
+                "The worst tokens",
+                None,
+                "loss.worst_tokens(loss.measure_tokens(models, tokens), tokens, models['original'].tokenizer)",
+            ),
+        ),
+    ),
+    Analysis(
+        residual_norms,
+        "Residual norms",
+        "The L2 norm and std of the residual stream at each of its points, at position 0, at end-of-text tokens and "
+        "at the others; bars are the spread over tokens, dashes the largest.",
+        lambda inputs: {"point": inputs.each(residual_norms.measure)},
+        (Grain("point", "By point of the stream", residual_norms.plot, "residual_norms.measure(models, tokens)"),),
+    ),
+    Analysis(
+        logit_attribution,
+        "Logit attribution",
+        "How well the direct logit attribution (DLA) of a head, an MLP or the embeddings to the next token tells what "
+        "its removal does to the logit (direct effect); the unembedding is centred. NMAE is the error over the effect.",
+        _logit_attribution,
+        (
+            Grain("model", "NMAE by model", logit_attribution.plot, "logit_attribution.measure(models, tokens)"),
+            Grain(
+                "component",
+                "DLA against direct effect",
+                logit_attribution.plot_components,
+                "logit_attribution.measure_components(models, tokens)",
+            ),
+            Grain(
+                "head",
+                "NMAE by head",
+                logit_attribution.plot_heads,
+                "logit_attribution.measure_components(models, tokens)",
+            ),
+            Grain("lens", "Logit lens", logit_attribution.plot_lens, "logit_attribution.measure_lens(models, tokens)"),
+        ),
+    ),
+    Analysis(
+        faithfulness,
+        "Faithfulness",
+        "Whether a model still does what the original does: its predictions, and inside, layer by layer, its residual "
+        "stream, attention patterns, heads and neurons. What the control shows, fine-tuning did.",
+        _faithfulness,
+        (
+            Grain("model", "Predictions", faithfulness.plot, "faithfulness.measure(models, tokens)"),
+            Grain(
+                "calibration",
+                "Calibration",
+                faithfulness.plot_calibration,
+                "faithfulness.measure_calibration(models, tokens)",
+            ),
+            Grain("layer", "By layer", faithfulness.plot_layers, "faithfulness.measure_layers(models, tokens)"),
+            Grain("head", "By head", faithfulness.plot_heads, "faithfulness.measure_heads(models, tokens)"),
+            Grain("neuron", "By neuron", faithfulness.plot_neurons, "faithfulness.measure_neurons(models, tokens)"),
+        ),
+    ),
+    Analysis(
+        attention,
+        "Attention",
+        "How much heads attend to position 0, the attention sink, and how spread their patterns are.",
+        _attention,
+        (
+            Grain("model", "By model", attention.plot, "attention.measure(models, tokens)"),
+            Grain("head", "By head", attention.plot_heads, "attention.measure_heads(models, tokens)"),
+        ),
+    ),
+    Analysis(
+        confidence_neurons,
+        "Confidence neurons",
+        "What neurons of the last MLP do that write much and yet hardly in directions that the logits see: the change "
+        "of entropy and loss when their activation is set to its mean, and what of it goes through the final LN.",
+        _confidence_neurons,
+        (
+            Grain(
+                "neuron",
+                "LogitVar against norm",
+                confidence_neurons.plot_neurons,
+                "confidence_neurons.measure_neurons(models, neurons)",
+            ),
+            Grain(
+                "ablation",
+                "Neurons ablated one by one",
+                confidence_neurons.plot,
+                "confidence_neurons.measure(models, tokens, neurons)",
+            ),
+            Grain(
+                "cumulative",
+                "Neurons ablated together",
+                confidence_neurons.plot_cumulative,
+                "confidence_neurons.measure_cumulative(models, tokens, neurons)",
+            ),
+            Grain(
+                "spectrum",
+                "Spectrum of the unembedding",
+                confidence_neurons.plot_spectrum,
+                "confidence_neurons.measure_spectrum(models, neurons)",
+            ),
+        ),
+        ("neurons = confidence_neurons.candidates(models['original'])",),
+    ),
+    Analysis(
+        patching,
+        "Patching",
+        "How well attribution patching, one backward pass, estimates activation patching, a forward for each place, on "
+        "pairs of prompts that every model here can tell apart.",
+        _patching,
+        (
+            Grain(
+                "pair", "Can the models do it?", patching.plot_pairs, "patching.measure_pairs(models, pairs, tokenizer)"
+            ),
+            Grain("layer", "Error by layer", patching.plot, "patching.measure(models, pairs, tokenizer)", "place"),
+            Grain("place", "By place", patching.plot_effects, "patching.measure(models, pairs, tokenizer)"),
+        ),
+        (
+            "from analysis import prompts",
+            "pairs = prompts.read_pairs(prompts.MICRO)",
+            "tokenizer = models['original'].tokenizer",
+        ),
+    ),
+    Analysis(
+        outlier_features,
+        "Outlier features",
+        "Whether a few features carry most of the residual stream: kurtosis is 1 where all are alike and grows with "
+        "outliers; max-median ratio and the correlations of features and of tokens tell of the same.",
+        lambda inputs: {"point": inputs.each(outlier_features.measure)},
+        (Grain("point", "By point of the stream", outlier_features.plot, "outlier_features.measure(models, tokens)"),),
+    ),
+)
+"""The sections of the page, in order. To add an analysis, add an entry."""
+
+
+def run(
+    original: Model | None = None,
+    control: Model | None = None,
+    ln_free: Model | None = None,
+    text: Sequence[str] = ("books-report", "shifted-peps"),
+    pairs: str | Path | None = None,
+    tokens: int = 8_192,
+    out: str | Path | None = None,
+    only: Sequence[str] = (),
+    batch_size: int = 8,
+) -> Path:
+    """Load models and texts, write a report of them, and return its page: what `python -m analysis report` does.
+
+    Args:
+        original: as for `load_trio`, as are the other two. All None: those of the newest run under runs/, or the
+            bundled ones where there is no run.
+        control: the model fine-tuned in the same way with LN kept.
+        ln_free: the LN-free model.
+        text: sources as in a recipe; the first one serves the analyses that look at one text.
+        pairs: a JSON file of prompt pairs for patching, as `prompts.read_pairs` wants it. None: as for `write`.
+        tokens: how many of each text, at most, in blocks spread evenly over it.
+        out: the directory to write. None: reports/TIME.
+        only: names of analyses. Empty: all.
+        batch_size: blocks in one forward; no number depends on it.
+
+    Raises:
+        ReportError: no models, an analysis that there is not, or `out` exists.
+        CheckpointError, TextError: models or texts do not do.
+    """
+    directory = Path(out) if out is not None else Path("reports") / time.strftime("%Y%m%d-%H%M%S")
+    check(directory, only)
+    tokenizer = None
+    if original is None and control is None and ln_free is None:
+        original, control, ln_free, tokenizer = _newest()
+    if original is None or ln_free is None:
+        raise ReportError("Name both --original and --ln-free, or neither: then those of the newest run are taken.")
+    names = {"original": original, "control": control, "ln_free": ln_free}
+    read = read_pairs(pairs) if pairs is not None else None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = load_trio(original, control, ln_free, tokenizer, device=device)
+    samples = {name: read_text(name, models["original"], tokens) for name in text}
+    return write(
+        models,
+        samples,
+        directory,
+        names={key: str(names[key]) for key in models},
+        pairs=read,
+        only=only,
+        batch_size=batch_size,
+    )
+
+
+def _newest() -> tuple[Model, Model | None, Model, Any]:
+    """Return original, control and LN-free model, and their tokenizer, of the newest complete run."""
+    runs = [path.parent for path in Path("runs").glob("*/recipe.yaml") if (path.parent / "ln_free").is_dir()]
+    if not runs:
+        if "micro-ln-free" in MODELS:
+            return "micro", "micro-control", "micro-ln-free", None
+        raise ReportError(
+            "There is no complete run under runs/ to report on: run `python -m finetune` first, or name models with "
+            "--original and --ln-free."
+        )
+    newest = max(runs, key=lambda run: (run / "recipe.yaml").stat().st_mtime)
+    recipe = recipes.load(newest / "recipe.yaml")
+    control = recipe.control_from or (newest / "control" if recipe.control else None)
+    return recipe.model, control, newest / "ln_free", checkpoint.load_tokenizer(newest / "ln_free")
+
+
+def read_text(name: str, model: Any, tokens: int = 8_192) -> Sample:
+    """Pack a text for `model` as in training, nothing prepended, and take blocks spread evenly over it.
+
+    Args:
+        name: a source as in a recipe: a bundled name, a file, a directory, or a Hub data set.
+        model: what `load_hooked` or `load_bridge` returns, with a tokenizer.
+        tokens: how many to take, at most, in whole blocks of the model's context.
+
+    Raises:
+        ReportError: the model has no tokenizer.
+        TextError: the text cannot be read, is shorter than a block, or has tokens beyond the vocabulary.
+    """
+    if model.tokenizer is None:
+        raise ReportError("The original model has no tokenizer beside it: put its tokenizer.json there.")
+    context = model.cfg.n_ctx
+    # All of it is held out: of the text to train on, which a `Text` has too, nothing is used.
+    unused = "books-report" if name == "books-validation" else "books-validation"
+    splits = load_text(
+        Text(unused, held_out=name, held_out_blocks=sys.maxsize), model.tokenizer, context, model.cfg.d_vocab
+    )
+    packed = splits.held_out
+    chosen = np.linspace(0, len(packed) - 1, min(len(packed), max(1, tokens // context))).astype(int)
+    documents = packed.document_ids[chosen]
+    return Sample(
+        torch.stack([packed[i]["input_ids"] for i in chosen]),
+        documents,
+        f"{name}: {documents.size:,} of {packed.blocks.size:,} tokens, from {len(np.unique(documents)):,} documents",
+    )
+
+
+def _pairs(tokenizer: Any) -> list[Pair]:
+    """Return the bundled pairs or, for a tokenizer that cuts them in another way, indirect objects."""
+    pairs = read_pairs(MICRO)
+    try:
+        encode_pairs(pairs, tokenizer, sys.maxsize)
+    except PairError:
+        return indirect_object_pairs(tokenizer)
+    return pairs
+
+
+def check(out: Path, only: Sequence[str] = ()) -> None:
+    """Raise ReportError if `out` exists, or `only` names an analysis that there is not."""
+    if out.exists():
+        raise ReportError(f"{out} exists, and a report writes over nothing: name another directory with --out.")
+    known = [analysis.name for analysis in ANALYSES]
+    if unknown := [name for name in only if name not in known]:
+        raise ReportError(f"There is no analysis {', '.join(unknown)}: name some of {', '.join(known)}.")
+
+
+def write(
+    models: Mapping[str, Any],
+    samples: Mapping[str, Sample],
+    out: str | Path,
+    *,
+    names: Mapping[str, str] | None = None,
+    pairs: Sequence[Pair] | None = None,
+    only: Sequence[str] = (),
+    batch_size: int = 8,
+) -> Path:
+    """Run the analyses, write their tables and figures and a page of them all to `out`, and return the page.
+
+    Args:
+        models: as `load_trio` returns them, `original` among them.
+        samples: the texts by name, as `read_text` returns them; the first one serves the analyses that look at one.
+        out: the directory to write, whole or not at all.
+        names: what the models are, on top of the page and in its Python; where None, their keys.
+        pairs: of prompts, for patching. None: the bundled ones or, if the tokenizer does not suit them, made ones.
+        only: names of analyses. Empty: all.
+        batch_size: blocks in one forward; no number depends on it.
+
+    Raises:
+        ReportError: `out` exists, or an analysis that there is not.
+        PairError: `pairs` do not suit the tokenizer, or none can be made for it.
+    """
+    out, names = Path(out), names or {name: name for name in models}
+    check(out, only)
+    analyses = [analysis for analysis in ANALYSES if not only or analysis.name in only]
+    if not pairs and any(analysis.module is patching for analysis in analyses):
+        pairs = _pairs(models["original"].tokenizer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        partial = Path(temporary) / out.name
+        partial.mkdir()
+        inputs = Inputs(dict(models), dict(samples), pairs or [], batch_size)
+        tables: dict[tuple[str, str], pd.DataFrame] = {}
+        sections = []
+        for analysis in (progress := tqdm(analyses, unit="analysis")):
+            progress.set_description(analysis.title)
+            frames = analysis.measure(inputs)
+            tables |= {(analysis.name, grain): frame for grain, frame in frames.items()}
+            grains = [
+                _save(frames, grain, partial / f"{analysis.name}-{grain.name}")
+                for grain in analysis.grains
+                if grain.name in frames
+            ]
+            sections.append(
+                {
+                    "module": analysis.name,
+                    "title": analysis.title,
+                    "sentence": analysis.sentence,
+                    "grains": grains,
+                    "code": _code(analysis, names, next(iter(samples))),
+                }
+            )
+        page = (
+            _environment()
+            .get_template("report.html.jinja")
+            .render(
+                title="What removing LayerNorm changed",
+                names=names,
+                colours={name: palette.colour(name) for name in models},
+                facts=_facts(models["original"], samples),
+                cards=answers.answer(tables),
+                view=_view(models, samples, batch_size),
+                sections=sections,
+                colorscales={kind: get_colorscale(scale) for kind, scale in COLOURSCALES.items()},
+                nonce=secrets.token_hex(16),
+                plotly_js=get_plotlyjs(),
+            )
+        )
+        (partial / "report.html").write_text(page, encoding="utf-8")
+        partial.rename(out)
+    return out / "report.html"
+
+
+def _save(frames: Mapping[str, pd.DataFrame], grain: Grain, path: Path) -> dict[str, Any]:
+    """Write the table and the figure beside the page, and return what the page shows of them."""
+    frame = frames[grain.name]
+    frame.to_csv(path.with_name(f"{path.name}.csv"), index=False)
+    shown = {"title": grain.title, "file": path.name, "figure": None, "rows": len(frame), "table": _table(frame)}
+    if grain.plot is not None:
+        figure = grain.plot(frames[grain.plotted or grain.name])
+        rows = len({axis.domain for axis in figure.select_yaxes()})
+        figure.layout.height = figure.layout.height or 200 + 200 * rows
+        figure.write_json(path.with_name(f"{path.name}.json"))
+        if importlib.util.find_spec("kaleido"):
+            figure.write_image(path.with_name(f"{path.name}.png"), scale=2)
+        figure.layout.template = None  # the page has its own, light and dark
+        shown["figure"] = json.loads(figure.to_json())
+    return shown
+
+
+def _table(frame: pd.DataFrame) -> dict[str, Any]:
+    """Return the first rows of `frame` as text."""
+    shown = frame.head(ROWS_SHOWN)
+    is_text = {column: not pd.api.types.is_numeric_dtype(frame[column]) for column in frame}
+    columns = [{"name": str(column), "is_text": is_text[column]} for column in frame]
+    return {"columns": columns, "rows": [[_cell(value) for value in row] for row in shown.itertuples(index=False)]}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float | np.floating):
+        return "" if np.isnan(value) else f"{value:.4g}".replace("-", "−")
+    return str(value).replace("\n", "⏎")
+
+
+def _code(analysis: Analysis, names: Mapping[str, str], text: str) -> str:
+    """Return how to make an analysis's tables and figures in Python."""
+    models = ", ".join(repr(names[key]) if key in names else "None" for key in ("original", "control", "ln_free"))
+    grains = [
+        f"frame = {grain.python}" + (f"\n{analysis.name}.{grain.plot.__name__}(frame).show()" if grain.plot else "")
+        for grain in analysis.grains
+    ]
+    return "\n".join(
+        [
+            f"from analysis import {analysis.name}, load_trio",
+            "from analysis.report import read_text",
+            "",
+            f"models = load_trio({models})",
+            f"tokens = read_text({text!r}, models['original']).tokens",
+            *analysis.python,
+            *grains,
+        ]
+    )
+
+
+def _facts(model: Any, samples: Mapping[str, Sample]) -> dict[str, str]:
+    """Return on what, when and with which versions the models were compared."""
+    return {
+        "Text": "; ".join(sample.description for sample in samples.values()),
+        "Packing": (
+            "as in training: documents one after another, each ended by the end-of-text token, cut in blocks of "
+            f"{model.cfg.n_ctx} tokens, nothing prepended; the blocks are spread evenly over the text"
+        ),
+        "Made": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "Versions": ", ".join(
+            [
+                f"python {platform.python_version()}",
+                *(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+            ]
+        ),
+    }
+
+
+def _view(models: Mapping[str, Any], samples: Mapping[str, Sample], batch_size: int) -> dict[str, Any]:
+    """Return the text of the token view, and what its script needs to know of each token."""
+    name, sample = next(iter(samples.items()))
+    length = min(sample.tokens.shape[1], TOKENS_VIEWED // 2)
+    tokens = sample.tokens[[0, len(sample.tokens) // 2] if len(sample.tokens) > 1 else [0], :length]
+    frame = token_view.measure(dict(models), tokens, batch_size=batch_size)
+    decode = functools.cache(lambda token: models["original"].tokenizer.decode([token]))
+
+    def per_token(model: str, column: str) -> list[Any]:
+        """Return a column with None at position 0 of each block, before which there is nothing."""
+        values = frame.loc[frame["model"] == model].sort_values(["block", "position"])[column].tolist()
+        return [
+            value
+            for start in range(0, len(values), length - 1)
+            for value in [None, *values[start : start + length - 1]]
+        ]
+
+    data = {}
+    losses = per_token("original", "loss")
+    for model in models:
+        top = zip(per_token(model, "tokens"), per_token(model, "probabilities"), strict=True)
+        data[model] = {
+            "colour": palette.colour(model),
+            "losses": per_token(model, "loss"),
+            "loss": [None if a is None else a - b for a, b in zip(per_token(model, "loss"), losses, strict=True)],
+            "jsd": per_token(model, "jsd"),
+            "top": [None if ids is None else [[decode(i), p] for i, p in zip(ids, ps, strict=True)] for ids, ps in top],
+        }
+    compared = [model for model in models if model != "original"]
+    scale = {
+        measure: np.quantile([abs(x) for model in compared for x in data[model][measure] if x is not None], 0.99)
+        for measure in ("loss", "jsd")
+    }
+    return {
+        "sentence": f"{tokens.numel():,} tokens of {name}.",
+        "compared": compared,
+        "blocks": [[decode(token) for token in block] for block in tokens.tolist()],
+        "data": {"models": data, "scale": scale},
+    }
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("analysis", ""), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # models keep their order
+    return environment

@@ -1,0 +1,334 @@
+import importlib.metadata
+import json
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import at_call, finetune, read_log, run_forked, tiny_gpt2
+from safetensors.torch import load_file
+
+from finetune import recipe as recipes
+from finetune.__main__ import main
+from finetune.recipe import Recipe
+from finetune.run import Run
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def quick(recipe: Recipe, tmp_path: Path) -> Path:
+    """The recipe as a file, without its control."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(recipes.dump(replace(recipe, control=False)))
+    return path
+
+
+def call(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def error(*arguments: object) -> str:
+    """What the command says on its way out, with the exit code 1 as whatever is not a number has."""
+    with pytest.raises(SystemExit) as exit:
+        call(*arguments)
+    message = exit.value.code
+    assert isinstance(message, str)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+class TestWithoutTorch:
+    @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["show", "micro"], ["run", "micro", "--help"]])
+    def test_answers_at_once(self, arguments: list[str]):
+        self.check(f"from finetune.__main__ import main\ntry:\n    main({arguments})\nexcept SystemExit: pass")
+
+    def test_import(self):
+        self.check("import finetune")
+
+    def check(self, code: str) -> None:
+        heavy = 'import sys; print(sorted({"torch", "transformers", "datasets", "accelerate"} & set(sys.modules)))'
+        done = subprocess.run([sys.executable, "-c", f"{code}\n{heavy}"], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+        assert done.stderr == ""
+
+
+class TestCommands:
+    def test_help(self, capsys: pytest.CaptureFixture):
+        call("--help")
+
+        usage = capsys.readouterr().out
+        for command in ("[run] [RECIPE]", "resume RUN", "list", "show RECIPE"):
+            assert command in usage
+
+    def test_help_names_every_field(self, capsys: pytest.CaptureFixture):
+        with pytest.raises(SystemExit):
+            call("run", "--help")
+
+        help = capsys.readouterr().out
+        fields = [field for field in recipes.Recipe.__dataclass_fields__ if field not in ("name", "text", "schedule")]
+        for flag in (*fields, "out", "text", "text.held-out", "schedule.gap.ln-2", "no-control"):
+            assert f"--{flag.replace('_', '-')}" in help, flag
+
+    def test_list_and_show(self, capsys: pytest.CaptureFixture):
+        call("list")
+        names = capsys.readouterr().out.split()
+        assert "micro" in names
+        for name in names:
+            call("show", name)
+            assert yaml.safe_load(capsys.readouterr().out)["name"] == name
+
+    def test_script_is_the_module(self):
+        (script,) = importlib.metadata.entry_points(group="console_scripts", name="noln-finetune")
+        assert script.load() is main
+
+
+class TestRun:
+    def test_flags_override_fields(self, quick: Path):
+        call("run", quick, "--out", "run", "--seed", 3, "--lr", "1e-3", "--text.held-out-blocks", 4,
+             "--schedule.gap.ln-f", 2, "--steps", 14)  # fmt: skip
+
+        used = recipes.load("run/recipe.yaml")
+        assert (used.seed, used.lr, used.text.held_out_blocks, used.schedule.gap.ln_f) == (3, 1e-3, 4, 2)
+        assert used.steps == 14
+
+    def test_default_directory(self, quick: Path):
+        call(quick, "--steps", 14)
+
+        assert re.fullmatch(r"tiny-\d{8}-\d{6}", next(Path("runs").iterdir()).name)
+
+    def test_steps_scale_the_rest(self, quick: Path):
+        """Sites then share steps."""
+        call(quick, "--out", "run", "--steps", 8)
+
+        used = recipes.load("run/recipe.yaml")
+        assert (used.warmup, used.schedule.start, used.schedule.gap.v) == (1, 1, 0.5)
+        frozen = [line["frozen"] for line in read_log(Path("run"))]
+        assert len(frozen) == 8
+        assert frozen[1] == ["h.0.ln_2", "h.1.ln_2"]
+        assert frozen[5] == ["merge bos"]
+
+    def test_own_recipe_replays_the_run(self, run: Run, tmp_path: Path):
+        call(run.directory / "recipe.yaml", "--out", "again", "--no-control")
+
+        again, first = (load_file(d / "ln_free/model.safetensors") for d in (tmp_path / "again", run.directory))
+        for name, tensor in first.items():
+            assert torch.equal(again[name], tensor), name
+
+    def test_recipe_says_what_was_run(self, run: Run):
+        saved = yaml.safe_load((run.directory / "recipe.yaml").read_text())
+
+        assert saved["seed"] == 0
+        assert {"began", "command", "versions", "git", "processes", "device"} == set(saved["run"])
+        assert saved["run"]["versions"]["torch"] == torch.__version__
+
+    def test_relative_paths_are_kept_absolute(self, quick: Path, tiny: Path, text: Path):
+        shutil.copytree(tiny, "model")
+        shutil.copy(text, "text.jsonl")
+
+        call(quick, "--out", "run", "--model", "model", "--text", "text.jsonl")
+
+        used = recipes.load("run/recipe.yaml")
+        assert (used.model, used.text.source) == (str(Path("model").absolute()), str(Path("text.jsonl").absolute()))
+
+    def test_no_control(self, quick: Path, capsys: pytest.CaptureFixture):
+        call(quick, "--out", "run")
+
+        assert not Path("run/control").exists()
+        assert {line["model"] for line in read_log(Path("run"))} == {"ln_free"}
+        printed = capsys.readouterr().out
+        assert re.search(r"ln_free +\d\.\d{4} ± 0\.\d{4}", printed)
+        assert "nan" not in printed
+        assert "nan" not in Path("run/ln_free/README.md").read_text()
+
+    def test_control_of_an_earlier_run(self, quick: Path, run: Run):
+        call(quick, "--out", "run", "--control", "--control-from", run.directory / "control")
+
+        assert not Path("run/control").exists()
+        ours = (Path("run") / "results.csv").read_text().splitlines()
+        theirs = (run.directory / "results.csv").read_text().splitlines()
+        for line, other in list(zip(ours, theirs, strict=True))[:2]:
+            assert line == other
+        assert ours[2].split(",")[1] == theirs[2].split(",")[1]
+
+
+class TestRefused:
+    """Each with a line that says what to do, and nothing is left behind."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_left(self, tmp_path: Path):
+        yield
+        assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "runs").exists()
+
+    def test_unknown_recipe(self):
+        assert "micro" in error("no-such-recipe")
+
+    def test_unknown_field(self, quick: Path):
+        quick.write_text(quick.read_text() + "stepz: 3\n")
+        with pytest.raises(SystemExit, match=r"(?s)error: .*stepz"):
+            call(quick, "--out", "run")
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (["--steps", 1], "schedule.start"),
+            (["--steps", 0], "steps"),
+            (["--batch", 3], "micro_batch"),
+            (["--lr", 1e-9], "min_lr"),
+            (["--warmup", 99], "warmup"),
+            (["--schedule.gap.v", 7], "schedule"),
+            (["--text.held-out-fraction", 2], "held_out_fraction"),
+            (["--device", "cuda"], "device"),
+            (["--revision", "main"], "revision"),
+        ],
+    )
+    def test_contradiction(self, flags: list, said: str, quick: Path, capsys: pytest.CaptureFixture):
+        with pytest.raises(SystemExit) as exit:
+            call(quick, "--out", "run", *flags)
+        message = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err
+        assert said in message
+        assert "Traceback" not in message
+
+    def test_unknown_flag(self, quick: Path, capsys: pytest.CaptureFixture):
+        with pytest.raises(SystemExit) as exit:
+            call(quick, "--out", "run", "--learning-rate", 1)
+        assert exit.value.code == 2
+        assert "--learning-rate" in capsys.readouterr().err
+
+    def test_missing_model(self, quick: Path):
+        assert "no/such-model" in error(quick, "--out", "run", "--model", "no/such-model")
+
+    def test_other_architecture(self, quick: Path, tmp_path: Path):
+        (tmp_path / "bert").mkdir()
+        config = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+        (tmp_path / "bert/config.json").write_text(json.dumps(config))
+
+        assert "BertForMaskedLM" in error(quick, "--out", "run", "--model", "bert")
+
+    @pytest.mark.parametrize("spoil", ["cut", "text", "missing"])
+    def test_corrupt_weights(self, spoil: str, quick: Path, tiny: Path):
+        weights = Path(shutil.copytree(tiny, "spoilt")) / "model.safetensors"
+        match spoil:
+            case "cut":
+                weights.write_bytes(weights.read_bytes()[:-1000])
+            case "text":
+                weights.write_text("not a tensor in it")
+            case "missing":
+                weights.unlink()
+
+        assert "spoilt" in error(quick, "--out", "run", "--model", "spoilt")
+
+    def test_weights_that_are_not_finite(self, quick: Path, tiny: Path, tokenizer):
+        model = tiny_gpt2()
+        model.transformer.wpe.weight.data[3] = torch.nan
+        model.save_pretrained("spoilt")
+        tokenizer.save_pretrained("spoilt")
+
+        assert "transformer.wpe.weight" in error(quick, "--out", "run", "--model", "spoilt")
+
+    def test_no_tokenizer(self, quick: Path):
+        tiny_gpt2().save_pretrained("bare")
+
+        assert "tokenizer" in error(quick, "--out", "run", "--model", "bare")
+
+    def test_model_without_layernorm(self, quick: Path, run: Run):
+        assert "frozen" in error(quick, "--out", "run", "--model", run.directory / "ln_free")
+
+    def test_schedule_too_long_for_a_deeper_model(self, quick: Path, tiny: Path):
+        """Said from its config: there are no weights to read."""
+        shutil.copytree(tiny, "deep", ignore=shutil.ignore_patterns("*.safetensors"))
+        config = json.loads(Path("deep/config.json").read_text())
+        Path("deep/config.json").write_text(json.dumps(config | {"n_layer": 12}))
+
+        message = error(quick, "--out", "run", "--model", "deep")
+
+        assert "12 layers" in message
+        assert "--steps" in message
+
+    def test_missing_text(self, quick: Path):
+        assert "gone.jsonl" in error(quick, "--out", "run", "--text", "gone.jsonl")
+
+    def test_short_text(self, quick: Path):
+        Path("short.txt").write_text("Too short.")
+
+        assert "short.txt" in error(quick, "--out", "run", "--text", "short.txt")
+
+    def test_tokens_beyond_the_vocabulary(self, quick: Path, tokenizer):
+        tiny_gpt2(vocab_size=300).save_pretrained("small")
+        tokenizer.save_pretrained("small")
+
+        assert "vocabulary of 300" in error(quick, "--out", "run", "--model", "small")
+
+    def test_missing_control(self, quick: Path):
+        assert "gone" in error(quick, "--out", "run", "--control", "--control-from", "gone")
+
+    def test_resume_of_what_is_no_run(self):
+        assert "recipe.yaml" in error("resume", "nowhere")
+
+
+class TestDisk:
+    def test_existing_directory_is_left_alone(self, quick: Path, tmp_path: Path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/kept").write_text("kept")
+
+        assert "exists" in error(quick, "--out", "run")
+
+        assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["kept"]
+
+    def test_directory_that_cannot_be_made(self, quick: Path, tmp_path: Path):
+        """Below a file, where not even the superuser can make one."""
+        (tmp_path / "file").touch()
+
+        assert "file/run" in error(quick, "--out", "file/run")
+
+    def test_full_disk_leaves_the_last_good_checkpoint(self, quick: Path, run: Run, tmp_path: Path):
+        full = run_forked(partial(finetune, quick, "--out", "run", first=fill_disk_at_second_checkpoint), tmp_path)
+
+        assert full.code == 1
+        assert "Traceback" not in full.output
+        assert re.fullmatch(
+            r"error: The checkpoint of step 10 cannot be written .*resume.*", full.output.splitlines()[-1]
+        )
+        saved = tmp_path / "run/checkpoints/ln_free"
+        assert [path.name for path in saved.glob("checkpoint-*")] == ["checkpoint-5"]
+
+        assert run_forked(partial(finetune, "resume", "run"), tmp_path).code == 0
+
+        final = "ln_free/model.safetensors"
+        assert (tmp_path / "run" / final).read_bytes() == (run.directory / final).read_bytes()
+
+    def test_full_disk_at_export(self, quick: Path, tmp_path: Path):
+        full = run_forked(partial(finetune, quick, "--out", "run", first=fill_disk_at_export), tmp_path)
+
+        assert full.code == 1
+        assert full.output.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in full.output
+        assert not (tmp_path / "run/ln_free").exists()
+        assert (tmp_path / "run/checkpoints/ln_free/checkpoint-16").exists()
+
+
+def fill_disk_at_second_checkpoint() -> None:
+    at_call("finetune.trainer.RemovalTrainer._save_checkpoint", 2, fill_disk)
+
+
+def fill_disk_at_export() -> None:
+    at_call("finetune.checkpoint.save", 1, fill_disk)
+
+
+def fill_disk(*_: object, **__: object) -> None:
+    """Have no file grow beyond what a log or a table needs, as if the disk were full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))

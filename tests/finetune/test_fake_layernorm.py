@@ -1,0 +1,275 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import gradcheck
+from torch.autograd.functional import jacobian
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
+
+from finetune.fake_layernorm import CLASSES, FakeLayerNorm, NormedConv1D, TokenClasses, _Normalise
+
+EOT = 9
+TOKENS = torch.tensor([[1, 2, EOT, 3, EOT], [EOT, 4, 5, 6, 7]])
+CLASS_OF_TOKEN = [
+    ["bos", "ordinary", "eot", "ordinary", "eot"],
+    ["bos", "ordinary", "ordinary", "ordinary", "ordinary"],
+]
+D = 6
+STATES = [(alpha, merged) for alpha in (0.0, 0.3, 1.0) for merged in (0.0, 0.5, 1.0)]
+
+
+def classes(tokens=TOKENS) -> TokenClasses:
+    classes = TokenClasses(EOT)
+    classes.set(tokens)
+    return classes
+
+
+def layer_norm(d=D, dtype=torch.float64, bias=True) -> nn.LayerNorm:
+    norm = nn.LayerNorm(d, bias=bias, dtype=dtype)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, 1.0, 0.5)
+    return norm
+
+
+def set_site(site, alpha, frozen=(2.0, 7.0, 0.3), merged=0.0):
+    site.alpha.fill_(alpha)
+    site.frozen.copy_(torch.tensor(frozen))
+    site.merged[1:] = merged
+
+
+def stream(dtype=torch.float64, tokens=TOKENS, d=D) -> torch.Tensor:
+    return (3 * torch.randn(*tokens.shape, d, dtype=torch.float64) + 5).to(dtype).requires_grad_()
+
+
+def reference(x, norm, alpha, frozen, merged):
+    """The definition, a token at a time, in float64."""
+    out = []
+    for b, row in enumerate(CLASS_OF_TOKEN):
+        for p, name in enumerate(row):
+            v = x[b, p].double()
+            constant = frozen[CLASSES.index(name)] ** (1 - merged) * frozen[0] ** merged
+            std = (v.var(correction=0) + norm.eps).sqrt()
+            y = (v - v.mean()) / torch.exp((1 - alpha) * std.log()) / constant**alpha * norm.weight.double()
+            out.append(y if norm.bias is None else y + norm.bias.double())
+    return torch.stack(out).view(x.shape)
+
+
+def gradients(output, *inputs):
+    """Gradients of a scalar that every output moves by another amount."""
+    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view(output.shape)
+    return torch.autograd.grad((output * weights).sum(), inputs)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_alpha_0_is_layer_norm(dtype, tolerance, bias):
+    norm, x = layer_norm(dtype=dtype, bias=bias), stream(dtype)
+    fake = FakeLayerNorm(norm, 1, classes())
+    set_site(fake.sites[0], 0.0)
+    torch.testing.assert_close(fake(x), norm(x), rtol=tolerance, atol=tolerance)
+    found, expected = (gradients(f(x), x, *norm.parameters()) for f in (fake, norm))
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("alpha", "merged"), STATES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_class_is_divided_by_its_scale(alpha, merged, bias):
+    norm, x, frozen = layer_norm(bias=bias), stream(), (2.0, 7.0, 0.3)
+    fake = FakeLayerNorm(norm, 1, classes())
+    set_site(fake.sites[0], alpha, frozen, merged)
+    expected = reference(x, norm, alpha, torch.tensor(frozen).double(), merged)
+    torch.testing.assert_close(fake(x), expected, rtol=1e-6, atol=1e-6)  # the frozen stds were set in float32
+    found, expected = (gradients(y, x, *norm.parameters()) for y in (fake(x), expected))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_gradients_of_the_output_and_of_the_std_are_those_of_the_function(alpha):
+    constant = torch.rand(2, 3, 1, dtype=torch.float64) + 0.5
+    alpha = torch.tensor(alpha, dtype=torch.float64)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: _Normalise.apply(x, constant, alpha, 1e-5), x)
+    assert gradcheck(lambda x: _Normalise.apply(x, constant, alpha, 1e-5)[1], x)
+
+
+def test_live_std_is_that_of_the_tokens_and_trains_them():
+    x = stream()
+    fake = FakeLayerNorm(layer_norm(), 1, classes())
+    fake(x)
+    torch.testing.assert_close(fake.live_std, (x.var(-1, correction=0) + 1e-5).sqrt())
+    (found,) = torch.autograd.grad(fake.live_std.sum(), x)
+    torch.testing.assert_close(found, (x - x.mean(-1, keepdim=True)) / (D * fake.live_std.unsqueeze(-1)))
+
+
+def test_statistics_of_bfloat16_are_float32():
+    x = torch.randn(*TOKENS.shape, 64, dtype=torch.float64).add(8).to(torch.bfloat16)
+    norm = layer_norm(64, torch.bfloat16)
+    fake = FakeLayerNorm(norm, 1, classes())
+    found = fake(x)
+    assert found.dtype == torch.bfloat16
+    assert {buffer.dtype for buffer in fake.buffers()} == {torch.float32}
+    torch.testing.assert_close(fake.live_std.double(), (x.double().var(-1, correction=0) + 1e-5).sqrt())
+    expected = reference(x, norm, 0.0, torch.ones(3), 0.0)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-3)  # rounded once
+
+
+def test_a_frozen_site_is_the_linear_map_centre_divide_gain():
+    norm, frozen = layer_norm(), (2.0, 8.0, 0.5)
+    fake = FakeLayerNorm(norm, 1, classes())
+    set_site(fake.sites[0], 1.0, frozen)
+    centring = torch.eye(D, dtype=torch.float64) - 1 / D
+    for x in (stream().detach(), 100 * stream().detach()):
+        jacobian_of_x = jacobian(fake, x)
+        for b, row in enumerate(CLASS_OF_TOKEN):
+            for p, name in enumerate(row):
+                expected = norm.weight.diag() @ centring / frozen[CLASSES.index(name)]
+                torch.testing.assert_close(jacobian_of_x[b, p, :, b, p], expected)
+        assert jacobian_of_x.count_nonzero() == TOKENS.numel() * D * D
+
+
+def test_a_frozen_site_does_not_see_the_std():
+    fake = FakeLayerNorm(layer_norm(), 1, classes())
+    set_site(fake.sites[0], 1.0)
+    x = stream().detach()
+    centre = x.mean(-1, keepdim=True)
+    wider = centre + 10 * (x - centre)
+    torch.testing.assert_close(fake(wider) - fake.bias, 10 * (fake(x) - fake.bias))
+    assert torch.isfinite(fake(torch.full_like(x, 3.0))).all()
+
+
+def test_the_constant_of_position_0_reaches_position_0_and_no_hidden_dimension():
+    fake = FakeLayerNorm(layer_norm(), 1, classes())
+    x = stream()
+    set_site(fake.sites[0], 1.0, (2.0, 2.0, 2.0))
+    before = fake(x)
+    set_site(fake.sites[0], 1.0, (2.0, 1000.0, 2.0))
+    ratio = (fake(x) - fake.bias) / (before - fake.bias)
+    torch.testing.assert_close(ratio[:, 0], torch.full_like(ratio[:, 0], 2 / 1000))
+    torch.testing.assert_close(ratio[:, 1:], torch.ones_like(ratio[:, 1:]))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_norm_without_bias_still_centres_and_divides(alpha):
+    norm = nn.LayerNorm(D, bias=False, dtype=torch.float64)
+    fake = FakeLayerNorm(norm, 1, classes())
+    set_site(fake.sites[0], alpha, (4.0, 4.0, 4.0))
+    y = fake(stream())
+    torch.testing.assert_close(y.mean(-1), torch.zeros_like(y[..., 0]))
+    scale = 1.0 if alpha == 0 else fake.live_std / 4
+    torch.testing.assert_close(y.std(-1, correction=0), torch.ones_like(y[..., 0]) * scale, rtol=1e-5, atol=0)
+
+
+def test_classes_of_tokens():
+    found = classes()
+    assert [[CLASSES[c] for c in row] for row in found.index.tolist()] == CLASS_OF_TOKEN
+    found.set(TOKENS, past_length=3)
+    assert [[CLASSES[c] for c in row] for row in found.index.tolist()] == [
+        ["ordinary", "ordinary", "eot", "ordinary", "eot"],
+        ["eot", "ordinary", "ordinary", "ordinary", "ordinary"],
+    ]
+
+
+def test_classes_without_end_of_text():
+    classes = TokenClasses(None)
+    classes.set(TOKENS)
+    assert [[CLASSES[c] for c in row] for row in classes.index.tolist()] == [["bos"] + ["ordinary"] * 4] * 2
+
+
+def test_a_class_without_tokens_has_the_constant_of_ordinary_tokens():
+    site = FakeLayerNorm(layer_norm(), 1, classes()).sites[0]
+    site.update(torch.tensor([6.0, 10.0, 0.0]).double(), torch.tensor([3.0, 2.0, 0.0]).double(), 0.9)
+    site.freeze()
+    assert site.frozen.tolist() == [2.0, 5.0, 2.0]
+
+
+def normed_conv(d, widths, merged=0.0, bias=True, dtype=torch.float64, tokens=TOKENS, alphas=None) -> NormedConv1D:
+    conv = Conv1D(sum(widths), d).to(dtype)
+    nn.init.normal_(conv.weight)
+    nn.init.normal_(conv.bias)
+    module = NormedConv1D(FakeLayerNorm(layer_norm(d, dtype, bias), len(widths), classes(tokens)), conv, widths)
+    for i, site in enumerate(module.norm.sites):
+        alpha = torch.rand(()) if alphas is None else alphas[i]
+        set_site(site, alpha, (torch.rand(3) + 0.5).tolist(), merged)
+    return module
+
+
+def separate_products(module: NormedConv1D, x):
+    """The definition: a norm of its own for each path, then the product."""
+    parts = []
+    for i, weight in enumerate(module.conv.weight.split(module.widths, dim=1)):
+        path = copy.copy(module.norm)  # the same parameters
+        path._modules = {"sites": nn.ModuleList([module.norm.sites[i]])}
+        parts.append(path(x) @ weight + module.conv.bias.split(module.widths)[i])
+    return torch.cat(parts, -1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_one_product_equals_separate_norms_and_products(data):
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    tokens = torch.randint(0, EOT + 1, data.draw(st.tuples(st.integers(1, 3), st.integers(1, 5))))
+    d, widths = data.draw(st.integers(2, 7)), tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    alphas = [data.draw(st.sampled_from([0.0, 0.4, 1.0])) for _ in widths]
+    module = normed_conv(d, widths, data.draw(st.sampled_from([0.0, 0.5])), data.draw(st.booleans()), tokens=tokens,
+                         alphas=alphas)  # fmt: skip
+    x = stream(tokens=tokens, d=d)
+    found, expected = module(x), separate_products(module, x)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    inputs = [x, *module.parameters()]
+    torch.testing.assert_close(gradients(found, *inputs), gradients(expected, *inputs), rtol=1e-8, atol=1e-8)
+
+
+def test_qk_and_v_cost_one_product():
+    module = normed_conv(D, (2 * D, D))
+    x = stream()
+    with FlopCounterMode(display=False) as ours:
+        module(x)
+    with FlopCounterMode(display=False) as plain:
+        module.conv(x)
+    assert ours.get_total_flops() == plain.get_total_flops() > 0
+
+
+def test_no_scale_reaches_a_bias():
+    module = normed_conv(D, (2 * D, D), alphas=(1.0, 1.0))
+    at_mean = torch.full((*TOKENS.shape, D), 3.0, dtype=torch.float64)
+    expected = (module.norm.bias @ module.conv.weight + module.conv.bias).expand(*TOKENS.shape, -1)
+    for frozen in ((1.0, 2.0, 3.0), (50.0, 0.1, 7.0)):
+        set_site(module.norm.sites[1], 1.0, frozen)
+        torch.testing.assert_close(module(at_mean), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_constant_norms_equal_frozen_ones(dtype, tolerance, bias):
+    module = normed_conv(D, (2 * D, D), merged=1.0, bias=bias, dtype=dtype, alphas=(1.0, 1.0))
+    x = stream(dtype)
+    general, live_std = module(x), module.norm.live_std
+    module.constant = True
+    constant = module(x)
+    assert constant.dtype == general.dtype == dtype
+    torch.testing.assert_close(constant, general, rtol=tolerance, atol=tolerance)
+    inputs = [x, *module.parameters()]
+    torch.testing.assert_close(
+        gradients(constant, *inputs), gradients(general, *inputs), rtol=10 * tolerance, atol=10 * tolerance
+    )
+    torch.testing.assert_close(module.norm.live_std, live_std, rtol=1e-6, atol=0)
+
+
+def test_autocast_rounds_products_and_no_statistics():
+    module = normed_conv(D, (2 * D, D), dtype=torch.float32)
+    x = stream(torch.float32)
+    exact, std = module(x), module.norm.live_std
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = module(x)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(module.norm.live_std, std)
+    assert 0 < (rounded.float() - exact).abs().max() < 0.03 * exact.abs().max()

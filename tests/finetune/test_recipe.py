@@ -1,0 +1,150 @@
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+
+from finetune import NolnError, recipe
+from finetune.recipe import Gaps, RecipeError, Schedule, Text
+
+MICRO = recipe.load("micro")
+TWICE = ("ln_2", "ln_2", "qk", "v", "ln_f", "eot", "bos")
+CONTRADICTIONS = {
+    "schedule.order lacks v": lambda: Schedule(start=1, gap=Gaps(), order=("ln_2", "qk", "ln_f", "eot", "bos")),
+    "schedule.order lacks bos": lambda: Schedule(start=1, gap=Gaps(), order=("ln_2", "qk", "v", "ln_f", "eot")),
+    "schedule.order names a phase twice": lambda: Schedule(start=1, gap=Gaps(), order=TWICE),
+    "schedule.fade": lambda: Schedule(start=1, gap=Gaps(), fade=0),
+    "schedule.start": lambda: Schedule(start=0.9, gap=Gaps()),
+    "schedule.gap.qk": lambda: Gaps(qk=-1),
+    "text.held_out_fraction": lambda: Text(held_out_fraction=1.0),
+    "text.held_out_blocks": lambda: Text(held_out_blocks=0),
+}
+CONTRADICTING_FIELDS = {
+    "steps": {"steps": 0},
+    "batch": {"batch": 16, "micro_batch": 3},
+    "micro_batch": {"micro_batch": 0},
+    "min_lr": {"min_lr": 1.0},
+    "std_decay": {"std_decay": 1.0},
+    "warmup": {"warmup": MICRO.steps},
+    "lr_horizon": {"lr_horizon": MICRO.steps - 1},
+    "schedule.start": {"steps": 8, "warmup": 1},
+    "control_from": {"control_from": "runs/earlier", "control": False},
+    "log_every": {"log_every": 0},
+    "save_every": {"save_every": 0},
+}
+
+
+def write(tmp_path, **fields):
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe.dump(MICRO) + "".join(f"{key}: {value}\n" for key, value in fields.items()))
+    return path
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_shipped_recipes_load_and_come_back_from_what_is_dumped(name, tmp_path):
+    shipped = recipe.load(name)
+    assert shipped.name == name
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.dump(shipped, run={"command": "x", "versions": {"torch": "2"}}))
+    assert recipe.load(path) == shipped
+
+
+@pytest.mark.parametrize(("batch", "name"), [(512, "gpt2-b25"), (506, "gpt2-medium-b25"), (480, "gpt2-h24")])
+def test_published_tokens_a_step(batch, name):
+    assert recipe.load(name).batch == batch
+
+
+@pytest.mark.parametrize("field", CONTRADICTIONS)
+def test_parts_that_contradict_themselves_are_refused(field):
+    with pytest.raises(RecipeError, match=re.escape(field)):
+        CONTRADICTIONS[field]()
+
+
+@pytest.mark.parametrize("field", CONTRADICTING_FIELDS)
+def test_contradictions_are_refused_by_the_field_to_change(field):
+    with pytest.raises(RecipeError, match=re.escape(field)):
+        dataclasses.replace(MICRO, **CONTRADICTING_FIELDS[field])
+
+
+@pytest.mark.parametrize("field", CONTRADICTING_FIELDS)
+def test_contradictions_in_a_file_name_the_file_and_the_field(field, tmp_path):
+    path = write(tmp_path, **{key: str(value).lower() for key, value in CONTRADICTING_FIELDS[field].items()})
+    with pytest.raises(RecipeError, match=rf"(?s)mine\.yaml.*{re.escape(field)}"):
+        recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("stepps: 3", "stepps"),
+        ("steps: many", "steps"),
+        ("steps: 2.5", "steps"),
+        ("lr: [1]", "lr"),
+        ("schedule: {start: 2, gap: {ln2: 3}}", "schedule.gap.ln2"),
+        ("schedule: {start: 2, gap: {}, order: [ln_2, qkv]}", "schedule.order"),
+        ("text: books", "text"),
+        ("device: tpu", "device"),
+        ("export_format: h25", "export_format"),
+        ("7: 8", "7"),
+    ],
+)
+def test_fields_unknown_or_of_a_wrong_type_are_named(content, said, tmp_path):
+    with pytest.raises(RecipeError, match=rf"(?s)mine\.yaml.*{re.escape(said)}"):
+        recipe.load(write(tmp_path, **dict([content.split(": ", 1)])))
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n- 2\n", "just words", "a: [", "a: b: c", "\x00"])
+def test_what_is_no_yaml_of_fields_is_refused_by_its_name(content, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=r"mine\.yaml"):
+        recipe.load(path)
+
+
+def test_what_cannot_be_read_is_refused_by_its_name(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "directory.yaml").mkdir()
+    for name in ("binary", "directory", "missing"):
+        with pytest.raises(RecipeError, match=rf"{name}\.yaml"):
+            recipe.load(tmp_path / f"{name}.yaml")
+
+
+def test_a_name_that_is_not_shipped_is_answered_with_those_that_are():
+    with pytest.raises(RecipeError, match=", ".join(recipe.shipped())):
+        recipe.load("gpt3")
+
+
+def test_a_file_is_called_after_its_name_and_its_numbers_may_lack_the_point(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe.dump(MICRO).replace("name: micro\n", "").replace("0.0003", "6e-4"))
+    assert recipe.load(path) == dataclasses.replace(MICRO, name="mine", lr=6e-4)
+
+
+def test_scaling_to_the_same_steps_changes_nothing_and_to_none_is_refused():
+    assert MICRO.scaled(MICRO.steps) == MICRO
+    h24 = recipe.load("gpt2-h24").scaled(120)
+    assert (h24.warmup, h24.lr_horizon, h24.schedule.start, h24.schedule.gap.eot) == (10, 200, 20, 10)
+    for steps in (1, 0, -3):
+        with pytest.raises(RecipeError, match="steps"):
+            MICRO.scaled(steps)
+
+
+def test_scaling_scales_fades():
+    faded = dataclasses.replace(MICRO, schedule=dataclasses.replace(MICRO.schedule, fade=6))
+    assert faded.scaled(60).schedule.fade == 3
+    assert faded.scaled(8).schedule.fade == 1
+
+
+def test_recipes_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MICRO.steps = 3
+
+
+def test_errors_are_those_that_the_user_can_mend():
+    assert issubclass(RecipeError, NolnError)
+
+
+def test_recipes_load_without_torch():
+    code = "import sys, finetune.recipe as r; r.load('micro'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

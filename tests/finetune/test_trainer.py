@@ -1,0 +1,452 @@
+import copy
+import json
+import math
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import Finished, finetune, read_log, run_all_forked, run_forked, tiny_gpt2
+from safetensors.torch import load_file
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import GPT2LMHeadModel, TrainingArguments
+
+from finetune import recipe as recipes
+from finetune.recipe import Recipe, Text
+from finetune.run import Run, fit, set_up
+from finetune.sites import Sites
+from finetune.trainer import DivergedError, RemovalTrainer, checkpoints
+
+
+def fitted(recipe: Recipe, directory: Path, name: str = "ln_free") -> dict[str, torch.Tensor]:
+    """Fit as a run does; return the weights, constants and running sums of the last step."""
+    setup = set_up(recipe)
+    fit(setup, directory, name, setup.events if name == "ln_free" else [])
+    return last_state(directory, name)
+
+
+def last_state(directory: Path, name: str = "ln_free") -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(directory / "checkpoints" / name)[-1] / "model.safetensors")
+
+
+def losses(directory: Path, name: str = "ln_free") -> list[float]:
+    return [line["loss"] for line in read_log(directory, name)]
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], relative: float) -> None:
+    """Each tensor is the other's, to a part of the largest number in it."""
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        difference = (tensor - other[name]).detach()
+        if name.endswith(("c_attn.bias", "c_attn.conv.bias")):
+            # No pattern depends on the keys' bias: its gradient is rounding alone, of which Adam makes whole steps.
+            difference[len(difference) // 3 : len(difference) * 2 // 3] = 0
+        assert difference.abs().max() <= relative * tensor.abs().max(), name
+
+
+@pytest.fixture(scope="module")
+def short(recipe: Recipe) -> Recipe:
+    """The recipe without a control and with one checkpoint, at the end."""
+    return replace(recipe, control=False, save_every=99)
+
+
+class TestLog:
+    def test_a_line_a_step(self, run: Run):
+        for model in ("ln_free", "control"):
+            log = read_log(run.directory, model)
+            assert [line["step"] for line in log] == list(range(16))
+            assert [line["tokens"] for line in log] == [64 * step for step in range(1, 17)]
+            assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in log)
+            seconds = [line["seconds"] for line in log]
+            assert seconds == sorted(seconds)
+            assert {"model", "step", "tokens", "loss", "aux", "lr", "grad_norm", "frozen", "seconds"} == set(log[1])
+
+    def test_frozen_at_the_steps_of_the_schedule(self, run: Run):
+        events = {line["step"]: line["frozen"] for line in read_log(run.directory, "ln_free") if line["frozen"]}
+        sites = ["h.0.ln_2", "h.1.ln_2", "h.0.qk", "h.1.qk", "h.0.v", "h.1.v", "ln_f", "merge eot", "merge bos"]
+        assert events == {step: [site] for step, site in enumerate(sites, start=2)}
+        assert not any(line["frozen"] for line in read_log(run.directory, "control"))
+
+    def test_stds_at_the_interval(self, run: Run):
+        log = read_log(run.directory, "ln_free")
+        assert [line["step"] for line in log if "std" in line] == [0, 4, 8, 12]
+        assert all(std["frozen"] is None for std in log[0]["std"].values())
+        middle = log[4]["std"]
+        assert [site for site in middle if middle[site]["frozen"]] == ["h.0.qk", "h.0.ln_2", "h.1.ln_2"]
+
+        ordinary, bos, eot = log[12]["std"]["h.0.v"]["frozen"]
+        assert ordinary == bos == eot
+        state = last_state(run.directory)
+        assert ordinary == state["transformer.h.0.attn.c_attn.norm.sites.1.frozen"][0].item()
+
+    def test_live_stds_are_those_of_the_inputs(self, recipe: Recipe, run: Run):
+        """At step 0, by a hook on what LayerNorm would see, token class by token class."""
+        setup = set_up(recipe)
+        order = np.random.default_rng(0).permutation(len(setup.text.train))[:4]
+        ids = torch.stack([setup.text.train[i]["input_ids"] for i in order])
+        seen = []
+        setup.model.transformer.ln_f.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+        setup.model(ids)
+        std = seen[0].var(-1, correction=0).add(1e-5).sqrt()
+        eot = ids == 0
+        eot[:, 0] = False
+        ordinary = ~eot
+        ordinary[:, 0] = False
+        expected = [std[ordinary].mean().item(), std[:, 0].mean().item(), std[eot].mean().item()]
+
+        live = read_log(run.directory, "ln_free")[0]["std"]["ln_f"]["live"]
+
+        assert [math.nan if number is None else number for number in live] == pytest.approx(
+            expected, rel=1e-5, nan_ok=True
+        )
+
+
+class TestAgainstPlainFineTuning:
+    def test_control_is_plain_fine_tuning(self, recipe: Recipe, run: Run):
+        """The whole loop once more: the untouched model, its own loss, torch's AdamW, LR and clipping by hand."""
+        setup = set_up(recipe)
+        model = copy.deepcopy(setup.model).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        order = np.random.default_rng(recipe.seed).permutation(len(setup.text.train))
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.01},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+        expected = []
+        for step in range(16):
+            ids = torch.stack([setup.text.train[i]["input_ids"] for i in order[4 * step : 4 * step + 4]])
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            cosine = (1 + math.cos(math.pi * (step - 2) / 14)) / 2
+            lr = 3e-3 * step / 2 if step < 2 else 1e-3 + (3e-3 - 1e-3) * cosine
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            expected.append((loss.item(), norm, lr))
+
+        log = [(line["loss"], line["grad_norm"], line["lr"]) for line in read_log(run.directory, "control")]
+
+        np.testing.assert_allclose(log, expected, rtol=1e-4)
+        assert_close(run.load("control").state_dict(), model.state_dict(), 1e-3)
+
+    def test_ln_free_sees_the_same_text(self, run: Run):
+        """Before the first site freezes, and while the warm-up has not begun, nothing tells the two apart."""
+        ln_free, control = (read_log(run.directory, name) for name in ("ln_free", "control"))
+
+        for step in (0, 1):
+            assert ln_free[step]["loss"] == control[step]["loss"]
+            assert ln_free[step]["grad_norm"] == control[step]["grad_norm"]
+        assert ln_free[2]["loss"] != control[2]["loss"]
+        assert [line["lr"] for line in ln_free] == [line["lr"] for line in control]
+
+
+def trainer(recipe: Recipe, directory: Path) -> RemovalTrainer:
+    setup = set_up(recipe)
+    for module in setup.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    sites = Sites(setup.model, setup.tokenizer.eos_token_id)
+    return RemovalTrainer(sites, recipe, setup.events, setup.text.train, directory, directory / "log.jsonl", "ln_free")
+
+
+class TestOptimizer:
+    def test_matrices_alone_decay(self, short: Recipe, tmp_path: Path):
+        ours = trainer(replace(short, weight_decay=0.3, betas=(0.8, 0.95)), tmp_path)
+        groups = ours.create_optimizer().param_groups
+
+        names = {id(parameter): name for name, parameter in ours.model.named_parameters()}
+        decayed, kept = ([names.pop(id(p)) for p in group["params"]] for group in groups)
+        assert not names
+        assert all(name.endswith(("weight",)) and ".norm." not in name and "ln_f" not in name for name in decayed)
+        assert len(decayed) == 2 + 2 * 4
+        assert "transformer.ln_f.weight" in kept
+        assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+        assert {group["betas"] for group in groups} == {(0.8, 0.95)}
+
+    def test_cosine_ends_at_the_horizon(self, short: Recipe, tmp_path: Path):
+        """Which lies beyond the run: a later one leaves the end of the cosine away."""
+        fitted(replace(short, lr_horizon=30), tmp_path)
+
+        rates = [line["lr"] for line in read_log(tmp_path)]
+
+        assert rates[:3] == pytest.approx([0, 1.5e-3, 3e-3])
+        assert rates[15] == pytest.approx(1e-3 + 2e-3 * (1 + math.cos(math.pi * 13 / 28)) / 2)
+
+    def test_no_clipping(self, short: Recipe, tmp_path: Path):
+        """Clip 0; the norm is logged nevertheless."""
+        unclipped = fitted(replace(short, clip=0.0), tmp_path / "0")
+        barely = fitted(replace(short, clip=1e9), tmp_path / "1")
+
+        assert_close(unclipped, barely, 1e-6)
+        assert all(line["grad_norm"] > 0 for line in read_log(tmp_path / "0"))
+
+    def test_dropout_is_off(self, short: Recipe, tiny: Path, tmp_path: Path):
+        """Whatever the model's config says: the same weights as without, though the generator is another."""
+        config = tiny / "config.json"
+        assert '"resid_pdrop": 0.1' in config.read_text()
+        fitted(short, tmp_path)
+
+        assert (tmp_path / "ln_free/config.json").exists()
+        setup = set_up(short)
+        sites = Sites(copy.deepcopy(setup.model).eval(), 0)
+        order = np.random.default_rng(0).permutation(len(setup.text.train))[:4]
+        ids = torch.stack([setup.text.train[i]["input_ids"] for i in order])
+        assert sites.model(ids, labels=ids).loss.item() == pytest.approx(losses(tmp_path)[0], rel=1e-5)
+
+
+class TestSameWeights:
+    """However the work is split, ordered or saved on, the outcome is the same."""
+
+    def test_micro_batches(self, short: Recipe, run: Run, tmp_path: Path):
+        whole = fitted(replace(short, micro_batch=4), tmp_path)
+
+        assert_close(whole, last_state(run.directory), 1e-3)
+        np.testing.assert_allclose(losses(tmp_path), losses(run.directory), rtol=1e-5)
+
+    def test_gradient_checkpointing(self, short: Recipe, run: Run, tmp_path: Path):
+        """Running means too: a recomputed forward does not count twice."""
+        recomputed = fitted(replace(short, gradient_checkpointing=True), tmp_path)
+
+        assert_close(recomputed, last_state(run.directory), 1e-6)
+
+    def test_gradient_checkpointing_with_the_auxiliary_loss(self, short: Recipe, tmp_path: Path):
+        recipe = replace(short, aux_weight=1.0)
+        plain = fitted(recipe, tmp_path / "plain")
+        recomputed = fitted(replace(recipe, gradient_checkpointing=True), tmp_path / "recomputed")
+
+        assert_close(recomputed, plain, 1e-6)
+        assert all(line["aux"] > 0 for line in read_log(tmp_path / "plain"))
+
+    def test_bf16(self, short: Recipe, run: Run, tmp_path: Path):
+        """Matrix products are rounded; weights and statistics are float32, and near those without."""
+        state = fitted(replace(short, bf16=True), tmp_path)
+
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+        assert all((tensor != tensor.bfloat16()).any() for name, tensor in state.items() if "std_sum" in name)
+        assert losses(tmp_path) != losses(run.directory)
+        np.testing.assert_allclose(losses(tmp_path), losses(run.directory), rtol=5e-3)
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return str(listener.getsockname()[1])
+
+
+def in_two_processes(function: Callable[[], None], cwd: Path) -> list[Finished]:
+    """Call `function` in two processes, each told what torchrun tells it."""
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return run_all_forked([(function, shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"], cwd)
+
+
+class TestTwoProcesses:
+    def test_equal_one_that_accumulates(self, short: Recipe, tmp_path: Path):
+        """Weights, constants and log, with the auxiliary loss and every class of token; both read other text."""
+        recipe = replace(short, aux_weight=0.3, std_decay=0.5)
+        alone = fitted(recipe, tmp_path / "alone")
+        file = tmp_path / "tiny.yaml"
+        file.write_text(recipes.dump(recipe))
+
+        ends = in_two_processes(partial(finetune, file, "--out", "two"), tmp_path)
+
+        assert [end.code for end in ends] == [0, 0], ends
+        assert sum("Everything is in" in end.output for end in ends) == 1
+        assert_close(last_state(tmp_path / "two"), alone, 1e-6)
+        logs = [read_log(tmp_path / name) for name in ("alone", "two")]
+        for ours, theirs in zip(*logs, strict=True):
+            assert (ours["tokens"], ours["frozen"], ours["lr"]) == (theirs["tokens"], theirs["frozen"], theirs["lr"])
+            for key in ("loss", "aux", "grad_norm"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
+        assert (tmp_path / "two/results.csv").exists()
+
+    def test_statistics_are_summed_not_copied(self, tmp_path: Path):
+        """Each rank has seen stds of its own, and both get the mean over all tokens."""
+        ends = in_two_processes(observe_and_update, tmp_path)
+
+        assert [end.code for end in ends] == [0, 0], ends
+        own, both = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)), strict=True)
+        assert (own[0] - own[1]).abs().max() > 0.01
+        assert torch.equal(both[0], both[1])
+        sites = Sites(tiny_gpt2(), 0)
+        sites.model(torch.cat([rank_tokens(0), rank_tokens(1)]))
+        sites.observe()
+        sites.update(0.9)
+        torch.testing.assert_close(both[0], running_stds(sites), rtol=1e-6, atol=0)
+
+    def test_batch_that_cannot_be_shared(self, short: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("finetune.trainer.PartialState", lambda: type("Three", (), {"num_processes": 3}))
+
+        with pytest.raises(recipes.RecipeError, match="3 processes"):
+            fitted(short, tmp_path)
+
+
+def rank_tokens(rank: int) -> torch.Tensor:
+    tokens = torch.randint(1, 4096, (1 + 2 * rank, 16), generator=torch.Generator().manual_seed(rank))
+    tokens[:, 5] = 0
+    return tokens
+
+
+def running_stds(sites: Sites) -> torch.Tensor:
+    return torch.stack([sites[name].running_std() for name in sites])
+
+
+def observe_and_update() -> None:
+    """One rank of two: save what it saw alone, and what it has after the reduction."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    sites = Sites(tiny_gpt2(), 0)
+    sites.model(rank_tokens(rank))
+    sites.observe()
+    own = sites._observed[0]
+    sites.update(0.9)
+    torch.save([own[:-1] / own[-1], running_stds(sites)], f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+class TestDivergence:
+    @pytest.mark.parametrize(
+        ("spoil", "said"),
+        [(lambda loss: loss * math.nan, "nan nats/token at step 12"), (lambda loss: loss + 3.5, "max_rise=3")],
+        ids=["nan", "exploded"],
+    )
+    def test_stops_before_the_weights_move(
+        self, spoil: Callable, said: str, recipe: Recipe, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        ours = trainer(recipe, tmp_path)
+        before = {}
+
+        def spoilt(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            if ours.state.global_step < 12:
+                return loss
+            before.update({name: tensor.clone() for name, tensor in ours.model.state_dict().items()})
+            return spoil(loss)
+
+        monkeypatch.setattr("finetune.objective.cross_entropy", spoilt)
+        with pytest.raises(DivergedError, match=said) as error:
+            ours.train()
+
+        for name, tensor in ours.model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        assert "merge bos" in str(error.value)
+        saved = checkpoints(tmp_path)
+        assert [path.name for path in saved] == ["checkpoint-5", "checkpoint-10"]
+        assert str(saved[-1]) in str(error.value)
+        assert len(read_log(tmp_path)) == 12
+        again = trainer(recipe, tmp_path)
+        monkeypatch.undo()
+        again.train(resume_from_checkpoint=str(saved[-1]))
+        assert_close(again.model.state_dict(), last_state(run.directory) | tied(again.model), 1e-6)
+
+    def test_spoilt_gradient_is_never_saved(self, recipe: Recipe, tmp_path: Path):
+        """The loss of step 9 is good, its gradient is not, and a checkpoint is due."""
+        ours = trainer(recipe, tmp_path)
+        ours.model.transformer.wpe.weight.register_hook(
+            lambda gradient: gradient * math.nan if ours.state.global_step == 9 else gradient
+        )
+
+        with pytest.raises(DivergedError, match=r"step 9.*merge eot"):
+            ours.train()
+
+        assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-5"]
+
+    def test_within_the_first_steps(self, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("finetune.objective.cross_entropy", lambda logits, ids: logits.sum() * math.nan)
+
+        with pytest.raises(DivergedError, match=r"at step 0.*none.*just begun"):
+            trainer(recipe, tmp_path).train()
+
+
+def tied(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
+    """What a state dict holds twice and a file once."""
+    return {"lm_head.weight": model.lm_head.weight}
+
+
+class TestDataOrder:
+    def order(self, recipe: Recipe, directory: Path) -> list[int]:
+        """The numbers of the blocks, as the data loader gives them."""
+        ours = trainer(recipe, directory)
+        blocks = {block.tobytes(): i for i, block in enumerate(set_up(recipe).text.train.blocks)}
+        return [
+            blocks[ids.numpy().astype(np.uint16).tobytes()]
+            for batch in ours.get_train_dataloader()
+            for ids in batch["input_ids"]
+        ]
+
+    def test_is_the_seeds_alone(self, short: Recipe, tmp_path: Path):
+        first = self.order(short, tmp_path)
+
+        assert len(set(first)) == len(first) == 16 * 4
+        assert self.order(replace(short, micro_batch=1, lr=1e-3), tmp_path) == first
+        assert self.order(replace(short, seed=1), tmp_path) != first
+        assert self.order(short.scaled(32), tmp_path)[:64] == first
+
+    def test_every_pass_is_a_permutation(self, short: Recipe, text: Path, tmp_path: Path):
+        lines = text.read_text().splitlines(keepends=True)
+        (tmp_path / "few.jsonl").write_text("".join(lines[:6]))
+        few = replace(short, text=Text(source=str(tmp_path / "few.jsonl"), held_out_fraction=0.2))
+
+        order = self.order(few, tmp_path)
+
+        n = len(set(order))
+        assert n < 32
+        passes = [order[start : start + n] for start in range(0, len(order), n)]
+        assert all(sorted(one) == list(range(n)) for one in passes[:-1])
+        assert passes[0] != passes[1]
+        assert len(order) == 16 * 4
+
+
+def fit_compiled(recipe: Recipe) -> None:
+    """Fit compiled to `compiled`, traced as ever but not turned into C++, which takes a minute; count the graphs."""
+    quickly = partial(TrainingArguments, torch_compile_backend="aot_eager")
+    with mock.patch("finetune.trainer.TrainingArguments", quickly):
+        fitted(recipe, Path("compiled"))
+    counted = {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
+    Path("counted.json").write_text(json.dumps(counted))
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_compiled_once_and_once_more(gradient_checkpointing: bool, short: Recipe, tokenizer, tmp_path: Path):
+    """Over a whole schedule: at the first step, and when every norm becomes a constant."""
+    tiny_gpt2(n_layer=1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    recipe = replace(
+        short, model=str(tmp_path / "model"), gradient_checkpointing=gradient_checkpointing, aux_weight=0.1
+    ).scaled(12)
+
+    # In a process of its own: not where shapes are checked, which breaks graphs.
+    end = run_forked(partial(fit_compiled, replace(recipe, compile=True)), tmp_path)
+
+    assert end.code == 0, end.output
+    assert json.loads((tmp_path / "counted.json").read_text()) == {"graphs": 2, "breaks": []}
+    assert_close(last_state(tmp_path / "compiled"), fitted(recipe, tmp_path / "eager"), 1e-3)
+    for line, other in zip(read_log(tmp_path / "compiled"), read_log(tmp_path / "eager"), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert line["aux"] == pytest.approx(other["aux"], rel=1e-3)
+
+
+class TestReports:
+    def test_tensorboard(self, short: Recipe, tmp_path: Path):
+        accumulator = pytest.importorskip(
+            "tensorboard.backend.event_processing.event_accumulator", reason="an optional extra"
+        )
+        fitted(replace(short, report_to=("tensorboard",)), tmp_path)
+
+        events = next(tmp_path.rglob("events.out.tfevents*")).parent
+        reader = accumulator.EventAccumulator(str(events))
+        reader.Reload()
+        reported = {event.step: event.value for event in reader.Scalars("train/loss")}
+        assert list(reported) == [4, 8, 12, 16]
+        assert reported[4] == pytest.approx(np.mean(losses(tmp_path)[:4]), rel=1e-4)
