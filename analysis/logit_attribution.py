@@ -272,7 +272,7 @@ def measure_components(
     Returns a row a model and component. Columns: model; target; unembedding, "centred" or "as it is"; component, one of
     embed, pos_embed, head, b_O, mlp (its bias in it), neuron, b_U, logit (the sum to be reached) and residue (what the
     others, neurons apart, leave over); label, such as L2H3; layer, head and neuron where it has them; over tokens, in
-    logits, dla, its mean, dla_abs, that of its absolute value, and dla_max, the largest; direct_effect, …_abs and …_max,
+    logits, dla, its mean, dla_abs, that of its absolute value, and dla_max, the largest; direct_effect, …_abs, …_max,
     the same of it; error_abs, the mean |DLA − direct effect|; nmae, %; tokens, how many.
     """
     count = len(tokens) * (tokens.shape[1] - (pair is None))

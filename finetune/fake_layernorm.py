@@ -111,7 +111,7 @@ class _Normalise(torch.autograd.Function):
         return centred / (std.pow(1 - alpha) * c), std
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # type: ignore[no-untyped-def]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, c, alpha, _ = inputs
         ctx.save_for_backward(*output, c, alpha)
 
