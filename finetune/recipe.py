@@ -141,7 +141,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     clip: float = 1.0
-    """The largest norm of the gradient; larger ones are scaled down to it."""
+    """The largest norm of the gradient; larger ones are scaled down to it. 0: no limit."""
     aux_weight: float = 0.0
     """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at `ln_f`."""
     std_decay: float = 0.9
@@ -181,8 +181,9 @@ class Recipe:
             raise RecipeError(f"batch is {self.batch}, no multiple of micro_batch, {self.micro_batch}: change either.")
         if not 0 <= self.min_lr <= self.lr or self.lr == 0:
             raise RecipeError(f"min_lr is {self.min_lr} and lr {self.lr}; 0 <= min_lr <= lr and lr > 0 are needed.")
-        if self.clip <= 0 or self.max_rise <= 0:
-            raise RecipeError(f"clip is {self.clip} and max_rise {self.max_rise}; both must be greater than 0.")
+        for field in ("clip", "aux_weight", "weight_decay", "max_rise"):
+            if getattr(self, field) < 0:
+                raise RecipeError(f"{field} is {getattr(self, field)}; it must not be negative.")
         if not 0 <= self.std_decay < 1:
             raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
         if not 0 <= self.warmup < self.steps:

@@ -121,7 +121,8 @@ class Sites:
                 if step == event.step:
                     site.freeze()
                 site.alpha.fill_(event.progress(step))
-        complete = bool(events) and all(step >= event.end for event in events)
+        whole = len(events) == len(self._sites) + len(get_args(TokenClass))
+        complete = whole and all(step >= event.end for event in events)
         for reader in self._readers:
             reader.constant = complete
         return [event for event in events if event.step == step]

@@ -310,3 +310,13 @@ class TestPython:
 
         assert states == ["live", "live", "frozen"]
         assert run.load("original").transformer.wte.weight.equal(tiny_gpt2().transformer.wte.weight)
+
+
+def test_batch_that_cannot_be_shared(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    three = mock.Mock(num_processes=3, device=torch.device("cpu"))
+    monkeypatch.setattr("finetune.run.PartialState", lambda **_: three)
+    monkeypatch.setattr("finetune.run.broadcast_object_list", lambda objects: objects)
+
+    with pytest.raises(recipes.RecipeError, match="3 processes"):
+        remove_layernorm(recipe=recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

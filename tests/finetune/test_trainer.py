@@ -285,12 +285,6 @@ class TestTwoProcesses:
         sites.update(0.9)
         torch.testing.assert_close(both[0], running_stds(sites), rtol=1e-6, atol=0)
 
-    def test_batch_that_cannot_be_shared(self, short: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr("finetune.trainer.PartialState", lambda: type("Three", (), {"num_processes": 3}))
-
-        with pytest.raises(recipes.RecipeError, match="3 processes"):
-            fitted(short, tmp_path)
-
 
 def rank_tokens(rank: int) -> torch.Tensor:
     tokens = torch.randint(1, 4096, (1 + 2 * rank, 16), generator=torch.Generator().manual_seed(rank))
