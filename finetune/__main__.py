@@ -118,9 +118,14 @@ def _report(run: "Run") -> None:
     for column in table.columns:
         column.no_wrap = True
     for row in run.results.to_dict("records"):
-        # Nothing where a model is measured against itself (0), or there is no control (NaN).
-        known = {measure: row[measure] and not math.isnan(row[measure]) for measure in ("loss", "gap", "jsd")}
-        measures = [f"{row[m]:.4f} ± {row[m + '_error']:.4f}" if known[m] else "" for m in known]
+        # Nothing where a model would be compared with itself, or there is no control.
+        of = {"loss": None, "gap": "control", "jsd": "original"}
+        measures = [
+            ""
+            if row["model"] == other or math.isnan(row[measure])
+            else f"{row[measure]:.4f} ± {row[measure + '_error']:.4f}"
+            for measure, other in of.items()
+        ]
         trained = [f"{row['trained_tokens']:,}", f"{row['trained_seconds']:.0f}"] if row["trained_tokens"] else []
         table.add_row(row["model"], *measures, *trained)
     console = Console()

@@ -12,8 +12,8 @@ from transformers import GPT2LMHeadModel
 
 from finetune.text import Blocks
 
-_LOGITS_AT_ONCE = 2**25
-"""Numbers in one model's logits of one batch: bounds the memory, and no result depends on it."""
+_LOGITS_AT_ONCE = 2**21
+"""Numbers in one model's logits of one batch: few enough for a cache, and no result depends on it."""
 
 
 def losses(
