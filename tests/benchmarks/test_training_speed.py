@@ -114,5 +114,21 @@ def test_training_speed(compile: bool) -> None:
     assert list(table.index) == list(VARIANTS)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_no_step_waits_for_the_device() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).cuda()
+    sites, events = Sites(model, 0), _events("constant", n_layer=2, steps=9)
+    input_ids = torch.randint(1000, (2, 32)).cuda()
+    try:
+        for step in range(9):
+            sites.advance(events, step)
+            objective.cross_entropy(model(input_ids=input_ids, use_cache=False).logits, input_ids).backward()
+            sites.observe()
+            sites.update(0.9)
+            torch.cuda.set_sync_debug_mode("error")  # not in the first step, which loads the kernels
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 if __name__ == "__main__":
     print(json.dumps(_measure(sys.argv[2], compile=bool(int(sys.argv[1])))))
