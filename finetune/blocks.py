@@ -1,0 +1,722 @@
+"""GPT-2-shaped models whose blocks may lack skips, value and projection matrices, or norms: one module, many blocks.
+
+[S24] He and Hofmann, "Simplifying Transformer Blocks" (arXiv 2311.01906); [O24] He et al., "Understanding and
+Minimising Outlier Features" (arXiv 2405.19279). With a branch's gain β and its skip's gain α, a block is
+
+    x̂ = α_attn · x + β_attn · MHA(Norm(x)),    out = α_mlp · x̂ + β_mlp · MLP(Norm(x̂))        [S24] eq. 1
+
+or, in parallel, out = α_mlp · x + β_attn · MHA(Norm(x)) + β_mlp · MLP(Norm(x)). Post-norm normalises what comes in,
+ahead of the skip too, and x̂ likewise; the final norm then is that of the last block. Of each head
+
+    MHA(x)_h = (α · I + β · A(x) − γ · C) · x · V_h,    A(x) = softmax(x Q (x K)ᵀ / √d)        [S24] eq. 5
+
+with C the uniform causal matrix, what A is where Q = 0: at α = β = γ = 1 attention starts as the identity. V, and the
+projection P of all heads together, are matrices of their own, or gains of two: α_V · W₀ + β_V · ΔW, ΔW from 0
+([S24] eq. 6); with the identity for W₀, α_V = 1 and β_V = 0 there is no matrix at all.
+
+`block_config` names the blocks. Importing this registers the model with the Auto classes of transformers. Dropout
+there is none. Where the places of the hooks lie in GPT-2, `nn.Identity` modules with TransformerLens's names stand
+(`blocks.0.hook_resid_pre`, …): what a plain forward hook on one returns replaces the activation. Under the "eager"
+attention implementation the probabilities are computed, and the hooks of attention and norms are passed through;
+otherwise attention is `scaled_dot_product_attention`, and no matrix of tokens by tokens is made.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Literal, no_type_check
+
+import torch
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from finetune import NolnError
+
+NormKind = Literal["ln", "rmsnorm", "none"]
+MatrixInit = Literal["identity", "orthogonal", "normal"]
+Number = float | int  # a strict config takes no 1 for a float
+
+
+class BlockError(NolnError):
+    """Knobs that contradict each other, or a model that cannot be what it is asked to become."""
+
+
+@no_type_check  # strict checks; jaxtyping's import hook would refuse the additional arguments that configs take
+@strict
+class BlocksConfig(PreTrainedConfig):
+    """The shape of a model and the knobs of its blocks. The defaults are GPT-2's block in the shape of `micro`."""
+
+    model_type = "noln-blocks"
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = 4096
+    n_positions: int = 256
+    n_embd: int = 192
+    n_layer: int = 6
+    n_head: int = 6
+    n_inner: int | None = None
+    """Width of the MLP. None: four times that of the model."""
+    activation_function: str = "gelu_new"
+    """A name in transformers' `ACT2FN`."""
+    negative_slope: Number = 0.0
+    """Of "leaky_relu"; at 0, as published, that is ReLU."""
+    qk_bias: bool = True
+    vp_bias: bool = True
+    """Of value and projection matrices with neither gains nor absence."""
+    mlp_bias: bool = True
+
+    norm: NormKind = "ln"
+    first_norm: NormKind | None = None
+    """Block 0's first norm. None: as `norm`. The published code has an LN there where `norm` is none."""
+    final_norm: NormKind = "ln"
+    """The model's last norm. The published code always has an LN there, under RMSNorm and none too."""
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_epsilon: Number = 1e-5
+    qk_norm: NormKind = "none"
+    """Of queries and keys, over the width of a head, with a weight a coordinate that all heads share."""
+    softcap: Number | None = None
+    """c in c · tanh(logit / c), of attention logits. The published code knows 30 and none."""
+
+    parallel: bool = False
+    """Attention and MLP read the same norm and add to the same skip, whose gain is `mlp_skip_gain`."""
+    attn_skip_gain: Number = 1.0
+    """At 0 there is no skip, trained or not."""
+    attn_gain: Number = 1.0
+    mlp_skip_gain: Number = 1.0
+    mlp_gain: Number = 1.0
+    train_attn_gains: bool = False
+    train_mlp_gains: bool = False
+
+    attn_identity_gain: Number = 0.0
+    """α of the attention matrix."""
+    attn_softmax_gain: Number = 1.0
+    """β."""
+    attn_centre_gain: Number = 0.0
+    """γ."""
+    train_attn_matrix_gains: bool = False
+    """Each head has its own; an α or γ of 0 is left out and does not train."""
+
+    value_skip_gain: Number | None = None
+    """α_V, of the initial value matrix, which then is constant. None: an ordinary matrix that trains."""
+    value_gain: Number = 1.0
+    """β_V, of what is learnt beside it. At 0 nothing is."""
+    first_value_gain: Number | None = None
+    """β_V in block 0. None: as `value_gain`."""
+    value_init: MatrixInit = "normal"
+    """Normal: with `initializer_range`, but 1/√n_embd where `value_skip_gain` is given."""
+    train_value_gains: bool = False
+    proj_skip_gain: Number | None = None
+    proj_gain: Number = 1.0
+    last_proj_gain: Number | None = None
+    """β_P in the last block. None: as `proj_gain`."""
+    proj_init: MatrixInit = "normal"
+    train_proj_gains: bool = False
+    tie_value_proj_init: Literal["all_blocks", "last_block"] | None = None
+    """Initial projections: each the transpose of its block's values, or the last that of the product of all other
+    value and projection matrices, so that orthogonal ones cancel."""
+
+    initializer_range: Number = 0.02
+    residual_init_std: Number | None = None
+    """Of normal projections and of the MLP's output. None: GPT-2's `initializer_range` / √(2 · n_layer)."""
+    query_init_std: Number | None = None
+    """0: attention starts uniform."""
+    key_init_std: Number | None = None
+
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.n_embd % self.n_head:
+            raise BlockError(f"n_embd is {self.n_embd}: it must be a multiple of n_head, {self.n_head}.")
+        if self.parallel and (self.attn_skip_gain != 0 or self.norm_position == "post"):
+            raise BlockError("A parallel block has one skip, mlp_skip_gain, and a norm ahead: set attn_skip_gain to 0.")
+        if self.activation_function not in ACT2FN:
+            raise BlockError(f"There is no activation {self.activation_function}: there are {', '.join(ACT2FN)}.")
+        if self.tie_value_proj_init and "identity" in (self.value_init, self.proj_init):
+            raise BlockError("tie_value_proj_init ties random matrices: value_init or proj_init is the identity.")
+
+
+_SKIPLESS = {
+    "attn_skip_gain": 0.0,
+    "attn_identity_gain": 1.0,
+    "attn_centre_gain": 1.0,
+    "value_skip_gain": 1.0,
+    "value_gain": 0.0,
+    "first_value_gain": 1.0,
+    "value_init": "identity",
+    "proj_skip_gain": 1.0,
+    "proj_gain": 0.0,
+    "proj_init": "identity",
+    "train_attn_gains": True,
+    "train_mlp_gains": True,
+    "train_attn_matrix_gains": True,
+    "train_value_gains": True,
+    "train_proj_gains": True,
+    "query_init_std": 0.0,
+    "residual_init_std": 0.02,
+}
+_NO_NORM = {"norm": "none", "first_norm": "ln"}
+BLOCKS: dict[str, dict[str, Any]] = {
+    "pre-ln": {},
+    "post-ln": {"norm_position": "post"},
+    "parallel": {"parallel": True, "attn_skip_gain": 0.0},
+    "v-skipinit": _SKIPLESS
+    | {"value_skip_gain": None, "value_init": "orthogonal", "proj_skip_gain": None, "proj_init": "orthogonal"},
+    "skipless": _SKIPLESS,
+    "skipless-parallel": _SKIPLESS | {"parallel": True, "mlp_skip_gain": 0.0},
+    "skipless-nonorm": _SKIPLESS | _NO_NORM,
+    "skipless-parallel-nonorm": _SKIPLESS | {"parallel": True, "mlp_skip_gain": 0.0} | _NO_NORM,
+    "op": _NO_NORM | {"qk_norm": "rmsnorm", "residual_init_std": 0.02},
+}
+"""What sets each block apart from GPT-2's, as in the published code and its scripts: V-SkipInit with shaped attention
+(without: `attn_softmax_gain` and `attn_centre_gain` 0), SAS and SAS-P of [S24] with and without norms, OP of [O24]."""
+
+
+def block_config(name: str, **knobs: Any) -> BlocksConfig:
+    """Return the config of a block of `BLOCKS`, in the shape and with the knobs given.
+
+    The gains of the branches that are initialised small are O(1/√n_layer): 0.1 at the 18 layers of [S24], of the MLP of
+    blocks without a skip around attention; 0.2 at the published default of 12 layers, of both branches of OP.
+
+    Raises:
+        BlockError: an unknown block or knob, a value of another type, or knobs that contradict each other.
+    """
+    if name not in BLOCKS:
+        raise BlockError(f"There is no block {name}: the blocks are {', '.join(BLOCKS)}.")
+    if unknown := sorted(set(knobs) - {field.name for field in fields(BlocksConfig)}):
+        raise BlockError(f"Blocks have no knobs {', '.join(unknown)}.")
+    depth = knobs.get("n_layer", BlocksConfig.n_layer)
+    small = {}
+    if name == "op":
+        small = dict.fromkeys(("attn_gain", "mlp_gain"), 0.2 * math.sqrt(12 / depth))
+    elif BLOCKS[name].get("attn_identity_gain"):
+        small = {"mlp_gain": 0.1 * math.sqrt(18 / depth)}
+    try:
+        return BlocksConfig(**{**BLOCKS[name], **small, **knobs})
+    except StrictDataclassFieldValidationError as error:
+        raise BlockError(str(error)) from error
+
+
+class Gain(nn.Module):
+    """Multiplies by a gain: one for all, or one a head."""
+
+    value: Float[Tensor, " gain"]
+
+    def __init__(self, initial: float, train: bool, heads: int = 1) -> None:
+        super().__init__()
+        self.initial, self.shape = initial, (1,) if heads == 1 else (heads, 1, 1)
+        value = torch.empty(heads)
+        if train:
+            self.value = nn.Parameter(value)
+        else:
+            self.register_buffer("value", value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x times the gain; where it is one a head, x is [batch, head, pos, any] or broadcasts to it."""
+        return x * self.value.view(self.shape)
+
+
+def _except_in(layer: bool, exception: Any, usual: Any) -> Any:
+    return exception if layer and exception is not None else usual
+
+
+def _gain(initial: float, train: bool) -> nn.Module:
+    return Gain(initial, train) if train or initial != 1 else nn.Identity()
+
+
+class Norm(nn.Module):
+    """LN, or RMSNorm (the published code adds ε to the RMS, this one to its square)."""
+
+    def __init__(self, kind: NormKind, width: int, config: BlocksConfig) -> None:
+        super().__init__()
+        self.kind, self.config = kind, config
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if kind == "ln" else None
+        self.hook_scale, self.hook_normalized = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Normalise x over its width, and scale and shift it."""
+        eps = self.config.norm_epsilon
+        if self.config._attn_implementation != "eager":
+            if self.kind == "ln":
+                return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps)
+            return F.rms_norm(x, self.weight.shape, self.weight, eps)
+        if self.kind == "ln":
+            x = x - x.mean(-1, keepdim=True)
+        x = x / self.hook_scale((x.square().mean(-1, keepdim=True) + eps).sqrt()) * self.weight
+        return self.hook_normalized(x if self.bias is None else x + self.bias)
+
+
+def _norm(kind: NormKind, width: int, config: BlocksConfig) -> nn.Module:
+    return nn.Identity() if kind == "none" else Norm(kind, width, config)
+
+
+def _residual_std(config: BlocksConfig) -> float:
+    std = config.residual_init_std
+    return config.initializer_range / math.sqrt(2 * config.n_layer) if std is None else std
+
+
+def _init_matrix(matrix: Tensor, kind: MatrixInit, std: float) -> None:
+    if kind == "identity":
+        initialization.eye_(matrix)
+    elif kind == "orthogonal":
+        initialization.orthogonal_(matrix)
+    else:
+        initialization.normal_(matrix, 0, std)
+
+
+class Linear(nn.Linear):
+    """An ordinary linear map that knows how its weight is initialised; its bias starts as 0.
+
+    It knows that itself because transformers initialises no custom module without parameters of its own, such as one
+    that only holds linear maps.
+    """
+
+    def __init__(self, d_in: int, d_out: int, bias: bool, *stds: float, kind: MatrixInit = "normal") -> None:
+        super().__init__(d_in, d_out, bias=bias)
+        self.stds, self.kind = stds, kind
+        """As many equal parts of the output as there are stds have their own."""
+
+
+class GainedMatrix(nn.Module):
+    """The map α · W₀ + β · ΔW: W₀ random or the identity and constant, ΔW from 0 and absent where β starts as 0."""
+
+    def __init__(self, width: int, kind: MatrixInit, skip_gain: float, gain: float, train: bool) -> None:
+        super().__init__()
+        self.kind = kind
+        self.skip_gain = _gain(skip_gain, train)
+        if kind != "identity":
+            self.initial: Tensor
+            self.register_buffer("initial", torch.empty(width, width))
+        self.learns = gain != 0
+        if self.learns:
+            self.gain: Any = _gain(gain, train)
+            self.weight = nn.Parameter(torch.empty(width, width))
+
+    def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        """Map x."""
+        y = self.skip_gain(x if self.kind == "identity" else F.linear(x, self.initial))
+        return y + self.gain(F.linear(x, self.weight)) if self.learns else y
+
+
+def _matrix(
+    config: BlocksConfig, skip_gain: float | None, gain: float, kind: MatrixInit, train: bool, std: float
+) -> nn.Module:
+    """Return a value or projection map: a matrix, one with gains, or none."""
+    if skip_gain is None:
+        return Linear(config.n_embd, config.n_embd, config.vp_bias, std, kind=kind)
+    if kind == "identity" and skip_gain == 1 and gain == 0:
+        return nn.Identity()
+    return GainedMatrix(config.n_embd, kind, skip_gain, gain, train)
+
+
+def _initial(matrix: nn.Module) -> Any:
+    """Return the tensor that holds the initial value of a value or projection map that has a random one."""
+    return matrix.weight if isinstance(matrix, Linear) else matrix.initial
+
+
+class Attention(nn.Module):
+    """Causal attention whose matrix is α · I + β · A − γ · C."""
+
+    def __init__(self, config: BlocksConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        d_head = config.n_embd // config.n_head
+        std = config.initializer_range
+        qk_stds = (std if own is None else own for own in (config.query_init_std, config.key_init_std))
+        self.qk = Linear(config.n_embd, 2 * config.n_embd, config.qk_bias, *qk_stds)
+        gain = _except_in(layer == 0, config.first_value_gain, config.value_gain)
+        self.v = _matrix(config, config.value_skip_gain, gain, config.value_init, config.train_value_gains, std)
+        gain = _except_in(layer == config.n_layer - 1, config.last_proj_gain, config.proj_gain)
+        std = _residual_std(config)
+        self.o = _matrix(config, config.proj_skip_gain, gain, config.proj_init, config.train_proj_gains, std)
+        self.q_norm, self.k_norm = (_norm(config.qk_norm, d_head, config) for _ in "qk")
+        train, heads = config.train_attn_matrix_gains, config.n_head
+        shaped = config.attn_identity_gain or config.attn_centre_gain or config.attn_softmax_gain != 1 or train
+        self.beta = Gain(config.attn_softmax_gain, train, heads) if shaped else nn.Identity()
+        self.alpha = Gain(config.attn_identity_gain, train, heads) if config.attn_identity_gain else None
+        self.gamma = Gain(config.attn_centre_gain, train, heads) if config.attn_centre_gain else None
+        self.hook_q, self.hook_k, self.hook_v, self.hook_z = (nn.Identity() for _ in "qkvz")
+        self.hook_attn_scores, self.hook_pattern, self.hook_mixing = (nn.Identity() for _ in range(3))
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], past: Cache | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Attend from x to x and, where there is a cache, to what is in `past`, which x joins."""
+        # [batch, pos, head, d_head], as TransformerLens's hooks have it
+        q, k, v = (part.unflatten(-1, (self.config.n_head, -1)) for part in (*self.qk(x).chunk(2, -1), self.v(x)))
+        q, k, v = self.hook_q(self.q_norm(q)), self.hook_k(self.k_norm(k)), self.hook_v(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            k, v = past.update(k, v, self.layer)
+        if self.config._attn_implementation == "eager" or self.config.softcap is not None:
+            z = self._mixing(q, k) @ v
+        else:
+            z = self._mix(q, k, v)
+        return self.o(self.hook_z(z.transpose(1, 2)).flatten(2))
+
+    def _mask(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return which keys a query sees, the last query all of them: [query, key]."""
+        queries, keys = q.shape[-2], k.shape[-2]
+        return torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+
+    def _mixing(
+        self, q: Float[Tensor, "batch head query d_head"], k: Float[Tensor, "batch head key d_head"]
+    ) -> Float[Tensor, "batch head query key"]:
+        """Return the attention matrix."""
+        mask = self._mask(q, k)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        if self.config.softcap is not None:
+            scores = self.config.softcap * torch.tanh(scores / self.config.softcap)
+        scores = self.hook_attn_scores(scores.masked_fill(~mask, -torch.inf))
+        pattern = self.hook_pattern(scores.softmax(-1))
+        mixing = self.beta(pattern)
+        if self.alpha is not None:
+            eye = torch.ones_like(mask).triu(mask.shape[1] - mask.shape[0]) & mask
+            mixing = mixing + self.alpha(eye.to(q.dtype))
+        if self.gamma is not None:
+            mixing = mixing - self.gamma(mask.to(q.dtype) / mask.sum(-1, keepdim=True))
+        return self.hook_mixing(mixing)
+
+    def _mix(
+        self,
+        q: Float[Tensor, "batch head query d_head"],
+        k: Float[Tensor, "batch head key d_head"],
+        v: Float[Tensor, "batch head key d_head"],
+    ) -> Float[Tensor, "batch head query d_head"]:
+        """Return the attention matrix times the values without making it: I · v = v, and C · v is a running mean."""
+        queries, keys = q.shape[-2], k.shape[-2]
+        mask = self._mask(q, k) if 1 < queries < keys else None
+        z = self.beta(F.scaled_dot_product_attention(q, k, v, mask, is_causal=queries == keys))
+        if self.alpha is not None:
+            z = z + self.alpha(v[..., -queries:, :])
+        if self.gamma is not None:
+            total = v.cumsum(-2, dtype=torch.promote_types(v.dtype, torch.float32))[..., -queries:, :]
+            count = torch.arange(keys - queries + 1, keys + 1, device=v.device)[:, None]
+            z = z - self.gamma((total / count).to(v.dtype))
+        return z
+
+
+class MLP(nn.Module):
+    """Two matrices around an activation function."""
+
+    def __init__(self, config: BlocksConfig) -> None:
+        super().__init__()
+        width = config.n_inner or 4 * config.n_embd
+        self.fc = Linear(config.n_embd, width, config.mlp_bias, config.initializer_range)
+        leaky = config.activation_function == "leaky_relu"
+        self.act = nn.LeakyReLU(config.negative_slope) if leaky else ACT2FN[config.activation_function]
+        self.proj = Linear(width, config.n_embd, config.mlp_bias, _residual_std(config))
+        self.hook_pre, self.hook_post = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return what the MLP makes of x."""
+        return self.proj(self.hook_post(self.act(self.hook_pre(self.fc(x)))))
+
+
+class Block(GradientCheckpointingLayer):
+    """Attention and an MLP, one after the other or side by side.
+
+    `hook_attn_out` and `hook_mlp_out` see what is added, gains included. `hook_resid_mid` of a parallel block sees the
+    sum without the MLP; under post-norm the `hook_resid_…` see the sums ahead of the norms.
+    """
+
+    def __init__(self, config: BlocksConfig, layer: int) -> None:
+        super().__init__()
+        self.parallel, self.post = config.parallel, config.norm_position == "post"
+        self.ln1 = _norm(_except_in(layer == 0, config.first_norm, config.norm), config.n_embd, config)
+        self.ln2 = _norm("none" if self.parallel else config.norm, config.n_embd, config)
+        self.attn, self.mlp = Attention(config, layer), MLP(config)
+        self.attn_gain = _gain(config.attn_gain, config.train_attn_gains)
+        self.mlp_gain = _gain(config.mlp_gain, config.train_mlp_gains)
+        attn_skip, mlp_skip = config.attn_skip_gain, config.mlp_skip_gain
+        self.attn_skip_gain = _gain(attn_skip, config.train_attn_gains) if attn_skip else None
+        self.mlp_skip_gain = _gain(mlp_skip, config.train_mlp_gains) if mlp_skip else None
+        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = (nn.Identity() for _ in range(3))
+        self.hook_attn_out, self.hook_mlp_out = nn.Identity(), nn.Identity()
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], past: Cache | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return the block's output; keys and values join those in `past`."""
+        x = self.hook_resid_pre(x)
+        read = self.ln1(x)
+        skip = self.mlp_skip_gain if self.parallel else self.attn_skip_gain
+        mid = self.hook_attn_out(self.attn_gain(self.attn(read, past)))
+        if skip is not None:
+            mid = skip(read if self.post else x) + mid
+        mid = self.hook_resid_mid(mid)
+        if not self.parallel:
+            read = self.ln2(mid)
+        out = self.hook_mlp_out(self.mlp_gain(self.mlp(read)))
+        if self.parallel:
+            out = mid + out
+        elif self.mlp_skip_gain is not None:
+            out = self.mlp_skip_gain(read if self.post else mid) + out
+        return self.hook_resid_post(out)
+
+
+class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
+    """Token and position embeddings, blocks, final norm, unembedding (tied to the token embedding as in GPT-2)."""
+
+    config_class = BlocksConfig
+    config: BlocksConfig
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _tied_weights_keys = {"unembed.weight": "embed.weight"}  # noqa: RUF012
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: BlocksConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.pos_embed = nn.Embedding(config.n_positions, config.n_embd)
+        self.hook_embed, self.hook_pos_embed = nn.Identity(), nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_final = _norm(config.final_norm, config.n_embd, config)
+        self.unembed = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+        if config.tie_value_proj_init is not None:
+            self._tie_value_proj_init()  # of a model that is being loaded this is written over
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the unembedding."""
+        return self.unembed
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers would look for its own dispatcher in the source
+
+    @torch.no_grad()
+    def _init_weights(self, module: Any) -> None:
+        """Initialise `module`, whose children are initialised already; what was loaded stays as it is."""
+        config = self.config
+        super()._init_weights(module)
+        if isinstance(module, Gain):
+            initialization.constant_(module.value, module.initial)
+        elif isinstance(module, Norm):
+            initialization.ones_(module.weight)
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
+        elif isinstance(module, GainedMatrix):
+            if module.learns:
+                initialization.zeros_(module.weight)
+            if module.kind != "identity":
+                _init_matrix(module.initial, module.kind, 1 / math.sqrt(config.n_embd))
+        elif isinstance(module, Linear):
+            fresh = torch.empty_like(module.weight)
+            for rows, std in zip(fresh.chunk(len(module.stds)), module.stds, strict=True):
+                _init_matrix(rows, module.kind, std)
+            initialization.copy_(module.weight, fresh)
+
+    @torch.no_grad()
+    def _tie_value_proj_init(self) -> None:
+        product = torch.eye(self.config.n_embd)
+        block: Any
+        for i, block in enumerate(self.blocks):
+            value, proj = _initial(block.attn.v), _initial(block.attn.o)
+            product = value.to(product) @ product
+            if self.config.tie_value_proj_init == "all_blocks":
+                proj.copy_(value.T)
+            elif i == self.config.n_layer - 1:
+                proj.copy_(product.T)
+            product = proj.to(product) @ product
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Int[Tensor, "batch pos"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits, [batch, pos, vocab], and the mean cross-entropy (nats/token) of the tokens after `labels`.
+
+        Tokens may be padded on the right: the padding changes nothing before it.
+
+        Raises:
+            BlockError: padding on the left, or more tokens than there are positions.
+        """
+        # Asked of the mask only where there is one: on a GPU the answer waits for the device.
+        if attention_mask is not None and (attention_mask.diff(dim=-1) > 0).any():
+            raise BlockError("The attention_mask pads on the left, which moves positions: pad on the right.")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if seen + input_ids.shape[1] > self.config.n_positions:
+            raise BlockError(f"The model has {self.config.n_positions} positions, not {seen + input_ids.shape[1]}.")
+        positions = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
+        x = self.hook_embed(self.embed(input_ids)) + self.hook_pos_embed(self.pos_embed(positions))
+        for block in self.blocks:
+            x = block(x, past_key_values)
+        logits = self.unembed(self.ln_final(x[:, -logits_to_keep:]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+
+AutoConfig.register("noln-blocks", BlocksConfig, exist_ok=True)
+AutoModelForCausalLM.register(BlocksConfig, BlocksForCausalLM, exist_ok=True)
+
+
+_OF_GPT2 = (
+    *("norm", "final_norm", "norm_position", "qk_norm", "softcap", "parallel"),
+    *("attn_skip_gain", "attn_gain", "mlp_skip_gain", "mlp_gain", "train_attn_gains", "train_mlp_gains"),
+    *("attn_identity_gain", "attn_softmax_gain", "attn_centre_gain", "train_attn_matrix_gains"),
+    *("value_skip_gain", "proj_skip_gain"),
+)
+"""What GPT-2's block has as it is by default."""
+_GPT2_NAMES = {
+    "ln_1": ["ln1"],
+    "ln_2": ["ln2"],
+    "attn.c_attn": ["attn.qk", "attn.v"],
+    "attn.c_proj": ["attn.o"],
+    "mlp.c_fc": ["mlp.fc"],
+    "mlp.c_proj": ["mlp.proj"],
+}
+"""Ours by GPT-2's, within a block."""
+
+
+@torch.no_grad()
+def to_gpt2(model: BlocksForCausalLM) -> GPT2LMHeadModel:
+    """Return a Pre-LN model as a `GPT2LMHeadModel` with the same logits, in its dtype and on its device.
+
+    Raises:
+        BlockError: a block that is not GPT-2's.
+    """
+    config, default = model.config, BlocksConfig()
+    other = [name for name in _OF_GPT2 if getattr(config, name) != getattr(default, name)]
+    other += ["first_norm"] * (config.first_norm not in (None, "ln"))
+    other += ["negative_slope"] * (config.activation_function == "leaky_relu" and config.negative_slope != 0)
+    if other:
+        raise BlockError(f"GPT-2 has no such {', '.join(other)}: only `pre-ln` blocks with LN can become GPT-2's.")
+    same = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "initializer_range", "use_cache"]
+    same += ["bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"]
+    knobs: dict[str, Any] = {name: getattr(config, name) for name in same}
+    knobs |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    relu = config.activation_function == "leaky_relu"
+    knobs |= {"activation_function": "relu" if relu else config.activation_function}
+    gpt2: Any = GPT2LMHeadModel(GPT2Config(layer_norm_epsilon=config.norm_epsilon, **knobs))
+
+    ours = model.state_dict()
+    theirs = {f"transformer.ln_f.{part}": ours[f"ln_final.{part}"] for part in ("weight", "bias")}
+    for name, our_name in (("transformer.wte", "embed"), ("transformer.wpe", "pos_embed"), ("lm_head", "unembed")):
+        theirs[f"{name}.weight"] = ours[f"{our_name}.weight"]
+    for layer in range(config.n_layer):
+        for name, our_names in _GPT2_NAMES.items():
+            at = [f"blocks.{layer}.{our_name}" for our_name in our_names]
+            weights = [ours[f"{our_name}.weight"] for our_name in at]
+            biases = [
+                ours.get(f"{our_name}.bias", w.new_zeros(len(w))) for our_name, w in zip(at, weights, strict=True)
+            ]
+            theirs[f"transformer.h.{layer}.{name}.weight"] = (
+                torch.cat(weights).T if weights[0].ndim == 2 else weights[0]
+            )
+            theirs[f"transformer.h.{layer}.{name}.bias"] = torch.cat(biases)
+    gpt2 = gpt2.to(model.device, model.dtype)
+    gpt2.load_state_dict(theirs)
+    return gpt2.train(model.training)
+
+
+@contextmanager
+def signals(model: BlocksForCausalLM) -> Iterator[dict[str, float]]:
+    """Measure what the released code of [S24] and [O24] logs, of the one forward made in the `with` statement.
+
+    The dict that it yields is filled at the end. Of every gain, by its module's name, its mean (over heads), and `.std`
+    where there are heads. `blocks.3.attn.entropy`: of A(x), nats, the mean over heads and queries. Of every block's
+    input and the last one's output, such as `blocks.3.hook_resid_pre.kurtosis`, all without unit but the RMS, over all
+    tokens: `rms`; `kurtosis`, from 1 to the width; `max_median_ratio`; `feature_correlation_rms`, `input_correlation`
+    and `input_correlation_rms`; as `analysis.outlier_features` defines them. They need probabilities: attention is
+    "eager" meanwhile.
+    """
+    measured: dict[str, Tensor] = {}
+    values: dict[str, float] = {}
+    hooks = []
+
+    def entropy(name: str) -> Any:
+        return lambda module, _, pattern: measured.update({name: torch.special.entr(pattern.detach()).sum(-1).mean()})
+
+    def statistics(name: str) -> Any:
+        return lambda module, _, x: measured.update({f"{name}.{k}": v for k, v in _statistics(x.detach()).items()})
+
+    block: Any
+    for i, block in enumerate(model.blocks):
+        hooks.append(block.attn.hook_pattern.register_forward_hook(entropy(f"blocks.{i}.attn.entropy")))
+        hooks.append(block.hook_resid_pre.register_forward_hook(statistics(f"blocks.{i}.hook_resid_pre")))
+    hooks.append(block.hook_resid_post.register_forward_hook(statistics(f"blocks.{i}.hook_resid_post")))
+    implementation, model.config._attn_implementation = model.config._attn_implementation, "eager"
+    try:
+        yield values
+    finally:
+        model.config._attn_implementation = implementation
+        for hook in hooks:
+            hook.remove()
+    for name, module in model.named_modules():
+        if isinstance(module, Gain):
+            gain = module.value.detach()
+            measured[name] = gain.mean()
+            if len(gain) > 1:
+                measured[f"{name}.std"] = gain.std()
+    # One wait for the device, not one a value.
+    values.update(zip(measured, torch.stack([value.float() for value in measured.values()]).tolist(), strict=True))
+
+
+def _statistics(x: Float[Tensor, "batch pos d_model"]) -> dict[str, Tensor]:
+    x = x.flatten(0, 1).float()
+    n, d = x.shape
+    square = x.square().mean(0)
+    y = x - x.mean(-1, keepdim=True)
+    y = y / y.square().mean().sqrt()
+    features = y.T @ y / n
+    # Σ over pairs of tokens, without the matrix of tokens by tokens: ‖YYᵀ‖ = ‖YᵀY‖, and its entries add up to |Σy|².
+    norms = y.square().sum(-1)
+    input_sum = (y.sum(0).square().sum() - norms.sum()) / d
+    input_squares = (features.square().sum() * n**2 - norms.square().sum()) / d**2
+    return {
+        "rms": square.mean().sqrt(),
+        "kurtosis": square.square().mean() / square.mean().square(),
+        "max_median_ratio": (x.abs().amax(-1) / x.abs().median(-1).values).mean(),
+        "feature_correlation_rms": (
+            (features.square().sum() - features.diagonal().square().sum()) / (d * (d - 1))
+        ).sqrt(),
+        "input_correlation": input_sum / (n * (n - 1)),
+        "input_correlation_rms": (input_squares / (n * (n - 1))).clamp(min=0).sqrt(),
+    }

@@ -1,0 +1,414 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
+
+from finetune.blocks import BLOCKS, BlockError, BlocksForCausalLM, block_config, signals, to_gpt2
+
+SHAPE = {"vocab_size": 23, "n_positions": 11, "n_embd": 12, "n_layer": 2, "n_head": 3}
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+SAS = [name for name in BLOCKS if "skipless" in name]
+each_block = pytest.mark.parametrize("name", BLOCKS)
+
+
+def make(name: str, seed: int = 0, **knobs) -> BlocksForCausalLM:
+    torch.manual_seed(seed)
+    return BlocksForCausalLM(block_config(name, **{**SHAPE, **knobs})).double().eval()
+
+
+def shaken(name: str, **knobs) -> BlocksForCausalLM:
+    """A model whose every parameter matters."""
+    model = make(name, **knobs)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+# The papers' equations, in the words of the papers: Norm, MHA, A, C, W^V, W^P, α, β, γ.
+
+
+def centred_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    mean = x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
+    return (x - mean) / (variance + 1e-5) ** 0.5 * weight + bias
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    return x / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def forward_by_hand(name: str, model: BlocksForCausalLM, tokens: Tensor) -> Tensor:
+    """The logits of one sequence, written anew for the blocks' default knobs."""
+    w = {key: value.detach() for key, value in model.state_dict().items()}
+    width, heads = SHAPE["n_embd"], SHAPE["n_head"]
+    d = width // heads
+    T = len(tokens)
+    nonorm = name.endswith("nonorm") or name == "op"
+    shaped = "skip" in name
+    parallel = "parallel" in name
+
+    def norm(x: Tensor, at: str) -> Tensor:
+        if nonorm and at not in ("blocks.0.ln1", "ln_final"):
+            return x
+        return centred_norm(x, w[f"{at}.weight"], w[f"{at}.bias"])
+
+    def linear(x: Tensor, at: str) -> Tensor:
+        return x @ w[f"{at}.weight"].T + w[f"{at}.bias"]
+
+    def attention(x: Tensor, i: int) -> Tensor:
+        at = f"blocks.{i}.attn"
+        qk = linear(x, f"{at}.qk")
+        Q, K = qk[:, :width], qk[:, width:]
+        if "skipless" not in name:
+            V = linear(x, f"{at}.v")
+        elif i == 0:  # α_V · X + β_V · X ΔW, the first layer's exception
+            V = w[f"{at}.v.skip_gain.value"] * x + w[f"{at}.v.gain.value"] * (x @ w[f"{at}.v.weight"].T)
+        else:
+            V = x
+        out = []
+        for h in range(heads):
+            q, k, v = (M[:, h * d : (h + 1) * d] for M in (Q, K, V))
+            if name == "op":
+                q = q / ((q**2).sum(-1, keepdim=True) / d + 1e-5) ** 0.5 * w[f"{at}.q_norm.weight"]
+                k = k / ((k**2).sum(-1, keepdim=True) / d + 1e-5) ** 0.5 * w[f"{at}.k_norm.weight"]
+            A = torch.zeros(T, T, dtype=x.dtype)
+            for s in range(T):
+                exponentials = [math.exp(float(q[s] @ k[t]) / d**0.5) for t in range(s + 1)]
+                for t in range(s + 1):
+                    A[s, t] = exponentials[t] / sum(exponentials)
+                    if shaped:
+                        alpha, beta, gamma = (w[f"{at}.{g}.value"][h] for g in ("alpha", "beta", "gamma"))
+                        A[s, t] = alpha * (s == t) + beta * A[s, t] - gamma / (s + 1)
+            out.append(A @ v)
+        concatenated = torch.cat(out, dim=-1)
+        return concatenated if "skipless" in name else linear(concatenated, f"{at}.o")
+
+    def mlp(x: Tensor, i: int) -> Tensor:
+        return linear(gelu_new(linear(x, f"blocks.{i}.mlp.fc")), f"blocks.{i}.mlp.proj")
+
+    x = w["embed.weight"][tokens] + w["pos_embed.weight"][:T]
+    if name == "post-ln":  # LN(x + f(x)): the norms behind, of which the first is that of the embedding
+        x = norm(x, "blocks.0.ln1")
+        for i in range(SHAPE["n_layer"]):
+            after = "ln_final" if i == SHAPE["n_layer"] - 1 else f"blocks.{i + 1}.ln1"
+            x = norm(x + attention(x, i), f"blocks.{i}.ln2")
+            x = norm(x + mlp(x, i), after)
+        return x @ w["embed.weight"].T
+    for i in range(SHAPE["n_layer"]):
+        gain = {g: w.get(f"blocks.{i}.{g}.value", torch.ones(1)) for g in ("attn_gain", "mlp_gain", "mlp_skip_gain")}
+        read = norm(x, f"blocks.{i}.ln1")
+        attended = gain["attn_gain"] * attention(read, i)
+        if name == "parallel":
+            x = x + attended + mlp(read, i)
+        elif parallel:
+            x = attended + gain["mlp_gain"] * mlp(read, i)
+        else:
+            x = attended if shaped else x + attended
+            x = gain["mlp_skip_gain"] * x + gain["mlp_gain"] * mlp(norm(x, f"blocks.{i}.ln2"), i)
+    return norm(x, "ln_final") @ w["embed.weight"].T
+
+
+@each_block
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_logits_are_those_of_the_equations(name: str, implementation: str):
+    model = shaken(name)
+    model.set_attn_implementation(implementation)
+    expected = torch.stack([forward_by_hand(name, model, tokens) for tokens in TOKENS])
+    torch.testing.assert_close(model(TOKENS).logits, expected)
+
+
+@each_block
+def test_at_initialisation_the_gains_are_the_published_ones(name: str):
+    at_depth = {"op": 12}.get(name, 18)
+    model = BlocksForCausalLM(block_config(name, **{**SHAPE, "n_layer": at_depth}))
+    gains = {key: value.unique().tolist() for key, value in model.state_dict().items() if key.endswith("value")}
+    small = {"op": 0.2}.get(name, 0.1)
+    for key, value in gains.items():
+        is_small = "mlp_gain" in key or (name == "op" and "attn_gain" in key)
+        assert value == pytest.approx([small if is_small else 1]), key
+    deeper = block_config(name, n_layer=4 * at_depth)
+    assert deeper.mlp_gain == pytest.approx(small / 2 if gains else 1)
+
+
+@pytest.mark.parametrize("name", [*SAS, "v-skipinit"])
+def test_shaped_attention_starts_as_the_identity(name: str):
+    model = make(name)
+    model.set_attn_implementation("eager")
+    seen = {}
+    for i, block in enumerate(model.blocks):
+        for hook in ("hook_mixing", "hook_v", "hook_z"):
+            keep = lambda _, inputs, output, key=(i, hook): seen.update({key: output})  # noqa: E731
+            getattr(block.attn, hook).register_forward_hook(keep)
+        block.ln1.register_forward_hook(lambda _, inputs, output, i=i: seen.update({(i, "read"): output}))
+    model(TOKENS)
+    for i in range(SHAPE["n_layer"]):
+        assert torch.equal(seen[i, "hook_mixing"], torch.eye(8).expand(2, 3, 8, 8).double())
+        assert torch.equal(seen[i, "hook_z"], seen[i, "hook_v"])
+        if name != "v-skipinit":
+            assert torch.equal(seen[i, "hook_v"].flatten(2), seen[i, "read"])
+
+
+def test_identity_without_gains_is_no_matrix():
+    model = make("skipless")
+    matrices = {key for key in model.state_dict() if ".attn.v." in key or ".attn.o." in key}
+    assert matrices == {f"blocks.0.attn.v.{part}" for part in ("weight", "gain.value", "skip_gain.value")}
+
+
+@each_block
+def test_gradients_are_finite_and_reach_every_parameter(name: str):
+    model = shaken(name).train()
+    loss = model(TOKENS, labels=TOKENS).loss
+    log_probs = model(TOKENS).logits.log_softmax(-1)
+    expected = -log_probs[:, :-1].gather(-1, TOKENS[:, 1:, None]).mean()
+    torch.testing.assert_close(loss, expected, check_dtype=False, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), parameter_name
+        # A bias of all keys moves no probability.
+        assert parameter.grad.abs().max() > 0, parameter_name
+
+
+@each_block
+def test_gradients_at_initialisation_are_finite(name: str):
+    model = make(name).train()
+    model(TOKENS, labels=TOKENS).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    plain = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    model(TOKENS, labels=TOKENS).loss.backward()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[key])
+
+
+@each_block
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_later_tokens_change_nothing_before(name: str, implementation: str):
+    model = shaken(name)
+    model.set_attn_implementation(implementation)
+    changed = TOKENS.clone()
+    changed[:, 5:] = (changed[:, 5:] + 7) % SHAPE["vocab_size"]
+    before, after = model(TOKENS).logits, model(changed).logits
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert not torch.isclose(before[:, 5:], after[:, 5:]).all()
+
+
+@each_block
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_generation_with_a_cache_is_that_without(name: str, implementation: str):
+    model = shaken(name, eos_token_id=None)
+    model.set_attn_implementation(implementation)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(TOKENS, **options)
+    assert cached.shape == (2, 11)
+    assert torch.equal(cached, model.generate(TOKENS, use_cache=False, **options))
+    start = model(TOKENS[:, :3], use_cache=True)
+    rest = model(TOKENS[:, 3:], past_key_values=start.past_key_values, use_cache=True)  # several tokens at once
+    torch.testing.assert_close(torch.cat([start.logits, rest.logits], dim=1), model(TOKENS).logits)
+
+
+@each_block
+def test_saved_and_loaded_it_is_the_same(name: str, tmp_path):
+    model = shaken(name).float()
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*") if path.suffix != ".json"} == {"model.safetensors"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is BlocksForCausalLM
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert {knob: getattr(config, knob) for knob in BLOCKS[name] | SHAPE} == BLOCKS[name] | SHAPE
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert loaded.unembed.weight is loaded.embed.weight
+    trained = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    assert trained == {key: parameter.requires_grad for key, parameter in loaded.named_parameters()}
+
+
+@pytest.mark.parametrize("knobs", [{}, {"qk_bias": False, "vp_bias": False, "mlp_bias": False, "n_inner": 20}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_pre_ln_becomes_gpt2(knobs: dict, tied: bool, tmp_path):
+    model = shaken("pre-ln", tie_word_embeddings=tied, **knobs)
+    gpt2 = to_gpt2(model)
+    torch.testing.assert_close(gpt2(TOKENS).logits, model(TOKENS).logits)
+    gpt2.float().save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path).double()
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "knobs"), [(name, {}) for name in BLOCKS if name != "pre-ln"])
+def test_no_other_block_becomes_gpt2(name: str, knobs: dict):
+    with pytest.raises(BlockError, match="GPT-2 has no such"):
+        to_gpt2(make(name, **knobs))
+
+
+def test_pre_ln_starts_as_gpt2_does():
+    config = {"n_embd": 192, "vocab_size": 512, "n_layer": 2, "n_head": 3}
+    made = to_gpt2(BlocksForCausalLM(block_config("pre-ln", **config)))
+    gpt2 = GPT2LMHeadModel(made.config)
+    for (name, ours), theirs in zip(made.named_parameters(), gpt2.parameters(), strict=True):
+        assert ours.mean().item() == pytest.approx(theirs.mean().item(), abs=1e-3), name
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05, abs=1e-6), name
+
+
+def published(name: str, **knobs) -> int:
+    """Millions of parameters in the setting of the published code, whose tokenizer has 50,000 tokens."""
+    shape = {"vocab_size": 50_000, "n_positions": 1024, "n_embd": 768, "n_layer": 18, "n_head": 12}
+    with torch.device("meta"):
+        model = BlocksForCausalLM(block_config(name, **shape, vp_bias=False, mlp_bias=False, **knobs))
+    return round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
+
+
+def test_parameters_are_as_many_as_published():
+    assert published("pre-ln", norm="rmsnorm") == 167
+    assert published("skipless-parallel", norm="rmsnorm") == 146
+
+
+def test_softcap_bounds_the_logits():
+    assert block_config("op", softcap=30).softcap == 30
+    model = shaken("op", softcap=0.5)
+    scores = []
+    model.blocks[0].attn.hook_attn_scores.register_forward_hook(lambda _, __, output: scores.append(output))
+    capped = model(TOKENS).logits
+    assert scores[0][scores[0].isfinite()].abs().max() < 0.5
+    model.config.softcap = None
+    model.set_attn_implementation("eager")
+    model(TOKENS)
+    seen = scores[0].isfinite()
+    torch.testing.assert_close(scores[0][seen], 0.5 * (scores[1][seen] / 0.5).tanh())
+    assert not torch.isclose(capped, model(TOKENS).logits).all()
+
+
+@pytest.mark.parametrize("skip_gain", [None, 1.0])
+@pytest.mark.parametrize("tie", ["all_blocks", "last_block"])
+def test_tied_values_and_projections_cancel(skip_gain: float | None, tie: str):
+    knobs = {"value_skip_gain": skip_gain, "proj_skip_gain": skip_gain, "vp_bias": False}
+    model = make("v-skipinit", tie_value_proj_init=tie, value_gain=0.5, proj_gain=0.5, **knobs)
+    x = torch.randn(1, 1, 12).double()
+    y = x
+    for block in model.blocks:
+        y = block.attn.o(block.attn.v(y))
+        assert torch.allclose(x, y, atol=1e-5) == (tie == "all_blocks" or block is model.blocks[-1])
+
+
+def test_gained_matrix_is_what_eq_6_says():
+    knobs = {"value_init": "normal", "value_skip_gain": 0.7, "value_gain": 0.2, "first_value_gain": 0.4}
+    model = shaken("skipless", **knobs)
+    v = model.blocks[1].attn.v
+    x = torch.randn(1, 4, 12).double()
+    W = v.skip_gain.value * v.initial + v.gain.value * v.weight
+    torch.testing.assert_close(v(x), x @ W.T)
+    fresh = make("skipless", **knobs)
+    assert [fresh.blocks[i].attn.v.gain.value.item() for i in (0, 1)] == pytest.approx([0.4, 0.2])
+    assert fresh.blocks[1].attn.v.weight.abs().max() == 0
+    assert "blocks.1.attn.v.initial" in fresh.state_dict()
+
+
+@pytest.mark.parametrize("name", [*(name for name in SAS if "nonorm" in name), "op"])
+def test_without_norms_the_first_and_the_last_may_go_too(name: str):
+    def norms(model: BlocksForCausalLM) -> list[str]:
+        return [key for key in model.state_dict() if key.endswith("weight") and ("ln" in key)]
+
+    assert norms(make(name)) == ["blocks.0.ln1.weight", "ln_final.weight"]
+    bare = make(name, first_norm="none", final_norm="none")
+    assert norms(bare) == []
+    assert bare(TOKENS).logits.isfinite().all()
+
+
+def test_hooks_replace_activations():
+    model = shaken("skipless")
+    hook = model.blocks[1].hook_resid_mid.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    first = model(TOKENS).logits
+    hook.remove()
+    assert not torch.isclose(first, model(TOKENS).logits).all()
+
+
+@each_block
+def test_residual_stream_is_the_sum_of_what_is_added(name: str):
+    model = shaken(name)
+    seen = {}
+    for key, module in model.blocks[1].named_children():
+        if key.startswith("hook_"):
+            module.register_forward_hook(lambda _, __, output, key=key: seen.update({key: output}))
+    model(TOKENS)
+    if name in ("pre-ln", "op", "parallel"):
+        torch.testing.assert_close(seen["hook_resid_pre"] + seen["hook_attn_out"], seen["hook_resid_mid"])
+        torch.testing.assert_close(seen["hook_resid_mid"] + seen["hook_mlp_out"], seen["hook_resid_post"])
+    elif name != "post-ln":
+        torch.testing.assert_close(seen["hook_attn_out"], seen["hook_resid_mid"])
+
+
+def test_signals_are_those_of_the_definitions():
+    model = shaken("skipless")
+    resid, patterns = [], []
+    model.blocks[1].hook_resid_pre.register_forward_hook(lambda _, __, output: resid.append(output))
+    model.blocks[1].attn.hook_pattern.register_forward_hook(lambda _, __, output: patterns.append(output))
+    with signals(model) as found, torch.no_grad():
+        model(TOKENS)
+    assert model.config._attn_implementation == "sdpa"
+    x = resid[0].flatten(0, 1)
+    n, d = x.shape
+    s = (x**2).mean(0)
+    y = x - x.mean(-1, keepdim=True)
+    y = y / (y**2).mean().sqrt()
+    features = (y.T @ y / n)[~torch.eye(d, dtype=torch.bool)]
+    inputs = (y @ y.T / d)[~torch.eye(n, dtype=torch.bool)]
+    expected = {
+        "rms": (x**2).mean() ** 0.5,
+        "kurtosis": (s**2).mean() / s.mean() ** 2,
+        "max_median_ratio": torch.stack([row.max() / row.median() for row in x.abs()]).mean(),
+        "feature_correlation_rms": (features**2).mean() ** 0.5,
+        "input_correlation": inputs.mean(),
+        "input_correlation_rms": (inputs**2).mean() ** 0.5,
+    }
+    for key, value in expected.items():
+        assert found[f"blocks.1.hook_resid_pre.{key}"] == pytest.approx(value.item(), rel=1e-4), key
+    entropies = [-(p[p > 0] * p[p > 0].log()).sum() for p in patterns[0].flatten(0, 2)]
+    assert found["blocks.1.attn.entropy"] == pytest.approx(torch.stack(entropies).mean().item())
+    alpha = model.blocks[1].attn.alpha.value
+    assert found["blocks.1.attn.alpha"] == pytest.approx(alpha.mean().item())
+    assert found["blocks.1.attn.alpha.std"] == pytest.approx(alpha.std().item())
+    assert found["blocks.1.mlp_skip_gain"] == pytest.approx(model.blocks[1].mlp_skip_gain.value.item())
+    assert not model.blocks[0].hook_resid_pre._forward_hooks
+
+
+@each_block
+def test_training_lowers_the_loss(name: str):
+    model = make(name).float().train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(TOKENS, labels=TOKENS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(BlockError, match="no block pre-norm: the blocks are pre-ln"):
+        block_config("pre-norm")
+    with pytest.raises(BlockError, match="no knobs n_layers"):
+        block_config("pre-ln", n_layers=2)
+    with pytest.raises(BlockError, match=r"one of .*, got batchnorm"):
+        block_config("pre-ln", norm="batchnorm")
+    with pytest.raises(BlockError, match="no activation gelu_old"):
+        block_config("pre-ln", activation_function="gelu_old")
+    with pytest.raises(BlockError, match="multiple of n_head"):
+        block_config("pre-ln", n_head=7)
+    with pytest.raises(BlockError, match="set attn_skip_gain to 0"):
+        block_config("pre-ln", parallel=True)
+    with pytest.raises(BlockError, match="identity"):
+        block_config("skipless", tie_value_proj_init="all_blocks")
+    model = make("pre-ln")
+    with pytest.raises(BlockError, match="11 positions, not 12"):
+        model(torch.zeros(1, 12, dtype=torch.long))
+    with pytest.raises(BlockError, match="pad on the right"):
+        model(TOKENS, attention_mask=torch.tensor([[0] + 7 * [1], 8 * [1]]))
+
+
+def test_right_padding_changes_nothing_before_it():
+    model = shaken("skipless")
+    mask = torch.tensor([8 * [1], 6 * [1] + 2 * [0]])
+    padded = model(torch.where(mask == 1, TOKENS, 0), attention_mask=mask).logits
+    torch.testing.assert_close(padded[1, :6], model(TOKENS).logits[1, :6])
