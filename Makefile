@@ -1,4 +1,5 @@
-# `make demo` runs the main job on the bundled model, `make test` the tests. Each installs what it needs into .venv.
+# `make demo` runs the main job on the bundled model and ends with its report, `make test` runs the tests. Each installs
+# what it needs into .venv.
 PYTHON ?= python3
 VENV := .venv
 VENV_TL4 := .venv-tl4
@@ -8,6 +9,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/installed
 	$(BIN)/python -m finetune run micro
+	$(BIN)/python -m analysis report
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto tests --ignore tests/benchmarks
@@ -29,7 +31,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  || { echo "Python 3.11 to 3.13 is needed; say which with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,logging]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,logging,eval]'
 	@touch $@
 
 # Nothing but TransformerLens 4, over the packages of the first environment.

@@ -29,6 +29,8 @@ class Options:
     control: str | None = None
     """The model fine-tuned in the same way with LN kept. None: that of the newest run, or none at all where the other
     models are named."""
+    revision: str | None = None
+    """The revision of an original on the Hub. None: that of the newest run."""
     text: tuple[str, ...] = ("books-report", "shifted-peps")
     """Texts to compare the models on: bundled names, files, directories, or Hub data sets. The first one serves the
     analyses that look at one text."""
@@ -42,7 +44,12 @@ class Options:
     only: tuple[str, ...] = ()
     """The analyses to run, by their module's names. Empty: all."""
     batch_size: int = 8
-    """Blocks in one forward. No number depends on it."""
+    """Blocks in one forward, at most. No number depends on it."""
+    png: bool = False
+    """Also write the figures as PNG; needs the extra `png`, and Chrome or Chromium."""
+    benchmark: tuple[str, ...] = ()
+    """Tasks of EleutherAI's lm-evaluation-harness, such as hellaswag: NAME, on its data on the Hub, or NAME=FILE.jsonl,
+    a file with the fields of those data in their place; needs the extra `eval`. Empty: none."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from analysis import palette
+from analysis import figures, palette
 from analysis.batches import forwards
 
 SINK_THRESHOLD = 0.3
@@ -88,30 +88,12 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_heads` returns as heat maps: a row a measure, a column a model."""
-    models = list(frame["model"].unique())
-    quantities = {
-        "sink_rate": ("Sink rate<br>(share)", 1),
-        "attention_to_0": ("Attention to<br>position 0<br>(share)", 1),
-        "entropy": ("Entropy<br>(nats)", frame["entropy"].max()),
-    }
-    figure = make_subplots(
-        len(quantities),
-        len(models),
-        shared_xaxes=True,
-        shared_yaxes=True,
-        column_titles=models,
-        vertical_spacing=0.05,
-        horizontal_spacing=0.03,
+    entropy = {"cmin": 0, "cmax": frame["entropy"].max()}
+    return figures.heat_maps(
+        frame,
+        {
+            "sink_rate": ("Sink rate<br>(share)", {"cmin": 0, "cmax": 1}),
+            "attention_to_0": ("Attention to<br>position 0<br>(share)", {"cmin": 0, "cmax": 1}),
+            "entropy": ("Entropy<br>(nats)", entropy),
+        },
     )
-    for row, (quantity, (title, greatest)) in enumerate(quantities.items(), start=1):
-        for col, model in enumerate(models, start=1):
-            heat = frame[frame["model"] == model].pivot(index="layer", columns="head", values=quantity)
-            figure.add_heatmap(z=heat, x=heat.columns, y=heat.index, coloraxis=f"coloraxis{row}", row=row, col=col)
-        place = {"title": title, "len": 0.33, "y": 1 - (row - 0.5) / len(quantities)}
-        figure.update_layout(
-            {f"coloraxis{row}": {"colorscale": "Cividis", "cmin": 0, "cmax": greatest, "colorbar": place}}
-        )
-    figure.update_layout(height=850)
-    figure.update_xaxes(dtick=max(1, int(frame["head"].max()) // 6))
-    figure.update_xaxes(title="Head", row=len(quantities))
-    return figure.update_yaxes(title="Layer", col=1)

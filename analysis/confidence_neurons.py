@@ -211,11 +211,12 @@ def _ablate_block(
     sums = []
     for group in groups:
         excess = (activation[..., group] - mean[group]).to(logits.dtype)
-        direct = logits - excess @ (W_out[group] @ model.W_U) / scale
+        direct = torch.baddbmm(logits, excess / scale, (W_out[group] @ model.W_U)[None], alpha=-1)
         ratio = scale / _final_scale(model, resid - excess @ W_out[group])
-        # Not b_U + (direct − b_U) · ratio, so that nothing is rounded where the ratio is 1.
-        total = direct + (direct - b_U) * (ratio - 1)
-        sums.append(torch.stack([clean, _entropy_and_loss(total, tokens), _entropy_and_loss(direct, tokens)], dim=1))
+        measured = direct_measured = _entropy_and_loss(direct, tokens)
+        if (ratio != 1).any():
+            measured = _entropy_and_loss(b_U + (direct - b_U) * ratio, tokens)
+        sums.append(torch.stack([clean, measured, direct_measured], dim=1))
     return torch.stack(sums)
 
 
@@ -224,7 +225,7 @@ def _entropy_and_loss(
 ) -> Float[Tensor, " measure"]:
     """Return both, summed over the tokens that have a next one."""
     log_probs = logits.float().log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)[:, :-1]
+    entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)[:, :-1]
     return torch.stack([entropy.double().sum(), losses(log_probs, tokens).double().sum()])
 
 

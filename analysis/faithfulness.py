@@ -25,7 +25,7 @@ from scipy.stats import pearsonr, rankdata
 from torch import Tensor
 from torch.nn import functional as F
 
-from analysis import palette
+from analysis import figures, palette
 from analysis.batches import forwards
 from analysis.logit_attribution import Readout
 from finetune.evaluate import js_divergence, kl_divergence
@@ -34,6 +34,7 @@ _TOP = 50
 """How many of the reference's top tokens are ranked."""
 _BINS = 10
 """Of the top token's probability."""
+_COLUMNS = ("jsd", "kl", "agreement", "rank_correlation", "entropy", "confidence", "correct")
 _PATTERNS_AT_ONCE = 2**28
 """Numbers in one model's attention patterns of one batch: bounds the memory, and no result depends on it."""
 _POSITIONS = {"all": 0, "after 0": 1}
@@ -41,6 +42,96 @@ _POSITIONS = {"all": 0, "after 0": 1}
 
 
 @torch.inference_mode()
+def measure_tokens(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    reference: str = "original",
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Compare the prediction of every next token with that of `models[reference]`.
+
+    Args:
+        models: what `analysis.load_trio` returns.
+        tokens: packed blocks, nothing prepended.
+        reference: the model to compare with; it has rows of its own.
+        batch_size: blocks in one forward; no result depends on it.
+
+    Returns a row a token and model. Columns: model; reference; block and position of the token that is predicted; jsd
+    and kl, KL(reference ‖ model), nats; agreement, whether both have the same top token; rank_correlation, Spearman's
+    over the logits of the reference's top 50 tokens; entropy, nats; confidence, the probability of the top token;
+    correct, whether that is the token.
+    """
+    # Made whole: small arrays kept from each block would lie between the large ones, whose place could not be reused.
+    values = {name: np.empty((len(tokens), tokens.shape[1] - 1, len(_COLUMNS))) for name in models}
+    for i, (targets, log_probs) in enumerate(_predictions(models, tokens, batch_size)):
+        expected = log_probs[reference]
+        top = expected.topk(min(_TOP, expected.shape[-1])).indices
+        expected_ranks = rankdata(expected.gather(-1, top).cpu(), axis=-1)
+        for name, found in log_probs.items():
+            ranks = rankdata(found.gather(-1, top).cpu(), axis=-1)
+            log_prob, likeliest = found.max(-1)
+            columns = (
+                js_divergence(expected, found),
+                kl_divergence(expected, found),
+                top[:, 0] == likeliest,
+                torch.from_numpy(pearsonr(expected_ranks, ranks, axis=-1).statistic),
+                -(found.exp() * found).sum(-1),
+                log_prob.double().exp(),
+                likeliest == targets,
+            )
+            values[name][i] = torch.stack([column.double().cpu() for column in columns], dim=1).numpy()
+    block, position = np.indices((len(tokens), tokens.shape[1] - 1)).reshape(2, -1)
+    frames = []
+    for name in models:
+        frame = pd.DataFrame({"model": name, "reference": reference, "block": block, "position": position + 1})
+        frame[list(_COLUMNS)] = values[name].reshape(-1, len(_COLUMNS))
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True).astype({"agreement": bool, "correct": bool})
+
+
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+    """Average what `measure_tokens` returns over the tokens of each model.
+
+    Returns a row a model. Columns: model; reference; the means over tokens of jsd and kl, nats, agreement, from 0 to 1,
+    rank_correlation, without unit, and entropy, nats; of jsd and kl also `…_median`, `…_percentile_95`,
+    `…_percentile_99_9` and `…_max`; accuracy of the top token, from 0 to 1; ece, over 10 bins, from 0 to 1; tokens.
+    """
+    rows = []
+    bins = calibrate(frame)
+    for (model, reference), tokens in frame.groupby(["model", "reference"], sort=False):
+        row = {"model": model, "reference": reference}
+        for column in ("jsd", "kl"):
+            values = np.percentile(tokens[column], list(figures.TAIL.values()))
+            tail = {f"{column}_{name}": value for name, value in zip(figures.TAIL, values, strict=True)}
+            row |= {column: tokens[column].mean(), **tail}
+        row |= tokens[["agreement", "rank_correlation", "entropy"]].mean().to_dict()
+        full = bins[(bins["model"] == model) & (bins["tokens"] > 0)]
+        errors = (full["accuracy"] - full["confidence"]).abs()
+        row |= {"accuracy": tokens["correct"].mean(), "ece": np.average(errors, weights=full["tokens"])}
+        rows.append(row | {"tokens": len(tokens)})
+    return pd.DataFrame(rows)
+
+
+def calibrate(frame: pd.DataFrame) -> pd.DataFrame:
+    """Say how often the top token is right by how probable it is, from what `measure_tokens` returns.
+
+    Returns a row a model and bin of the top token's probability. Columns: model; bin_start and bin_end, which is in the
+    bin; confidence, the mean probability, and accuracy, both from 0 to 1, NaN in an empty bin; tokens.
+    """
+    edges = np.linspace(0, 1, _BINS + 1)
+    frames = []
+    for model, tokens in frame.groupby("model", sort=False):
+        of_bins = tokens.groupby(np.searchsorted(edges[1:-1], tokens["confidence"]))
+        bins = of_bins.agg(confidence=("confidence", "mean"), accuracy=("correct", "mean"), tokens=("correct", "size"))
+        bins = bins.reindex(range(_BINS)).fillna({"tokens": 0}).astype({"tokens": int})
+        bins.insert(0, "model", model)
+        bins.insert(1, "bin_start", edges[:-1])
+        bins.insert(2, "bin_end", edges[1:])
+        frames.append(bins)
+    return pd.concat(frames, ignore_index=True)
+
+
 def measure(
     models: Mapping[str, Any],
     tokens: Int[Tensor, "block pos"],
@@ -48,54 +139,13 @@ def measure(
     reference: str = "original",
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Compare the predictions of models with those of `models[reference]`, over all tokens that have a next one.
-
-    Args:
-        models: what `analysis.load_trio` returns.
-        tokens: packed blocks, nothing prepended.
-        reference: the model to compare with; it has a row of its own.
-        batch_size: blocks in one forward; no result depends on it.
-
-    Returns a row a model. Columns: model; reference; the means over tokens of jsd and kl, KL(reference ‖ model), nats,
-    agreement, how often both have the same top token, from 0 to 1, rank_correlation, Spearman's over the logits of the
-    reference's top 50 tokens, and entropy, nats; kl_max, the largest of a token; accuracy of the top token, from 0 to
-    1; ece, over 10 bins, from 0 to 1; tokens.
+    """Compare the predictions of models with a reference's: `summarise` of `measure_tokens`, whose arguments it takes.
 
     Raises:
         ValueError: there is no such reference, or nothing else.
     """
     _check(models, reference)
-    means = ("jsd", "kl", "agreement", "rank_correlation", "entropy")
-    sums = {name: torch.zeros(len(means), dtype=torch.float64) for name in models}
-    kl_max = dict.fromkeys(models, 0.0)
-    bins = {name: torch.zeros(3, _BINS, dtype=torch.float64) for name in models}
-    for targets, log_probs in _predictions(models, tokens, batch_size):
-        expected = log_probs[reference]
-        top = expected.topk(min(_TOP, expected.shape[-1])).indices
-        expected_ranks = rankdata(expected.gather(-1, top).cpu(), axis=-1)
-        for name, found in log_probs.items():
-            kl = kl_divergence(expected, found)
-            values = (
-                js_divergence(expected, found),
-                kl,
-                expected.argmax(-1) == found.argmax(-1),
-                torch.from_numpy(
-                    pearsonr(expected_ranks, rankdata(found.gather(-1, top).cpu(), axis=-1), axis=-1).statistic
-                ),
-                -(found.exp() * found).sum(-1),
-            )
-            sums[name] += torch.stack([value.double().sum().cpu() for value in values])
-            kl_max[name] = max(kl_max[name], kl.max().item())
-            bins[name] += _calibration(found, targets)
-    rows = []
-    for name in models:
-        count, confidence, correct = bins[name]
-        row: dict[str, Any] = {"model": name, "reference": reference}
-        row |= dict(zip(means, (sums[name] / count.sum()).tolist(), strict=True))
-        row |= {"kl_max": kl_max[name], "accuracy": (correct.sum() / count.sum()).item()}
-        row |= {"ece": ((correct - confidence).abs().sum() / count.sum()).item(), "tokens": int(count.sum())}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return summarise(measure_tokens(models, tokens, reference=reference, batch_size=batch_size))
 
 
 def plot(frame: pd.DataFrame) -> go.Figure:
@@ -116,27 +166,25 @@ def plot(frame: pd.DataFrame) -> go.Figure:
     return figure
 
 
-@torch.inference_mode()
+def plot_tails(frame: pd.DataFrame) -> go.Figure:
+    """Plot the JSD and KL of the median token and of the tail in what `measure` returns."""
+    titles = {"jsd": "JSD to the reference (nats)", "kl": "KL from the reference (nats)"}
+    figure = make_subplots(1, 2, horizontal_spacing=0.12)
+    for row in _compared(frame).to_dict("records"):
+        for col, column in enumerate(titles, start=1):
+            values = {name: [row[f"{column}_{name}"]] for name in figures.TAIL}
+            figures.add_tail(figure, row["model"], [row["model"]], values, row=1, col=col, legend=col == 1)
+    for col, title in enumerate(titles.values(), start=1):
+        figure.update_yaxes(title=title, type="log", dtick="D2", row=1, col=col)
+    return figure.update_layout(title=figures.TAIL_TITLE, height=420)
+
+
 def measure_calibration(
     models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8
 ) -> pd.DataFrame:
-    """Measure how often the top token is right by how probable it is, over all tokens that have a next one.
-
-    Arguments are those of `measure`. Returns a row a model and bin of the top token's probability. Columns: model;
-    bin_start and bin_end, which is in the bin; confidence, the mean probability, and accuracy, both from 0 to 1, NaN in
-    an empty bin; tokens.
-    """
-    bins = {name: torch.zeros(3, _BINS, dtype=torch.float64) for name in models}
-    for targets, log_probs in _predictions(models, tokens, batch_size):
-        for name, found in log_probs.items():
-            bins[name] += _calibration(found, targets)
-    edges = np.linspace(0, 1, _BINS + 1)
-    frames = []
-    for name, sums in bins.items():
-        frame = pd.DataFrame({"model": name, "bin_start": edges[:-1], "bin_end": edges[1:]})
-        frame[["confidence", "accuracy"]] = (sums[1:] / sums[0]).T.numpy()
-        frames.append(frame.assign(tokens=sums[0].long().numpy()))
-    return pd.concat(frames, ignore_index=True)
+    """Measure how often the top token is right by how probable it is: `calibrate` of `measure_tokens`."""
+    first = next(iter(models))
+    return calibrate(measure_tokens(models, tokens, reference=first, batch_size=batch_size))
 
 
 def plot_calibration(frame: pd.DataFrame) -> go.Figure:
@@ -201,27 +249,9 @@ def measure_layers(
 
 def plot_layers(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_layers` returns, a column a choice of positions."""
-    columns = list(frame["positions"].unique())
+    frame = _compared(frame).replace({"positions": {name: f"positions: {name}" for name in _POSITIONS}})
     quantities = {"cosine": "Cosine similarity<br>(no unit)", "cka": "Linear CKA<br>(no unit)"}
-    titles = [f"positions: {positions}" for positions in columns]
-    figure = make_subplots(
-        2, len(columns), shared_xaxes=True, shared_yaxes="rows", column_titles=titles, vertical_spacing=0.06
-    )
-    for (name, positions), line in _compared(frame).groupby(["model", "positions"], sort=False):
-        for row, (quantity, title) in enumerate(quantities.items(), start=1):
-            col = columns.index(positions) + 1
-            figure.add_scatter(
-                x=line["layer"],
-                y=line[quantity],
-                name=name,
-                legendgroup=name,
-                showlegend=row == col == 1,
-                line={"color": palette.colour(name)},
-                row=row,
-                col=col,
-            )
-            figure.update_yaxes(title=title, row=row, col=1)
-    return figure.update_xaxes(title="Blocks before", row=2)
+    return figures.lines(frame, "layer", quantities, column="positions").update_xaxes(title="Blocks before", row=2)
 
 
 @torch.inference_mode()
@@ -271,29 +301,13 @@ def measure_heads(
 
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_heads` returns as heat maps: a row a quantity, a column a model."""
-    frame = _compared(frame)
-    models = list(frame["model"].unique())
-    quantities: dict[str, dict[str, Any]] = {
-        "attention_distance": {"colorscale": "Cividis", "cmin": 0, "title": "Distance of<br>attention<br>(0 to 1)"},
-        "dla_correlation": {"colorscale": "Cividis", "cmax": 1, "title": "Correlation<br>of DLA<br>(no unit)"},
-    }
-    figure = make_subplots(
-        len(quantities),
-        len(models),
-        shared_xaxes=True,
-        shared_yaxes=True,
-        column_titles=models,
-        vertical_spacing=0.06,
-        horizontal_spacing=0.03,
+    return figures.heat_maps(
+        _compared(frame),
+        {
+            "attention_distance": ("Distance of<br>attention<br>(0 to 1)", {"cmin": 0}),
+            "dla_correlation": ("Correlation<br>of DLA<br>(no unit)", {"cmax": 1}),
+        },
     )
-    for row, (quantity, axis) in enumerate(quantities.items(), start=1):
-        for col, name in enumerate(models, start=1):
-            heat = frame[frame["model"] == name].pivot(index="layer", columns="head", values=quantity)
-            figure.add_heatmap(z=heat, x=heat.columns, y=heat.index, coloraxis=f"coloraxis{row}", row=row, col=col)
-        place = {"title": axis.pop("title"), "len": 0.47, "y": 1 - (row - 0.5) / len(quantities)}
-        figure.update_layout({f"coloraxis{row}": {**axis, "colorbar": place}})
-    figure.update_xaxes(title="Head", row=len(quantities))
-    return figure.update_yaxes(title="Layer", col=1)
 
 
 @torch.inference_mode()
@@ -364,15 +378,6 @@ def _predictions(
     for batch, outputs in forwards(models, tokens, batch_size=batch_size, description="Comparing predictions"):
         for i, block in enumerate(batch):
             yield block[1:], {name: output.logits[i, :-1].float().log_softmax(-1) for name, output in outputs.items()}
-
-
-def _calibration(log_probs: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"]) -> Float[Tensor, "3 bin"]:
-    """Return by bin of the top token's probability: tokens, the sum of that probability, and how many are right."""
-    log_prob, top = log_probs.max(-1)
-    confidence = log_prob.double().exp()
-    inner = torch.linspace(0, 1, _BINS + 1, dtype=torch.float64, device=confidence.device)[1:-1]
-    of_bins = F.one_hot(torch.bucketize(confidence, inner), _BINS).double()
-    return (torch.stack([torch.ones_like(confidence), confidence, (top == targets).double()]) @ of_bins).cpu()
 
 
 class _Correlation:

@@ -190,6 +190,7 @@ def load_trio(
     ln_free: Model,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    revision: str | None = None,
     tool: Tool | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -197,22 +198,28 @@ def load_trio(
     """Load the models that the analyses compare, under the keys `original`, `control` (unless None) and `ln_free`.
 
     In all of them the weights that write to the residual stream are centred, so that its mean is zero; no logits
-    depend on it. `tool` is "hooked" where TransformerLens has `HookedTransformer`, otherwise "bridge". Other
-    arguments and errors are those of `load_hooked`.
+    depend on it. `revision` is that of the original. `tool` is "hooked" where TransformerLens has
+    `HookedTransformer`, otherwise "bridge". Other arguments and errors are those of `load_hooked`.
 
     Raises:
-        CheckpointError: LN in `ln_free`, or none in the others.
+        CheckpointError: LN in `ln_free`, or none in the others; or what `load_hooked` raises, with which model it is.
     """
     make = {"hooked": _hooked, "bridge": _bridge}[tool or ("bridge" if _TL4 else "hooked")]
     models = {"original": original, "control": control, "ln_free": ln_free}
     trio = {}
     for name, model in models.items():
-        if model is not None:
-            source, state = _read(model, None)
-            if (state == "live") != (name != "ln_free"):
-                raise CheckpointError(f"{name} is to be a model {'without' if name == 'ln_free' else 'with'} live LN.")
-            made = make(source, state, _tokenizer(model, tokenizer, None), dtype or source.dtype, centre_writing=True)
-            trio[name] = made.to(device or source.device, print_details=False)
+        if model is None:
+            continue
+        its_revision = revision if name == "original" else None
+        try:
+            source, state = _read(model, its_revision)
+            its_tokenizer = _tokenizer(model, tokenizer, its_revision)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        if (state == "live") != (name != "ln_free"):
+            raise CheckpointError(f"{name} is to be a model {'without' if name == 'ln_free' else 'with'} live LN.")
+        made = make(source, state, its_tokenizer, dtype or source.dtype, centre_writing=True)
+        trio[name] = made.to(device or source.device, print_details=False)
     return trio
 
 
@@ -272,7 +279,10 @@ def _hooked(
     with warnings.catch_warnings():
         # It says to use TransformerBridge: whoever calls `load_hooked` has chosen.
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
-        hooked = HookedTransformer(HookedTransformerConfig(**_config(source, state, dtype)))
+        config = _config(source, state, dtype)
+        # The same function in one kernel instead of eight; TransformerBridge takes it by itself.
+        config["act_fn"] = config["act_fn"].replace("gelu_new", "gelu_pytorch_tanh")
+        hooked = HookedTransformer(HookedTransformerConfig(**config))
     parameters = dict(hooked.named_parameters())
     with torch.no_grad():
         for block, name, weight, bias in _maps(source, centre_writing):

@@ -26,11 +26,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
-from plotly.subplots import make_subplots
 from torch import Tensor
 from torch.nn import functional as F
 
-from analysis import palette
+from analysis import figures, palette
 from analysis.batches import forwards
 
 _BARS = 24
@@ -228,6 +227,15 @@ def summarise(components: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def describe_residue(frame: pd.DataFrame) -> str:
+    """Say by how much the parts of each model add up to its logit, from what `measure` or `summarise` returns."""
+    residues = [
+        f"{row.model}: {row.residue:.2g} by DLA, {row.effect_residue:.2g} by direct effect"
+        for row in frame.itertuples()
+    ]
+    return f"Sum over components less the logit, largest of a token, logits: {'; '.join(residues)}."
+
+
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` or `summarise` returns: the NMAE of each model."""
     figure = go.Figure(
@@ -324,16 +332,7 @@ def plot_components(frame: pd.DataFrame) -> go.Figure:
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
     """Plot the NMAE of the heads in what `measure_components` returns: a map of layer and head for each model."""
     heads = frame[frame["component"] == "head"]
-    names = list(heads["model"].unique())
-    figure = make_subplots(1, len(names), column_titles=names, shared_yaxes=True, horizontal_spacing=0.03)
-    for column, name in enumerate(names, 1):
-        nmae = heads[heads["model"] == name].pivot(index="layer", columns="head", values="nmae")
-        figure.add_heatmap(z=nmae, x=nmae.columns, y=nmae.index, coloraxis="coloraxis", row=1, col=column)
-    figure.update_xaxes(title="Head", dtick=max(1, int(heads["head"].max()) // 6))
-    figure.update_yaxes(title="Layer", col=1)
-    title = f"NMAE (%),<br>W_U {heads['unembedding'].iloc[0]}"
-    figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "colorbar_title": title})
-    return figure
+    return figures.heat_maps(heads, {"nmae": (f"NMAE (%),<br>W_U {heads['unembedding'].iloc[0]}", {"cmin": 0})})
 
 
 @torch.inference_mode()
@@ -368,10 +367,23 @@ def measure_prompt(
     return pd.concat(frames, ignore_index=True)
 
 
+def largest_first(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sort what `measure_prompt` returns: the last position first, there the largest |DLA| in any model first."""
+    largest = frame["dla"].abs().groupby([frame["position"], frame["label"]]).transform("max")
+    order = frame.assign(largest=largest).sort_values(["position", "largest", "label"], ascending=False, kind="stable")
+    return order.drop(columns="largest").reset_index(drop=True)
+
+
+def describe_prompt(frame: pd.DataFrame) -> str:
+    """Say what the prompt of `measure_prompt` is, and what is attributed at its last position."""
+    tokens = frame.drop_duplicates("position").sort_values("position")
+    return f"The prompt, token by token: {' '.join(tokens['token'])}; the target: {tokens['target'].iloc[-1]}."
+
+
 def plot_prompt(frame: pd.DataFrame) -> go.Figure:
     """Plot the DLA of components at the last position of what `measure_prompt` returns, as bars.
 
-    The logit comes first, then, in the order of the model, those whose DLA is largest in any model.
+    The logit comes first, then, in the order of the frame, those whose DLA is largest in any model.
     """
     last = frame[(frame["position"] == frame["position"].max()) & (frame["component"] != "residue")]
     parts = last[last["component"] != "logit"]
@@ -437,27 +449,12 @@ def measure_lens(
 
 def plot_lens(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_lens` returns by layer."""
-    titles = {
+    quantities = {
         "loss": "CE<br>(nats/token)",
         "agreement": "Final top<br>token (share)",
         "logit": f"Logit of target,<br>W_U {frame['unembedding'].iloc[0]}",
     }
-    figure = make_subplots(len(titles), 1, shared_xaxes=True, vertical_spacing=0.05)
-    for row, (column, title) in enumerate(titles.items(), 1):
-        for name, line in frame.groupby("model", sort=False):
-            figure.add_scatter(
-                name=name,
-                legendgroup=name,
-                showlegend=row == 1,
-                x=line["layer"],
-                y=line[column],
-                line_color=palette.colour(name),
-                row=row,
-                col=1,
-            )
-        figure.update_yaxes(title=title, row=row, col=1)
-    figure.update_xaxes(title="Blocks before", row=len(titles), col=1)
-    return figure
+    return figures.lines(frame, "layer", quantities).update_xaxes(title="Blocks before", row=len(quantities))
 
 
 def _hook_names(model: Any, neurons: bool) -> list[str]:

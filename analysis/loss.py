@@ -14,13 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from jaxtyping import Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from analysis import palette
+from analysis import figures, palette
 from analysis.batches import forwards
 from finetune.evaluate import losses, mean_and_error
 
@@ -47,11 +46,14 @@ def measure_tokens(
     Returns a row a token and model: text, model, block, position and token (id) of the token that is predicted,
     document of the token before it, loss (nats), difference (loss less that of `reference`, NaN without one, nats).
     """
-    loss = {}
+    # Made whole: small arrays kept from each batch would lie between the large ones, whose place could not be reused.
+    loss = {name: np.empty((len(tokens), tokens.shape[1] - 1)) for name in models}
     for name, model in models.items():  # one after another: logits are large
-        batches = forwards({name: model}, tokens, batch_size=batch_size, description=f"Loss of {name}")
-        parts = [losses(out[name].logits.float().log_softmax(-1), batch).double().cpu() for batch, out in batches]
-        loss[name] = torch.cat(parts).numpy().ravel()
+        end = 0
+        for batch, outputs in forwards({name: model}, tokens, batch_size=batch_size, description=f"Loss of {name}"):
+            end += len(batch)
+            values = losses(outputs[name].logits.float().log_softmax(-1), batch)
+            loss[name][end - len(batch) : end] = values.double().cpu().numpy()
     if documents is None:
         documents = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
     block, position = np.indices((len(tokens), tokens.shape[1] - 1)).reshape(2, -1)
@@ -61,10 +63,16 @@ def measure_tokens(
         "token": tokens[:, 1:].cpu().numpy().ravel(),
         "document": documents[:, :-1].ravel(),
     }
-    subtracted = loss.get(reference, np.nan)
+    subtracted = loss.get(reference, np.full_like(next(iter(loss.values())), np.nan))
     frames = [
         pd.DataFrame(
-            {"text": text, "model": name, **predicted, "loss": loss[name], "difference": loss[name] - subtracted}
+            {
+                "text": text,
+                "model": name,
+                **predicted,
+                "loss": loss[name].ravel(),
+                "difference": (loss[name] - subtracted).ravel(),
+            }
         )
         for name in models
     ]
@@ -85,8 +93,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
             values = group[column].to_numpy()
             known = not np.isnan(values).any()
             row[column], row[f"{column}_error"] = mean_and_error(values, documents) if known else (np.nan, np.nan)
-        percentiles = np.percentile(group["loss"], [50, 95, 99.9, 100])
-        row |= dict(zip(("median", "percentile_95", "percentile_99_9", "max"), percentiles, strict=True))
+        percentiles = np.percentile(group["loss"], list(figures.TAIL.values()))
+        row |= dict(zip(figures.TAIL, percentiles, strict=True))
         rows.append(row | {"tokens": len(group), "documents": len(np.unique(documents))})
     return pd.DataFrame(rows)
 
@@ -156,20 +164,22 @@ def worst_tokens(
 
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns: means with standard errors, and the tail."""
-    titles = "Mean, with standard error", "Median (●), 95 % (▲), 99.9 % (◆), maximum (✖)"
-    tail = {"median": "circle", "percentile_95": "triangle-up", "percentile_99_9": "diamond", "max": "x"}
+    titles = "Mean, with standard error", figures.TAIL_TITLE
     figure = make_subplots(2, 1, subplot_titles=titles, vertical_spacing=0.15)
     for model, group in frame.groupby("model", sort=False):
-        style = {"x": group["text"], "name": model, "legendgroup": model, "offsetgroup": model, "mode": "markers"}
-        marker = {"color": palette.colour(model), "size": 9}
-        error = {"array": group["loss_error"]}
-        figure.add_scatter(y=group["loss"], error_y=error, marker=marker, **style, row=1, col=1)
-        for column, symbol in tail.items():
-            hover = f"%{{x}}: {column} %{{y:.3f}}"
-            marker = marker | {"symbol": symbol}
-            figure.add_scatter(
-                y=group[column], marker=marker, hovertemplate=hover, showlegend=False, **style, row=2, col=1
-            )
+        figure.add_scatter(
+            x=group["text"],
+            y=group["loss"],
+            error_y={"array": group["loss_error"]},
+            name=model,
+            legendgroup=model,
+            offsetgroup=model,
+            mode="markers",
+            marker={"color": palette.colour(model), "size": 9},
+            row=1,
+            col=1,
+        )
+        figures.add_tail(figure, str(model), group["text"], {name: group[name] for name in figures.TAIL}, row=2, col=1)
     figure.update_layout(scattermode="group", height=700)
     figure.update_xaxes(title="Text", row=2)
     return figure.update_yaxes(title="CE (nats/token)")

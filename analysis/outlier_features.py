@@ -20,10 +20,9 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
-from plotly.subplots import make_subplots
 from torch import Tensor
 
-from analysis import palette
+from analysis import figures
 from analysis.batches import forwards
 from analysis.residual_norms import label, residual_points
 
@@ -112,19 +111,6 @@ def plot(frame: pd.DataFrame) -> go.Figure:
         "feature_correlation_rms": "Feature correlation<br>(RMS, no unit)",
         "input_correlation": "Input correlation<br>(mean, no unit)",
     }
-    figure = make_subplots(4, 1, shared_xaxes=True, vertical_spacing=0.04)
-    for (model, token_class), group in frame.groupby(["model", "token_class"], sort=False):
-        for row, (quantity, title) in enumerate(quantities.items(), start=1):
-            figure.add_scatter(
-                x=group["point"].map(label),
-                y=group[quantity],
-                name=f"{model}, {token_class}",
-                legendgroup=model,
-                showlegend=row == 1,
-                line={"color": palette.colour(model), "dash": "solid" if token_class == "all" else "dot"},
-                row=row,
-                col=1,
-            )
-            figure.update_yaxes(title=title, row=row)
-    figure.update_yaxes(type="log", row=1).update_yaxes(type="log", row=2).update_layout(height=950)
+    figure = figures.lines(frame.assign(point=frame["point"].map(label)), "point", quantities, dash="token_class")
+    figure.update_yaxes(type="log", dtick="D2", row=1).update_yaxes(type="log", row=2)
     return figure.update_xaxes(title="Point of the residual stream (layer, place)", row=4)

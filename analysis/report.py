@@ -9,6 +9,7 @@
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import platform
 import secrets
@@ -25,6 +26,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io
 import torch
 from jaxtyping import Int
 from plotly.colors import get_colorscale
@@ -35,6 +37,7 @@ from tqdm.auto import tqdm
 from analysis import (
     answers,
     attention,
+    benchmarks,
     confidence_neurons,
     faithfulness,
     logit_attribution,
@@ -51,14 +54,24 @@ from finetune import NolnError, checkpoint
 from finetune import recipe as recipes
 from finetune.bundled import MODELS
 from finetune.recipe import Text
-from finetune.text import load_text
+from finetune.text import load_blocks
 
 ROWS_SHOWN = 40
 """Rows of a table on the page; the CSV has all."""
 TOKENS_VIEWED = 512
 """Tokens in the token view, in two blocks."""
+PROMPT_TOKENS = 24
+"""Tokens in the prompt whose logits are attributed: the first of the text."""
+WORST = 6
+"""Of the worst tokens, how many of each model and text."""
 COLOURSCALES = {"sequential": "Cividis", "sequentialminus": "Cividis", "diverging": "RdBu"}
 PACKAGES = ("noln", "torch", "transformers", "transformer-lens", "plotly")
+
+
+_PNG_NEEDS = (
+    "PNGs are drawn by kaleido and Chrome or Chromium: install the extra `png` (pip install -e '.[png]') and a browser "
+    "(BROWSER_PATH names one that is not found), or leave --png away."
+)
 
 
 class ReportError(NolnError):
@@ -102,6 +115,8 @@ class Grain:
     """The call that makes what is plotted, from `models` and `tokens`."""
     plotted: str | None = None
     """The grain whose table is plotted, if another than this one."""
+    note: Callable[[pd.DataFrame], str] | None = None
+    """Says of the table what no figure shows."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +148,23 @@ def _loss(inputs: Inputs) -> dict[str, pd.DataFrame]:
         ],
         ignore_index=True,
     )
-    text, sample = next(iter(inputs.samples.items()))
+    tokenizer = inputs.models["original"].tokenizer
+    worst = [
+        loss.worst_tokens(token[token["text"] == name], sample.tokens, tokenizer, WORST)
+        for name, sample in inputs.samples.items()
+    ]
     return {
         "model": loss.summarise(token),
         "position": loss.average_positions(token),
         "token": token,
-        "worst": loss.worst_tokens(token[token["text"] == text], sample.tokens, inputs.models["original"].tokenizer),
+        "worst": pd.concat(worst, ignore_index=True),
     }
+
+
+def _residual_norms(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    point = inputs.each(residual_norms.measure)
+    step = point[["model", "point", "token_class", "growth", "cosine", "tokens"]].dropna()
+    return {"point": point.drop(columns=["growth", "cosine"]), "step": step}
 
 
 def _attention(inputs: Inputs) -> dict[str, pd.DataFrame]:
@@ -149,18 +174,24 @@ def _attention(inputs: Inputs) -> dict[str, pd.DataFrame]:
 
 def _logit_attribution(inputs: Inputs) -> dict[str, pd.DataFrame]:
     component = inputs.each(logit_attribution.measure_components)
+    prompt = next(iter(inputs.samples.values())).tokens[0, :PROMPT_TOKENS]
     return {
         "model": logit_attribution.summarise(component),
         "component": component,
         "head": component[component["component"] == "head"],
+        "prompt": logit_attribution.largest_first(logit_attribution.measure_prompt(inputs.models, prompt)),
         "lens": inputs.each(logit_attribution.measure_lens),
     }
 
 
 def _faithfulness(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    token = inputs.each(faithfulness.measure_tokens)
+    model = faithfulness.summarise(token)
+    is_tail = model.columns.str.startswith(("jsd_", "kl_"))
     return {
-        "model": inputs.each(faithfulness.measure),
-        "calibration": inputs.each(faithfulness.measure_calibration),
+        "model": model.loc[:, ~is_tail],
+        "tail": model.loc[:, is_tail | model.columns.isin(["model", "reference", "tokens"])],
+        "calibration": faithfulness.calibrate(token),
         "layer": inputs.each(faithfulness.measure_layers),
         "head": inputs.each(faithfulness.measure_heads),
         "neuron": inputs.each(faithfulness.measure_neurons),
@@ -197,10 +228,13 @@ ANALYSES = (
         "in the original; of a mean that a few tokens make, the percentiles tell.",
         _loss,
         (
-            Grain("model", "By model and text", loss.plot, "loss.measure(models, tokens)"),
+            Grain("model", "By model and text", loss.plot, "loss.measure(models, tokens, documents)"),
             Grain("position", "By position", loss.plot_positions, "loss.measure_positions(models, tokens)"),
             Grain(
-                "token", "Difference to the original by token", loss.plot_tokens, "loss.measure_tokens(models, tokens)"
+                "token",
+                "Difference to the original by token",
+                loss.plot_tokens,
+                "loss.measure_tokens(models, tokens, documents)",
             ),
             Grain(
                 "worst",
@@ -214,9 +248,12 @@ ANALYSES = (
         residual_norms,
         "Residual norms",
         "The L2 norm and std of the residual stream at each of its points, at position 0, at end-of-text tokens and "
-        "at the others; bars are the spread over tokens, dashes the largest.",
-        lambda inputs: {"point": inputs.each(residual_norms.measure)},
-        (Grain("point", "By point of the stream", residual_norms.plot, "residual_norms.measure(models, tokens)"),),
+        "at the others; bars are the spread over tokens, dashes the largest. Then how it grows and turns on the way.",
+        _residual_norms,
+        (
+            Grain("point", "By point of the stream", residual_norms.plot, "residual_norms.measure(models, tokens)"),
+            Grain("step", "From point to point", residual_norms.plot_steps, "residual_norms.measure(models, tokens)"),
+        ),
     ),
     Analysis(
         logit_attribution,
@@ -225,7 +262,13 @@ ANALYSES = (
         "its removal does to the logit (direct effect); the unembedding is centred. NMAE is the error over the effect.",
         _logit_attribution,
         (
-            Grain("model", "NMAE by model", logit_attribution.plot, "logit_attribution.measure(models, tokens)"),
+            Grain(
+                "model",
+                "NMAE by model",
+                logit_attribution.plot,
+                "logit_attribution.measure(models, tokens)",
+                note=logit_attribution.describe_residue,
+            ),
             Grain(
                 "component",
                 "DLA against direct effect",
@@ -238,6 +281,14 @@ ANALYSES = (
                 logit_attribution.plot_heads,
                 "logit_attribution.measure_components(models, tokens)",
             ),
+            Grain(
+                "prompt",
+                "One prompt",
+                logit_attribution.plot_prompt,
+                "logit_attribution.largest_first(\n"
+                f"    logit_attribution.measure_prompt(models, tokens[0, :{PROMPT_TOKENS}])\n)",
+                note=logit_attribution.describe_prompt,
+            ),
             Grain("lens", "Logit lens", logit_attribution.plot_lens, "logit_attribution.measure_lens(models, tokens)"),
         ),
     ),
@@ -249,6 +300,7 @@ ANALYSES = (
         _faithfulness,
         (
             Grain("model", "Predictions", faithfulness.plot, "faithfulness.measure(models, tokens)"),
+            Grain("tail", "The tail of tokens", faithfulness.plot_tails, "faithfulness.measure(models, tokens)"),
             Grain(
                 "calibration",
                 "Calibration",
@@ -335,16 +387,31 @@ ANALYSES = (
 """The sections of the page, in order. To add an analysis, add an entry."""
 
 
+def _benchmarks(tasks: Sequence[str]) -> Analysis:
+    """Return the section that there is where tasks are asked for: their data may have to come from the Hub."""
+    return Analysis(
+        benchmarks,
+        "Benchmarks",
+        "How well the models do on tasks of EleutherAI's lm-evaluation-harness; the difference to the original is "
+        "taken example by example.",
+        lambda inputs: {"task": benchmarks.measure(inputs.models, tasks, batch_size=inputs.batch_size)},
+        (Grain("task", "By task", benchmarks.plot, f"benchmarks.measure(models, {list(tasks)})"),),
+    )
+
+
 def run(
     original: Model | None = None,
     control: Model | None = None,
     ln_free: Model | None = None,
+    revision: str | None = None,
     text: Sequence[str] = ("books-report", "shifted-peps"),
     pairs: str | Path | None = None,
     tokens: int = 8_192,
     out: str | Path | None = None,
     only: Sequence[str] = (),
     batch_size: int = 8,
+    png: bool = False,
+    benchmark: Sequence[str] = (),
 ) -> Path:
     """Load models and texts, write a report of them, and return its page: what `python -m analysis report` does.
 
@@ -353,46 +420,53 @@ def run(
             bundled ones where there is no run.
         control: the model fine-tuned in the same way with LN kept.
         ln_free: the LN-free model.
+        revision: of the original, a model on the Hub; that of the run's recipe where the run is.
         text: sources as in a recipe; the first one serves the analyses that look at one text.
         pairs: a JSON file of prompt pairs for patching, as `prompts.read_pairs` wants it. None: as for `write`.
         tokens: how many of each text, at most, in blocks spread evenly over it.
         out: the directory to write. None: reports/TIME.
         only: names of analyses. Empty: all.
         batch_size: blocks in one forward; no number depends on it.
+        png: also write the figures as PNG.
+        benchmark: tasks for `benchmarks.measure`, NAME or NAME=FILE.jsonl.
 
     Raises:
-        ReportError: no models, an analysis that there is not, or `out` exists.
-        CheckpointError, TextError: models or texts do not do.
+        ReportError: no models, an analysis that there is not, `out` exists, or what PNGs need is not there.
+        BenchmarkError: as `benchmarks.check` does.
+        CheckpointError, TextError, PairError: models, texts or pairs do not do.
     """
     directory = Path(out) if out is not None else Path("reports") / time.strftime("%Y%m%d-%H%M%S")
-    check(directory, only)
+    check(directory, only, png, benchmark)
     tokenizer = None
     if original is None and control is None and ln_free is None:
-        original, control, ln_free, tokenizer = _newest()
+        original, revision, control, ln_free, tokenizer = _newest()
     if original is None or ln_free is None:
         raise ReportError("Name both --original and --ln-free, or neither: then those of the newest run are taken.")
     names = {"original": original, "control": control, "ln_free": ln_free}
     read = read_pairs(pairs) if pairs is not None else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = load_trio(original, control, ln_free, tokenizer, device=device)
+    models = load_trio(original, control, ln_free, tokenizer, revision=revision, device=device)
     samples = {name: read_text(name, models["original"], tokens) for name in text}
     return write(
         models,
         samples,
         directory,
         names={key: str(names[key]) for key in models},
+        revision=revision,
         pairs=read,
         only=only,
         batch_size=batch_size,
+        png=png,
+        benchmark=benchmark,
     )
 
 
-def _newest() -> tuple[Model, Model | None, Model, Any]:
-    """Return original, control and LN-free model, and their tokenizer, of the newest complete run."""
+def _newest() -> tuple[Model, str | None, Model | None, Model, Any]:
+    """Return original, its revision, control and LN-free model, and their tokenizer, of the newest complete run."""
     runs = [path.parent for path in Path("runs").glob("*/recipe.yaml") if (path.parent / "ln_free").is_dir()]
     if not runs:
         if "micro-ln-free" in MODELS:
-            return "micro", "micro-control", "micro-ln-free", None
+            return "micro", None, "micro-control", "micro-ln-free", None
         raise ReportError(
             "There is no complete run under runs/ to report on: run `python -m finetune` first, or name models with "
             "--original and --ln-free."
@@ -400,7 +474,7 @@ def _newest() -> tuple[Model, Model | None, Model, Any]:
     newest = max(runs, key=lambda run: (run / "recipe.yaml").stat().st_mtime)
     recipe = recipes.load(newest / "recipe.yaml")
     control = recipe.control_from or (newest / "control" if recipe.control else None)
-    return recipe.model, control, newest / "ln_free", checkpoint.load_tokenizer(newest / "ln_free")
+    return recipe.model, recipe.revision, control, newest / "ln_free", checkpoint.load_tokenizer(newest / "ln_free")
 
 
 def read_text(name: str, model: Any, tokens: int = 8_192) -> Sample:
@@ -418,12 +492,7 @@ def read_text(name: str, model: Any, tokens: int = 8_192) -> Sample:
     if model.tokenizer is None:
         raise ReportError("The original model has no tokenizer beside it: put its tokenizer.json there.")
     context = model.cfg.n_ctx
-    # All of it is held out: of the text to train on, which a `Text` has too, nothing is used.
-    unused = "books-report" if name == "books-validation" else "books-validation"
-    splits = load_text(
-        Text(unused, held_out=name, held_out_blocks=sys.maxsize), model.tokenizer, context, model.cfg.d_vocab
-    )
-    packed = splits.held_out
+    packed = load_blocks(Text(name), model.tokenizer, context, model.cfg.d_vocab)
     chosen = np.linspace(0, len(packed) - 1, min(len(packed), max(1, tokens // context))).astype(int)
     documents = packed.document_ids[chosen]
     return Sample(
@@ -443,13 +512,17 @@ def _pairs(tokenizer: Any) -> list[Pair]:
     return pairs
 
 
-def check(out: Path, only: Sequence[str] = ()) -> None:
-    """Raise ReportError if `out` exists, or `only` names an analysis that there is not."""
+def check(out: Path, only: Sequence[str] = (), png: bool = False, benchmark: Sequence[str] = ()) -> None:
+    """Raise ReportError if `out` exists, `only` names no analysis, or what `png` or `benchmark` need is not there."""
+    if png and importlib.util.find_spec("kaleido") is None:
+        raise ReportError(_PNG_NEEDS)
     if out.exists():
         raise ReportError(f"{out} exists, and a report writes over nothing: name another directory with --out.")
-    known = [analysis.name for analysis in ANALYSES]
+    known = [*(analysis.name for analysis in ANALYSES), *(["benchmarks"] if benchmark else [])]
     if unknown := [name for name in only if name not in known]:
         raise ReportError(f"There is no analysis {', '.join(unknown)}: name some of {', '.join(known)}.")
+    if benchmark:
+        benchmarks.check(benchmark)
 
 
 def write(
@@ -458,9 +531,12 @@ def write(
     out: str | Path,
     *,
     names: Mapping[str, str] | None = None,
+    revision: str | None = None,
     pairs: Sequence[Pair] | None = None,
     only: Sequence[str] = (),
     batch_size: int = 8,
+    png: bool = False,
+    benchmark: Sequence[str] = (),
 ) -> Path:
     """Run the analyses, write their tables and figures and a page of them all to `out`, and return the page.
 
@@ -469,19 +545,25 @@ def write(
         samples: the texts by name, as `read_text` returns them; the first one serves the analyses that look at one.
         out: the directory to write, whole or not at all.
         names: what the models are, on top of the page and in its Python; where None, their keys.
+        revision: of the original, there too.
         pairs: of prompts, for patching. None: the bundled ones or, if the tokenizer does not suit them, made ones.
         only: names of analyses. Empty: all.
         batch_size: blocks in one forward; no number depends on it.
+        png: also write the figures as PNG.
+        benchmark: tasks for `benchmarks.measure`, NAME or NAME=FILE.jsonl.
 
     Raises:
-        ReportError: `out` exists, or an analysis that there is not.
+        ReportError: `out` exists, an analysis that there is not, or what PNGs need is not there.
+        BenchmarkError: as `benchmarks.check` does.
         PairError: `pairs` do not suit the tokenizer, or none can be made for it.
     """
-    out, names = Path(out), names or {name: name for name in models}
-    check(out, only)
+    out, names = Path(out), dict(names or {name: name for name in models})
+    check(out, only, png, benchmark)
     analyses = [analysis for analysis in ANALYSES if not only or analysis.name in only]
-    if not pairs and any(analysis.module is patching for analysis in analyses):
-        pairs = _pairs(models["original"].tokenizer)
+    analyses += [_benchmarks(benchmark)] if benchmark else []
+    if any(analysis.module is patching for analysis in analyses):
+        pairs = pairs or _pairs(models["original"].tokenizer)
+        encode_pairs(pairs, models["original"].tokenizer, models["original"].cfg.n_ctx)  # raise now rather than later
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         partial = Path(temporary) / out.name
@@ -504,7 +586,7 @@ def write(
                     "title": analysis.title,
                     "sentence": analysis.sentence,
                     "grains": grains,
-                    "code": _code(analysis, names, next(iter(samples))),
+                    "code": _code(analysis, names, revision, next(iter(samples)), next(iter(samples.values()))),
                 }
             )
         page = (
@@ -512,7 +594,7 @@ def write(
             .get_template("report.html.jinja")
             .render(
                 title="What removing LayerNorm changed",
-                names=names,
+                names=names | ({"original": f"{names['original']} at revision {revision}"} if revision else {}),
                 colours={name: palette.colour(name) for name in models},
                 facts=_facts(models["original"], samples),
                 cards=answers.answer(tables),
@@ -524,6 +606,8 @@ def write(
             )
         )
         (partial / "report.html").write_text(page, encoding="utf-8")
+        if png:
+            write_png(partial)
         partial.rename(out)
     return out / "report.html"
 
@@ -533,16 +617,33 @@ def _save(frames: Mapping[str, pd.DataFrame], grain: Grain, path: Path) -> dict[
     frame = frames[grain.name]
     frame.to_csv(path.with_name(f"{path.name}.csv"), index=False)
     shown = {"title": grain.title, "file": path.name, "figure": None, "rows": len(frame), "table": _table(frame)}
+    shown["note"] = grain.note(frame) if grain.note is not None else ""
     if grain.plot is not None:
         figure = grain.plot(frames[grain.plotted or grain.name])
         rows = len({axis.domain for axis in figure.select_yaxes()})
         figure.layout.height = figure.layout.height or 200 + 200 * rows
         figure.write_json(path.with_name(f"{path.name}.json"))
-        if importlib.util.find_spec("kaleido"):
-            figure.write_image(path.with_name(f"{path.name}.png"), scale=2)
         figure.layout.template = None  # the page has its own, light and dark
         shown["figure"] = json.loads(figure.to_json())
     return shown
+
+
+def write_png(directory: str | Path, scale: float = 2) -> list[Path]:
+    """Draw every figure that a report wrote to `directory` as PNG beside its JSON, and return the files.
+
+    `scale` is pixels of the file by pixel of the figure. It takes the extra `png` and Chrome or Chromium; the
+    environment variable BROWSER_PATH names one that is not found.
+
+    Raises:
+        ReportError: one of them is not there.
+    """
+    sources = sorted(Path(directory).glob("*.json"))
+    files = [source.with_suffix(".png") for source in sources]
+    try:
+        plotly.io.write_images([plotly.io.read_json(source) for source in sources], files, scale=scale)
+    except (ValueError, RuntimeError) as error:  # what plotly makes of a missing kaleido or browser
+        raise ReportError(f"{_PNG_NEEDS} ({str(error).strip().splitlines()[0]})") from error
+    return files
 
 
 def _table(frame: pd.DataFrame) -> dict[str, Any]:
@@ -559,22 +660,26 @@ def _cell(value: Any) -> str:
     return str(value).replace("\n", "⏎")
 
 
-def _code(analysis: Analysis, names: Mapping[str, str], text: str) -> str:
+def _code(analysis: Analysis, names: Mapping[str, str], revision: str | None, text: str, sample: Sample) -> str:
     """Return how to make an analysis's tables and figures in Python."""
     models = ", ".join(repr(names[key]) if key in names else "None" for key in ("original", "control", "ln_free"))
-    grains = [
-        f"frame = {grain.python}" + (f"\n{analysis.name}.{grain.plot.__name__}(frame).show()" if grain.plot else "")
-        for grain in analysis.grains
-    ]
+    models += f", revision={revision!r}" if revision else ""
+    calls = []
+    for before, grain in itertools.pairwise((None, *analysis.grains)):
+        assert grain is not None
+        if before is None or before.python != grain.python:
+            calls.append(f"frame = {grain.python}")
+        if grain.plot is not None:
+            calls.append(f"{analysis.name}.{grain.plot.__name__}(frame).show()")
     return "\n".join(
         [
             f"from analysis import {analysis.name}, load_trio",
             "from analysis.report import read_text",
             "",
             f"models = load_trio({models})",
-            f"tokens = read_text({text!r}, models['original']).tokens",
+            f"tokens, documents, _ = read_text({text!r}, models['original'], {sample.tokens.numel()})",
             *analysis.python,
-            *grains,
+            *calls,
         ]
     )
 

@@ -10,7 +10,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from torch.nn import functional as F
 
-from analysis import palette
+from analysis import figures, palette
 from analysis.batches import forwards
 
 CLASSES = ("ordinary", "position 0", "end-of-text")
@@ -145,41 +145,50 @@ class _Summary:
         return {column: values.cpu().numpy() for column, values in columns.items()} | {"tokens": self.count}
 
 
-def plot(frame: pd.DataFrame, quantity: Literal["norm", "std", "growth", "cosine"] = "norm") -> go.Figure:
-    """Plot one quantity by point, a panel a class of token: its mean and, of norm and std, spread and maximum."""
-    title = {
-        "norm": "L2 norm (no unit)",
-        "std": "Std over the width (no unit)",
-        "growth": "Growth of the L2 norm (ratio)",
-        "cosine": "Cosine similarity (no unit)",
-    }[quantity]
+def plot(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure` returns: norm and std by point, mean, spread and maximum, a row a class of token."""
+    titles = {"norm": "L2 norm (no unit)", "std": "Std over the width (no unit)"}
     classes = [token_class for token_class in CLASSES if (frame["token_class"] == token_class).any()]
-    figure = make_subplots(len(classes), 1, shared_xaxes=True, subplot_titles=classes, vertical_spacing=0.06)
+    figure = make_subplots(
+        len(classes), len(titles), shared_xaxes=True, column_titles=list(titles.values()), vertical_spacing=0.04
+    )
     for (model, token_class), group in frame.groupby(["model", "token_class"], sort=False):
         row = classes.index(token_class) + 1
-        style = {
-            "x": group["point"].map(label),
-            "name": model,
-            "legendgroup": model,
-            "line_color": palette.colour(model),
-        }
-        spread = f"{quantity}_spread" in frame
-        error = {"array": group[f"{quantity}_spread"], "thickness": 1, "width": 2} if spread else None
-        figure.add_scatter(y=group[quantity], error_y=error, showlegend=row == 1, **style, row=row, col=1)
-        if spread:
-            marker = {"symbol": "line-ew-open", "size": 9}
+        for col, quantity in enumerate(titles, start=1):
+            style = {
+                "x": group["point"].map(label),
+                "name": model,
+                "legendgroup": model,
+                "line_color": palette.colour(model),
+            }
+            figure.add_scatter(
+                y=group[quantity],
+                error_y={"array": group[f"{quantity}_spread"], "thickness": 1, "width": 2},
+                showlegend=row == col == 1,
+                **style,
+                row=row,
+                col=col,
+            )
             figure.add_scatter(
                 y=group[f"{quantity}_max"],
                 mode="markers",
-                marker=marker,
+                marker={"symbol": "line-ew-open", "size": 9},
                 hovertemplate="%{x}: maximum %{y:.3g}",
                 showlegend=False,
                 **style,
                 row=row,
-                col=1,
+                col=col,
             )
-    figure.update_layout(
-        title=f"Mean{', spread and maximum (—)' * spread} over tokens", height=150 + 250 * len(classes)
-    )
-    figure.update_xaxes(title="Point of the residual stream (layer, place)", row=len(classes))
-    return figure.update_yaxes(title=title, type="linear" if quantity == "cosine" else "log")
+    for row, token_class in enumerate(classes, start=1):
+        figure.update_yaxes(title=token_class, row=row, col=1)
+    figure.update_layout(title="Mean, spread and maximum (—) over tokens", height=150 + 250 * len(classes))
+    figure.update_xaxes(title="Point of the residual stream<br>(layer, place)", row=len(classes))
+    return figure.update_yaxes(type="log")
+
+
+def plot_steps(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure` returns from each point to the next: growth and cosine, a column a class of token."""
+    steps = frame[frame["growth"].notna()].assign(point=lambda rows: rows["point"].map(label))
+    quantities = {"growth": "Growth of the L2 norm<br>(ratio)", "cosine": "Cosine to the point<br>before (no unit)"}
+    figure = figures.lines(steps, "point", quantities, column="token_class").update_yaxes(type="log", dtick="D2", row=1)
+    return figure.update_xaxes(title="Point (layer, place)", row=2)

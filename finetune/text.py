@@ -16,7 +16,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -178,6 +178,20 @@ def load_text(
         Blocks(train, context, eot, train_ends),
         Blocks(held_out[: text.held_out_blocks * context], context, eot, held_out_ends),
     )
+
+
+def load_blocks(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int) -> Blocks:
+    """Read, tokenise and pack all of `text.source` as `load_text` does, with nothing held out and nothing streamed.
+
+    Of a directory of nanoGPT's it is val.bin, where there is one.
+
+    Raises:
+        TextError: as `load_text` does.
+    """
+    tokens, ends = _read(text.source, replace(text, streaming=False), tokenizer, vocab_size)[-1]
+    _check_length(len(tokens), context, text.source)
+    _check_ids(tokens.max(), vocab_size, text.source)
+    return Blocks(tokens, context, tokenizer.eos_token_id, ends)
 
 
 def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, seed: int) -> TextSplits:
@@ -390,11 +404,12 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return json.dumps({**state, "truncation": None, "padding": None})  # what the last call left there
 
 
-def _check_length(tokens: int, context: int, name: str, purpose: str) -> None:
+def _check_length(tokens: int, context: int, name: str, purpose: str = "") -> None:
     if tokens < context:
+        remedy = "a shorter context, or another text.held_out_fraction" if purpose else "or a shorter context"
         raise TextError(
-            f"{name}: {tokens:,} tokens {purpose}, fewer than a block of {context:,}. Give more text, a shorter "
-            "context, or another text.held_out_fraction."
+            f"{name}: {tokens:,} tokens{purpose and f' {purpose}'}, fewer than a block of {context:,}. "
+            f"Give more text, {remedy}."
         )
 
 

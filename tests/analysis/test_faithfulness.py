@@ -1,7 +1,8 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from contract import TOKENS, assert_keeps_contract, assert_plots_by_model, trio
+from contract import TOKENS, assert_keeps_contract, assert_plots_by_model, assert_same, trio
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy, spearmanr
 
@@ -10,7 +11,10 @@ from analysis import faithfulness, logit_attribution
 BY_LAYER = [faithfulness.measure_layers, faithfulness.measure_heads, faithfulness.measure_neurons]
 
 
-@pytest.mark.parametrize("measure", [faithfulness.measure, faithfulness.measure_calibration, *BY_LAYER])
+WHOLE = [faithfulness.measure, faithfulness.measure_tokens, faithfulness.measure_calibration]
+
+
+@pytest.mark.parametrize("measure", [*WHOLE, *BY_LAYER])
 def test_contract(measure, make_gpt2):
     assert_keeps_contract(measure, make_gpt2)
 
@@ -37,9 +41,11 @@ def test_predictions_against_scipy(models, monkeypatch):
         kl = [entropy(p, q) for p, q in pairs]
         assert row["reference"] == "control"
         assert row["tokens"] == len(pairs) == 70
-        assert row["jsd"] == pytest.approx(np.mean([jensenshannon(p, q) ** 2 for p, q in pairs]), rel=1e-4, abs=1e-7)
-        assert row["kl"] == pytest.approx(np.mean(kl), rel=1e-4, abs=1e-7)
-        assert row["kl_max"] == pytest.approx(np.max(kl), rel=1e-4, abs=1e-6)
+        jsd = [jensenshannon(p, q) ** 2 for p, q in pairs]
+        for measure, values in (("jsd", jsd), ("kl", kl)):
+            assert row[measure] == pytest.approx(np.mean(values), rel=1e-4, abs=1e-7)
+            for tail, share in (("median", 0.5), ("percentile_95", 0.95), ("percentile_99_9", 0.999), ("max", 1)):
+                assert row[f"{measure}_{tail}"] == pytest.approx(np.quantile(values, share), rel=1e-4, abs=1e-6)
         assert row["entropy"] == pytest.approx(np.mean([entropy(q) for _, q in pairs]), rel=1e-5)
         assert row["agreement"] == pytest.approx(np.mean([p.argmax() == q.argmax() for p, q in pairs]))
         top = [np.argsort(p)[-10:] for p, _ in pairs]
@@ -152,12 +158,17 @@ def test_a_model_is_faithful_to_itself(models):
 
 
 def test_calibration_of_certain_and_of_tied_predictions():
-    log_probs = torch.tensor([[0.0, -torch.inf], [0.5, 0.5], [0.9, 0.1]])
-    log_probs[1:] = log_probs[1:].log()
-    count, confidence, correct = faithfulness._calibration(log_probs, torch.tensor([0, 0, 1]))
-    assert count.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 1, 1]
-    assert confidence.sum().item() == pytest.approx(2.4)
-    assert correct.sum() == 2
+    tokens = pd.DataFrame({"model": "m", "confidence": [1.0, 0.5, 0.9, 0.90001], "correct": [True, True, False, False]})
+    bins = faithfulness.calibrate(tokens)
+    assert bins["tokens"].tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 1, 2]
+    assert bins["confidence"].dropna().tolist() == pytest.approx([0.5, 0.9, (1 + 0.90001) / 2])
+    assert bins["accuracy"].dropna().tolist() == [1, 0, 0.5]
+
+
+def test_calibration_of_a_single_model(models):
+    alone = faithfulness.measure_calibration({"ln_free": models["ln_free"]}, TOKENS)
+    together = faithfulness.measure_calibration(models, TOKENS)
+    assert_same(alone, together[together["model"] == "ln_free"])
 
 
 @pytest.mark.parametrize("measure", [faithfulness.measure, *BY_LAYER])
@@ -172,6 +183,7 @@ def test_plots(models):
     compared = ["control", "ln_free"]
     figure = faithfulness.plot(faithfulness.measure(models, TOKENS))
     assert [list(trace.x) for trace in figure.data] == [list(models)] * 6
+    assert_plots_by_model(faithfulness.plot_tails(faithfulness.measure(models, TOKENS)), compared)
     assert_plots_by_model(faithfulness.plot_calibration(faithfulness.measure_calibration(models, TOKENS)), list(models))
     for measure, plot in (
         (faithfulness.measure_layers, faithfulness.plot_layers),

@@ -1,9 +1,10 @@
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from contract import TOKENS, assert_keeps_contract, assert_plots_by_model, trio
+from contract import TOKENS, assert_keeps_contract, assert_plots_by_model, assert_same, trio
 from torch.nn import functional as F
 
 from analysis import load_bridge, load_trio, logit_attribution
@@ -220,6 +221,26 @@ def test_plots(make_gpt2):
     heads = logit_attribution.plot_heads(components)
     assert [annotation.text for annotation in heads.layout.annotations] == list(models)
     assert heads.data[0].z.shape == (2, 3)
+
+
+def test_the_residue_in_words():
+    frame = pd.DataFrame({"model": ["a", "b"], "residue": [2e-6, 1.0], "effect_residue": [0.34, 3e-9]})
+    text = logit_attribution.describe_residue(frame)
+    assert "a: 2e-06 by DLA, 0.34 by direct effect; b: 1 by DLA, 3e-09 by direct effect." in text
+
+
+def test_the_largest_of_a_prompt_come_first(make_gpt2):
+    models = trio(make_gpt2)
+    frame = logit_attribution.measure_prompt(models, TOKENS[0])
+    ordered = logit_attribution.largest_first(frame)
+    assert_same(ordered.sort_values(list(ordered.columns)), frame.sort_values(list(frame.columns)))
+    assert ordered["position"].is_monotonic_decreasing
+    last = ordered[ordered["position"] == 9]
+    assert list(last["model"][:3]) == list(models)
+    largest = last.groupby("label", sort=False)["dla"].agg(lambda dla: dla.abs().max())
+    assert largest.is_monotonic_decreasing
+    tokens = " ".join(str(token) for token in TOKENS[0, :-1].tolist())
+    assert logit_attribution.describe_prompt(ordered).endswith(f"token: {tokens}; the target: {TOKENS[0, -1]}.")
 
 
 def test_the_bars_of_a_prompt(make_gpt2):

@@ -52,7 +52,7 @@ def test_against_the_definitions(make_gpt2):
 class Constant:
     """A model whose residual stream is `x` everywhere, whatever it reads."""
 
-    cfg = SimpleNamespace(n_layers=1, device="cpu")
+    cfg = SimpleNamespace(n_layers=1, d_vocab=1, device="cpu")
 
     def __init__(self, x: torch.Tensor):
         self.x = x

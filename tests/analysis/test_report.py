@@ -1,17 +1,26 @@
+import base64
 import dataclasses
+import functools
+import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
+import plotly.io
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from analysis import answers, load_trio, report
+from analysis import answers, load_trio, patching, report
 from analysis.__main__ import main
 from finetune import checkpoint, recipe
 
@@ -64,7 +73,9 @@ def test_the_page_is_whole_and_small(made):
     assert not re.search(r"""<(script|img|link|iframe)[^>]+(src|href)=["'](?!data:)""", page)
     assert "nothing prepended" in page
     assert "transformers " in page
-    assert page.count('<article class="card">') == 4
+    assert page.count('<article class="card">') == 5
+    assert "Sum over components less the logit" in page
+    assert "The prompt, token by token: " in page
 
 
 def test_blocks_are_packed_as_in_training_and_spread_over_the_text(trio):
@@ -73,18 +84,57 @@ def test_blocks_are_packed_as_in_training_and_spread_over_the_text(trio):
     assert sample.tokens.shape == sample.documents.shape == (4, 256)
     assert few.tokens.equal(sample.tokens[:1])
     assert sample.documents[-1, -1] > 20
-    documents = report.load_text(
-        report.Text("books-report", held_out="books-validation"), trio["original"].tokenizer, 256, 4096
-    ).held_out
+    documents = report.load_blocks(report.Text("books-validation"), trio["original"].tokenizer, 256, 4096)
     assert sample.tokens[0].equal(documents[0]["input_ids"])
 
 
-def test_the_python_of_each_section_names_what_there_is():
-    for analysis in report.ANALYSES:
-        code = report._code(analysis, {"original": "micro", "ln_free": "x"}, "books-report")
-        compile(code, analysis.name, "exec")
-        for function in re.findall(rf"\b{analysis.name}\.(\w+)\(", code):
-            assert callable(getattr(analysis.module, function))
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, str]:
+    """Directories of a trio of small models with the tokenizer of `micro`."""
+    directories = {}
+    for name, eps in (("original", 1e-5), ("control", 1e-5), ("ln_free", checkpoint.FROZEN_EPS)):
+        torch.manual_seed(len(directories))
+        shape = {"vocab_size": 4096, "n_positions": 32, "n_embd": 16, "n_head": 2, "n_layer": 2}
+        model = GPT2LMHeadModel(GPT2Config(**shape, layer_norm_epsilon=eps, bos_token_id=0, eos_token_id=0))
+        for path, parameter in model.named_parameters():
+            parameter.data.normal_(float("ln_" in path and path.endswith("weight")), 0.3)
+            if eps > 1 and "ln_" in path and path.endswith("weight"):
+                parameter.data *= 1e6
+        directories[name] = str(tmp_path_factory.mktemp("tiny") / name)
+        checkpoint.save(model, directories[name], checkpoint.load_tokenizer("micro"))
+    return directories
+
+
+@pytest.mark.parametrize("name", [analysis.name for analysis in report.ANALYSES])
+def test_the_python_of_each_section_makes_its_tables(name, tiny, tmp_path, monkeypatch):
+    models = load_trio(**tiny)
+    samples = {"books-validation": report.read_text("books-validation", models["original"], 128)}
+    # Pairs that these models can do: what is patched is not what is tested here.
+    monkeypatch.setattr(patching, "measure_pairs", functools.partial(_solved, patching.measure_pairs))
+    out = report.write(models, samples, tmp_path / "r", names=tiny, only=[name]).parent
+    analysis = next(analysis for analysis in report.ANALYSES if analysis.name == name)
+    code = report._code(analysis, tiny, None, "books-validation", samples["books-validation"])
+    shown = []
+    monkeypatch.setattr(go.Figure, "show", lambda figure: shown.append(figure))
+    exec(code, {})
+    plotted = [grain for grain in analysis.grains if grain.plot is not None]
+    for grain, figure in zip(plotted, shown, strict=True):
+        saved = plotly.io.read_json(out / f"{name}-{grain.name}.json")
+        for one, other in zip(figure.data, saved.data, strict=True):
+            if isinstance(other.y, dict):
+                y = np.frombuffer(base64.b64decode(other.y["bdata"]), other.y["dtype"])
+                np.testing.assert_allclose(np.asarray(one.y, float), y, rtol=1e-4, atol=1e-5)
+
+
+def _solved(measure, *args):
+    return measure(*args).assign(clean_difference=1.0, corrupt_difference=-1.0)
+
+
+def test_the_python_of_a_revision():
+    sample = report.Sample(torch.zeros(2, 5, dtype=int), np.zeros((2, 5), int), "")
+    code = report._code(report.ANALYSES[0], {"original": "gpt2", "ln_free": "x"}, "v1", "t", sample)
+    assert "load_trio('gpt2', None, 'x', revision='v1')" in code
+    assert "read_text('t', models['original'], 10)" in code
 
 
 def test_cells_show_numbers_shortly():
@@ -102,7 +152,7 @@ class TestAnswers:
         [((0.07, 0.004), "worse"), ((0.005, 0.001), "Little"), ((0.01, 0.02), "chance"), ((-0.1, 0.01), "better")],
     )
     def test_loss(self, paid, said):
-        answer = answers.loss_paid({"books": paid}, "control")
+        answer = answers.loss_paid("books", paid, "control")
         assert said in answer.sentence
         assert "OpenWebText" in answer.published
 
@@ -113,18 +163,35 @@ class TestAnswers:
             for text, scale in (("books", 1), ("peps", 2))
             for model, more in (("original", 0.0), ("control", -0.1 * scale), ("ln_free", 0.2 * scale))
         ]
-        answer = answers.answer({("loss", "token"): pd.concat(frames)})[0]
+        answer, elsewhere = answers.answer({("loss", "token"): pd.concat(frames)})
         assert answer.number == "+0.300 ± 0.000"
-        assert "On peps the difference is +0.600 ± 0.000." in answer.sentence
+        assert elsewhere.number == "+0.600 ± 0.000"
+        assert elsewhere.sentence == "It costs more on peps than on books: +0.600 ± 0.000 against +0.300 ± 0.000."
         alone = pd.concat([frames[0], frames[2]])
         answer = answers.answer({("loss", "token"): alone})[0]
         assert answer.number == "+0.200 ± 0.000"
         assert "Without a control" in answer.sentence
 
     def test_loss_of_one_document_has_no_known_error(self):
-        answer = answers.loss_paid({"books": (0.07, math.nan)}, "control")
+        answer = answers.loss_paid("books", (0.07, math.nan), "control")
         assert answer.number == "+0.070 ± unknown"
         assert "chance" in answer.sentence
+
+    @pytest.mark.parametrize(
+        ("there", "said"),
+        [
+            ((0.2, 0.01), "more on peps"),
+            ((0.08, 0.01), "chance"),
+            ((0.01, 0.01), "No more"),
+            ((0.2, math.nan), "chance"),
+        ],
+    )
+    def test_loss_elsewhere(self, there, said):
+        answer = answers.loss_elsewhere({"books": (0.07, 0.01), "peps": there, "notes": (-0.1, 0.01)})
+        assert said in answer.sentence
+        assert answer.number == answers._signed(*there)
+        assert answer.sentence.endswith("On others: notes −0.100 ± 0.010.")
+        assert "The Pile" in answer.published
 
     @pytest.mark.parametrize(
         ("before", "after", "said"),
@@ -213,7 +280,31 @@ class TestBadInput:
         weights = load_file(tmp_path / "broken" / "model.safetensors")
         weights["transformer.h.0.mlp.c_fc.weight"][0, 0] = math.nan
         save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
-        assert "NaN" in self.fail("--original", "micro", "--ln-free", "broken", "--out", "r")
+        message = self.fail("--original", "micro", "--ln-free", "broken", "--out", "r")
+        assert message.startswith("error: ln_free: transformer.h.0.mlp.c_fc.weight holds infinities or NaN")
+        assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+    def test_pairs_of_different_lengths(self, tmp_path, ln_free, monkeypatch):
+        pair = {"clean": "The men", "corrupt": "The man went", "correct": " were", "wrong": " was"}
+        (tmp_path / "pairs.json").write_text(json.dumps([pair]))
+        monkeypatch.setattr(report.loss, "measure_tokens", lambda *_, **__: pytest.fail("pairs are looked at too late"))
+        flags = "--original", "micro", "--ln-free", ln_free, "--tokens", "256", "--out", "r"
+        assert "2 and 3 tokens; they must have as many" in self.fail(*flags, "--pairs", "pairs.json")
+        assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
+
+    def test_png_without_kaleido(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+        message = self.fail("--original", "micro", "--ln-free", "x", "--png", "--out", "r")
+        assert ".[png]" in message
+        assert "Chromium" in message
+
+    def test_png_without_a_browser(self, tmp_path, made, monkeypatch):
+        def no_browser(*_, **__):
+            raise RuntimeError("Kaleido requires Google Chrome\nto be installed.")
+
+        monkeypatch.setattr(report.plotly.io, "write_images", no_browser)
+        with pytest.raises(report.ReportError, match=r"Chromium.*\(Kaleido requires Google Chrome\)"):
+            report.write_png(made)
 
     def test_directory_exists(self, tmp_path):
         (tmp_path / "r").mkdir()
@@ -241,10 +332,25 @@ def test_newest_complete_run_is_taken(tmp_path, monkeypatch):
     for name, seconds in (("old", 1), ("new", 3), ("unfinished", 9)):
         run = tmp_path / "runs" / name
         checkpoint.load_tokenizer("micro").save_pretrained(run / ("ln_free" if name != "unfinished" else "checkpoints"))
-        (run / "recipe.yaml").write_text(recipe.dump(dataclasses.replace(recipe.load("micro"), model=name)))
+        of_run = dataclasses.replace(recipe.load("micro"), model=name, revision=f"{name}-1")
+        (run / "recipe.yaml").write_text(recipe.dump(of_run))
         os.utime(run / "recipe.yaml", (seconds, seconds))
-    original, control, ln_free, _ = report._newest()
-    assert (original, control, ln_free) == ("new", Path("runs/new/control"), Path("runs/new/ln_free"))
+    original, revision, control, ln_free, _ = report._newest()
+    assert (original, revision, control) == ("new", "new-1", Path("runs/new/control"))
+    assert ln_free == Path("runs/new/ln_free")
+    monkeypatch.setattr(report, "load_trio", lambda *args, **options: pytest.fail(f"{args} {options}"))
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)'new', PosixPath\('runs/new/control'\).*'revision': 'new-1'"):
+        report.run()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kaleido") is None, reason="the extra png is not installed")
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
+def test_png(made, tmp_path):
+    for name in ("attention-model", "loss-token"):
+        shutil.copy(made / f"{name}.json", tmp_path)
+    files = report.write_png(tmp_path, scale=1)
+    assert [file.name for file in files] == ["attention-model.png", "loss-token.png"]
+    assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in files)
 
 
 def test_help_needs_no_torch():

@@ -65,8 +65,16 @@ def test_mean_of_what_load_trio_loads_is_zero(make_gpt2):
     np.testing.assert_allclose(frame["norm"], frame["std"] * 12**0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("quantity", ["norm", "std", "growth", "cosine"])
-def test_plot(quantity, make_gpt2):
+def test_plots(make_gpt2):
     models = trio(make_gpt2)
     frame = residual_norms.measure(models, TOKENS, eot_token_id=EOT)
-    assert_plots_by_model(residual_norms.plot(frame, quantity), list(models))
+    figure = residual_norms.plot(frame)
+    assert_plots_by_model(figure, list(models))
+    shown = {tuple(trace.y) for trace in figure.data}
+    steps = residual_norms.plot_steps(frame)
+    assert_plots_by_model(steps, list(models))
+    for (model, _), group in frame.groupby(["model", "token_class"]):
+        for column in ("norm", "std", "norm_max", "std_max"):
+            assert tuple(group[column]) in shown
+        for column in ("growth", "cosine"):
+            assert (model, *group[column][1:]) in {(trace.name, *trace.y) for trace in steps.data}

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from finetune import text as text_module
 from finetune.bundled import resolve_model
 from finetune.recipe import Text
-from finetune.text import Blocks, StreamedBlocks, TextError, load_text
+from finetune.text import Blocks, StreamedBlocks, TextError, load_blocks, load_text
 
 VOCAB = 4096
 EOT = 0
@@ -239,6 +239,30 @@ def test_a_second_source_is_held_out(tmp_path, tokenizer):
             load_text(Text(source=source, held_out=same), tokenizer, 16, VOCAB)
     with pytest.raises(TextError, match="part of"):
         load_text(Text(source=str(tmp_path), held_out=held_out), tokenizer, 16, VOCAB)
+
+
+def test_all_of_a_source_as_blocks(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))
+    expected = [token for document in DOCUMENTS for token in [*tokenizer.encode(document), EOT]]
+    for text in (Text(str(file)), Text(str(file), held_out="b.jsonl", held_out_blocks=1, streaming=True)):
+        blocks = load_blocks(text, tokenizer, 16, VOCAB)
+        assert blocks.blocks.ravel().tolist() == expected[: len(expected) // 16 * 16]
+        assert blocks.document_ids[-1, -1] == len(DOCUMENTS) - 1
+    np.array(expected, np.uint16).tofile(tmp_path / "train.bin")
+    np.array(expected[::-1], np.uint16).tofile(tmp_path / "val.bin")
+    blocks = load_blocks(Text(str(tmp_path / "train.bin")), tokenizer, 16, VOCAB)
+    assert blocks.blocks.ravel().tolist() == expected[: blocks.blocks.size]
+    (tmp_path / "a.jsonl").unlink()
+    blocks = load_blocks(Text(str(tmp_path)), tokenizer, 16, VOCAB)
+    assert blocks.blocks.ravel().tolist() == expected[::-1][: blocks.blocks.size]
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(
+        TextError, match=r"short.txt: \d tokens, fewer than a block of 16. Give more text, or a shorter"
+    ):
+        load_blocks(Text(str(tmp_path / "short.txt")), tokenizer, 16, VOCAB)
+    with pytest.raises(TextError, match="beyond the model's vocabulary"):
+        load_blocks(Text(str(tmp_path)), tokenizer, 16, 5)
 
 
 def test_bundled_text(tokenizer):

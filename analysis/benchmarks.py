@@ -1,0 +1,370 @@
+"""How well models do on HellaSwag and the other tasks of EleutherAI's lm-evaluation-harness, the extra `eval`.
+
+1. The harness reads each task: its data from the Hub, or in their place a JSONL file with the data's fields.
+2. It makes requests of the examples, the same for all models, and `HarnessModel` answers them.
+3. It makes metrics of the answers; those of two models on the same examples are subtracted example by example, which
+   tells smaller differences apart than the standard errors of the two values do.
+
+Log-probabilities are taken in float32 and added up in float64. What is longer than a model's context is cut from the
+left, as the harness does.
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib.util
+import itertools
+import json
+import logging
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+from pyarrow import ArrowInvalid, ArrowTypeError
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from analysis import palette
+from finetune import NolnError
+
+if importlib.util.find_spec("lm_eval"):
+    from lm_eval.api.model import TemplateLM
+
+    # Of data in place of a task's own it says how to do that in its command line.
+    logging.getLogger("lm_eval.api.task").addFilter(lambda record: "`--metadata`" not in record.getMessage())
+else:
+    TemplateLM = object
+
+Tasks = str | Sequence[str] | Mapping[str, str | Path | None]
+"""NAME of a task, group or tag of the harness, on the Hub's data, or NAME=FILE.jsonl; several; or FILEs by NAME."""
+BOOTSTRAP_SAMPLES = 1_000
+"""For the standard errors of metrics that are no means, such as perplexity."""
+SEED = 1234
+"""Of the harness, for the examples that are shown as shots."""
+
+
+class BenchmarkError(NolnError):
+    """A benchmark that cannot be run as asked; the message says why and what to do."""
+
+
+class HarnessModel(TemplateLM):
+    """A model as the harness wants it, for its own functions too: `lm_eval.simple_evaluate(HarnessModel(model), …)`.
+
+    Batches are of sequences of one length: there is no padding that a result could depend on.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 8):
+        """Take a `HookedTransformer`, `TransformerBridge` or `GPT2LMHeadModel` and put it in evaluation mode.
+
+        Args:
+            model: the model.
+            tokenizer: that of the model where None; a `GPT2LMHeadModel` has none.
+            batch_size: sequences in one forward; no result depends on it.
+        """
+        super().__init__()
+        self.model = model.eval()
+        self.tokenizer: Any = tokenizer or getattr(model, "tokenizer", None)
+        if self.tokenizer is None:
+            raise BenchmarkError("A model has no tokenizer of its own: give one.")
+        self.batch_size = batch_size
+        self.max_length = model.cfg.n_ctx if hasattr(model, "cfg") else model.config.n_positions
+        self._device = next(model.parameters()).device
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token before a text that has nothing before it."""
+        return self.tokenizer.eos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return the tokens of `string`, nothing added."""
+        return self.tokenizer.encode(string, add_special_tokens=False)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of each text, nats, every token predicted once, in windows of the context."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        texts, windows = [], []
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                texts.append(i)
+                windows.append((request.args, *make_disjoint_window(window)))
+        totals = [0.0] * len(requests)
+        for i, (log_likelihood, _) in zip(texts, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[i] += log_likelihood
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Raise: models that were made to be looked into are compared by the likelihood of texts."""
+        raise BenchmarkError(
+            "Tasks in which a model has to write are not supported: take one of choices or likelihood."
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Return for each context and continuation the latter's log-likelihood, nats, and whether it is the likeliest.
+
+        Longest first: memory runs out at once or not at all.
+        """
+        too_long = max((len(continuation) for _, _, continuation in requests), default=0)
+        if too_long > self.max_length:
+            raise BenchmarkError(f"A text of {too_long} tokens is longer than the context, {self.max_length} tokens.")
+        sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
+        answers: dict[int, tuple[float, bool]] = {}
+        longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        with tqdm(total=len(sequences), desc="Log-likelihoods", unit="text", leave=False, disable=disable_tqdm) as bar:
+            for _, group in itertools.groupby(longest_first, key=lambda i: len(sequences[i])):
+                for batch in torch.tensor(list(group)).split(self.batch_size):
+                    tokens = torch.tensor([sequences[i] for i in batch], device=self.device)
+                    for i, logits, targets in zip(batch.tolist(), self._logits(tokens[:, :-1]), tokens, strict=True):
+                        length = len(requests[i][2])
+                        answers[i] = _score(logits[-length:], targets[-length:])
+                    bar.update(len(batch))
+        return [answers[i] for i in range(len(sequences))]
+
+    @torch.inference_mode()
+    def _logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        made = self.model(tokens)
+        return getattr(made, "logits", made)
+
+
+def _score(logits: Float[Tensor, "pos vocab"], targets: Int[Tensor, " pos"]) -> tuple[float, bool]:
+    """Return the log-likelihood of the targets, nats, and whether each is the likeliest token."""
+    log_probs = logits.float().log_softmax(-1)
+    log_likelihood = log_probs.gather(-1, targets[:, None]).double().sum()
+    return log_likelihood.item(), bool((log_probs.argmax(-1) == targets).all())
+
+
+def measure(
+    models: Mapping[str, Any],
+    tasks: Tasks = "hellaswag",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    reference: str = "original",
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Run the tasks on each model.
+
+    Args:
+        models: what `analysis.load_trio` returns, or `GPT2LMHeadModel`s; they are put in evaluation mode.
+        tasks: what to run. Shots are taken from a task's file too, without the example that they are shown before.
+        tokenizer: of all the models; each model's own where None.
+        limit: examples of each task, at most; the first ones.
+        num_fewshot: examples with their answers to show before each. None: as the task has it, most often 0.
+        reference: the model to subtract.
+        batch_size: texts in one forward; no number depends on it.
+
+    Returns a row a model, task and metric: model, task, metric (the harness's name), filter (what the harness did to
+    the answers, most often "none"), value (of an accuracy a fraction), difference (to `reference`, paired by example;
+    NaN without one, or where the metric is no mean), each with its standard error over examples, `…_error`; examples;
+    shots.
+
+    Raises:
+        BenchmarkError: no such task, data that cannot be read or do not suit the task, or a task in which to write.
+    """
+    for what, least, number in (("limit", 1, limit), ("num_fewshot", 0, num_fewshot), ("batch_size", 1, batch_size)):
+        if number is not None and number < least:
+            raise BenchmarkError(f"{what} is {number}, but is to be at least {least}.")
+    loaded = _load(tasks, num_fewshot)
+    from lm_eval.evaluator import evaluate
+
+    rows = []
+    for name, model in models.items():
+        asked = HarnessModel(model, tokenizer, batch_size)
+        with _seeded():
+            for task in loaded["tasks"].values():
+                task.set_fewshot_seed(SEED)  # every model is shown the same shots
+            with contextlib.redirect_stdout(sys.stderr):  # where progress is shown
+                results = evaluate(asked, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES)
+        rows += [{"model": name, **row} for row in _rows(results)]
+    of_reference = {
+        (row["task"], row["metric"], row["filter"]): row["values"] for row in rows if row["model"] == reference
+    }
+    for row in rows:
+        subtracted = of_reference.get((row["task"], row["metric"], row["filter"]), np.nan)
+        row["difference"], row["difference_error"] = _mean_and_error(row.pop("values") - subtracted)
+    last = ["examples", "shots"]
+    frame = pd.DataFrame(rows)
+    return frame[[*frame.columns.drop(last), *last]]
+
+
+def check(tasks: Tasks, num_fewshot: int | None = None) -> None:
+    """Raise BenchmarkError where `measure` would, as far as that is known without a model."""
+    _load(tasks, num_fewshot)
+
+
+def plot(frame: pd.DataFrame) -> go.Figure:
+    """Plot the values that `measure` returns, with standard errors, a panel a metric."""
+    panels = frame["metric"].where(frame["filter"] == "none", frame["metric"] + " (" + frame["filter"] + ")")
+    metrics = list(panels.unique())
+    figure = make_subplots(len(metrics), 1, subplot_titles=metrics, vertical_spacing=0.3 / len(metrics))
+    shown = set()
+    for (model, metric), group in frame.groupby(["model", panels], sort=False):
+        figure.add_scatter(
+            x=group["task"],
+            y=group["value"],
+            error_y={"array": group["value_error"]},
+            name=model,
+            legendgroup=model,
+            offsetgroup=model,
+            showlegend=model not in shown,
+            mode="markers",
+            marker={"color": palette.colour(model), "size": 9},
+            customdata=group[["difference", "difference_error", "examples"]],
+            hovertemplate="%{x}: %{y:.4f}, less the reference %{customdata[0]:.4f} ± %{customdata[1]:.4f}, "
+            "%{customdata[2]} examples",
+            row=metrics.index(metric) + 1,
+            col=1,
+        )
+        figure.update_yaxes(title=metric, row=metrics.index(metric) + 1)
+        shown.add(model)
+    figure.update_layout(scattermode="group", height=150 + 300 * len(metrics))
+    return figure.update_xaxes(title="Task", row=len(metrics))
+
+
+def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what the harness found by task and metric, with the values by example if the metric is their mean."""
+    for task, metrics in results["results"].items():
+        samples = pd.DataFrame(results["samples"].get(task, {"filter": []}))
+        for name, value in metrics.items():
+            metric, comma, kept = name.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kept}")
+            values = samples.loc[samples["filter"] == kept, metric] if metric in samples else pd.Series()
+            is_mean = pd.api.types.is_numeric_dtype(values) and np.isclose(values.mean(), value)
+            yield {
+                "task": task,
+                "metric": metric,
+                "filter": kept,
+                "value": value,
+                "value_error": error if isinstance(error, float) else np.nan,
+                "values": values.to_numpy(float) if is_mean else np.array([np.nan]),
+                "examples": metrics["sample_len"],
+                "shots": results["n-shot"].get(task),
+            }
+
+
+def _mean_and_error(values: Float[np.ndarray, " example"]) -> tuple[float, float]:
+    """Return the mean over examples and its standard error; NaN for a single one."""
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.nan
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed what tasks shuffle choices with, and leave it as it was."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(SEED)
+    np.random.seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _load(tasks: Tasks, num_fewshot: int | None) -> dict[str, dict[str, Any]]:
+    """Return what the harness's `evaluate` takes: its tasks and groups by name."""
+    if TemplateLM is object:
+        raise BenchmarkError("Benchmarks need EleutherAI's lm-evaluation-harness: pip install 'noln[eval]'.")
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
+    if not isinstance(tasks, Mapping):
+        tasks = dict(task.partition("=")[::2] for task in ([tasks] if isinstance(tasks, str) else tasks))
+    if not tasks:
+        raise BenchmarkError("No task is named; hellaswag is one.")
+    for name, file in tasks.items():
+        manager = _manager(name)
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.all_tasks) or ["hellaswag", "…"]
+            raise BenchmarkError(f"The harness has no task {name}; it has {', '.join(near)}.")
+        is_plain = manager.task_index[name].kind.name == "TASK"
+        if file and not is_plain:
+            raise BenchmarkError(f"{name} is several tasks, or reads data in its own way: no {file} can stand for it.")
+        data = datasets.DatasetDict(test=_read(Path(file))) if file else None
+        if data and num_fewshot and len(data["test"]) <= num_fewshot:
+            raise BenchmarkError(f"{file} has {len(data['test'])} examples: too few for {num_fewshot} shots.")
+        try:
+            with _seeded():
+                found = manager.load([name if data is None else _in_place(name, data)])
+        except Exception as error:  # tasks run code of their own, which fails in any way
+            why = f"{type(error).__name__}: {error}"
+            if file:
+                raise BenchmarkError(f"{file} has not the fields and values of {name}'s data ({why}).") from error
+            instead = f" A file can stand for them: {name}=FILE.jsonl." if is_plain else ""
+            raise BenchmarkError(f"The data of {name} cannot be had ({why}).{instead}") from error
+        for task in found["tasks"].values():
+            if task.OUTPUT_TYPE == "generate_until":
+                raise BenchmarkError(f"{task.task_name} has models write: take one of choices or of likelihood.")
+            # As the harness does: what has no shots by its nature keeps none.
+            if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot")):
+                task.set_config("num_fewshot", num_fewshot or 0)
+        loaded["tasks"] |= found["tasks"]
+        if data is None:
+            loaded["groups"] |= found["groups"]
+    return loaded
+
+
+@functools.cache
+def _manager(name: str) -> Any:
+    """Return a manager that knows the task `name`, if there is one.
+
+    Reading what all tasks are takes ten seconds, so a directory with the task's name is looked into first.
+    """
+    import lm_eval.tasks
+
+    directory = Path(lm_eval.tasks.__file__).parent / name
+    if directory.is_dir():
+        manager = lm_eval.tasks.TaskManager(include_path=directory, include_defaults=False)
+        if name in manager.all_subtasks:
+            return manager
+    return _manager_of_all()
+
+
+@functools.cache
+def _manager_of_all() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _in_place(name: str, data: datasets.DatasetDict) -> dict[str, Any]:
+    """Return the task `name` with `data` in place of its own: in a group the harness lets tasks be changed."""
+    splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": "test"}
+    return {"group": "with data in place", "task": [{"task": name, "custom_dataset": lambda **_: data, **splits}]}
+
+
+def _read(file: Path) -> datasets.Dataset:
+    """Read a JSONL file of examples that all have the fields of the first.
+
+    The harness would call on the Hub to read it, and leave a copy in a cache.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise BenchmarkError(f"{file}, line {number} is no JSON object.")
+                if lacking := set(rows[0] if rows else ()) - set(row):
+                    raise BenchmarkError(f"{file}, line {number} lacks {', '.join(sorted(lacking))}.")
+                rows.append(row)
+        if not rows:
+            raise BenchmarkError(f"{file} has no examples.")
+        return datasets.Dataset.from_list(rows)
+    except json.JSONDecodeError as error:
+        raise BenchmarkError(f"{file}, line {number} is no JSON: {error.msg}.") from error
+    except (OSError, UnicodeDecodeError, ArrowInvalid, ArrowTypeError) as error:
+        raise BenchmarkError(f"{file} cannot be read: {error}.") from error

@@ -1,0 +1,112 @@
+"""Figures that several analyses draw alike: a colour a model, a panel a quantity."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from analysis import palette
+
+TAIL = {"median": 50, "percentile_95": 95, "percentile_99_9": 99.9, "max": 100}
+"""Percentiles by the names that they have in tables."""
+TAIL_TITLE = "Median (●), 95 % (▲), 99.9 % (◆), maximum (✖)"
+_SYMBOLS = ("circle", "triangle-up", "diamond", "x")
+
+
+def add_tail(
+    figure: go.Figure,
+    model: str,
+    x: Sequence[str] | pd.Series,
+    tail: Mapping[str, Any],
+    *,
+    row: int,
+    col: int,
+    legend: bool = False,
+) -> None:
+    """Add to a panel the percentiles in `tail`, by the names of `TAIL` one number each of `x`, as `TAIL_TITLE` says."""
+    for (name, values), symbol in zip(tail.items(), _SYMBOLS, strict=True):
+        figure.add_scatter(
+            x=x,
+            y=values,
+            name=model,
+            legendgroup=model,
+            offsetgroup=model,
+            mode="markers",
+            marker={"color": palette.colour(model), "size": 9, "symbol": symbol},
+            hovertemplate=f"%{{x}}: {name} %{{y:.3g}}",
+            showlegend=legend and name == "median",
+            row=row,
+            col=col,
+        )
+
+
+def lines(
+    frame: pd.DataFrame, x: str, quantities: Mapping[str, str], *, column: str | None = None, dash: str | None = None
+) -> go.Figure:
+    """Plot quantities over the column `x` of `frame`, one below the other, a line a model.
+
+    Args:
+        frame: tidy, with a column `model`.
+        x: what lies on the horizontal axis.
+        quantities: titles of the vertical axes, with units, by column.
+        column: makes a column of panels of each of its values.
+        dash: parts each line in one a value: the first is solid, the others are dotted.
+    """
+    columns: list[Any] = list(frame[column].unique()) if column else [None]
+    keys = ["model", *(key for key in (column, dash) if key)]
+    figure = make_subplots(
+        len(quantities),
+        len(columns),
+        shared_xaxes=True,
+        shared_yaxes="rows",
+        column_titles=columns if column else None,
+        vertical_spacing=0.15 / len(quantities),
+        horizontal_spacing=0.03,
+    )
+    for values, line in frame.groupby(keys, sort=False):
+        key = dict(zip(keys, values, strict=True))
+        col = columns.index(key[column]) + 1 if column else 1
+        is_first = dash is None or key[dash] == frame[dash].iloc[0]
+        for row, (quantity, title) in enumerate(quantities.items(), start=1):
+            figure.add_scatter(
+                x=line[x],
+                y=line[quantity],
+                name=f"{key['model']}, {key[dash]}" if dash else key["model"],
+                legendgroup=key["model"],
+                showlegend=row == col == 1,
+                line={"color": palette.colour(key["model"]), "dash": "solid" if is_first else "dot"},
+                row=row,
+                col=col,
+            )
+            figure.update_yaxes(title=title, row=row, col=1)
+    return figure.update_layout(height=200 + 200 * len(quantities))
+
+
+def heat_maps(frame: pd.DataFrame, quantities: Mapping[str, tuple[str, dict[str, Any]]]) -> go.Figure:
+    """Plot quantities of heads over layer and head: a row of maps a quantity, a column a model.
+
+    Args:
+        frame: tidy, with columns `model`, `layer` and `head`.
+        quantities: by column the title of its colours, with units, and what else their axis is to have.
+    """
+    models, count = list(frame["model"].unique()), len(quantities)
+    figure = make_subplots(
+        count,
+        len(models),
+        shared_xaxes=True,
+        shared_yaxes=True,
+        column_titles=models,
+        vertical_spacing=0.06,
+        horizontal_spacing=0.03,
+    )
+    for row, (quantity, (title, axis)) in enumerate(quantities.items(), start=1):
+        for col, model in enumerate(models, start=1):
+            heat = frame[frame["model"] == model].pivot(index="layer", columns="head", values=quantity)
+            figure.add_heatmap(z=heat, x=heat.columns, y=heat.index, coloraxis=f"coloraxis{row}", row=row, col=col)
+        bar = {"title": title, "len": 0.95 / count, "y": 1 - (row - 0.5) / count}
+        figure.update_layout({f"coloraxis{row}": {"colorscale": "Cividis", "colorbar": bar, **axis}})
+    figure.update_xaxes(dtick=max(1, int(frame["head"].max()) // 6)).update_xaxes(title="Head", row=count)
+    figure.update_yaxes(dtick=max(1, int(frame["layer"].max()) // 6)).update_yaxes(title="Layer", col=1)
+    return figure.update_layout(height=150 + 230 * count)

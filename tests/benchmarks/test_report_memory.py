@@ -1,0 +1,83 @@
+"""Peak memory of each analysis of a report, by the number of tokens: it must not grow with them.
+
+Each measurement is a process of its own, with three models (`micro`, itself as its own control, and itself with its LNs
+frozen). Counted is what comes on top of the models and the text. What a table has a row a token of does grow:
+`loss` and `faithfulness`, by what their tables hold. `python tests/benchmarks/test_report_memory.py 10000 200000` takes
+other numbers of tokens.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from analysis import load_trio, report
+from finetune import checkpoint
+
+TOKENS = 10_000, 50_000
+ROW_BYTES = 3 * 500
+"""What the tables with a row a token and model may hold of a token, and the copies that are made of them."""
+
+
+def _peak() -> float:
+    """Return the peak in MiB; not ru_maxrss, which a process inherits from the one that started it."""
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**10
+
+
+def _trio() -> dict[str, Any]:
+    model = checkpoint.load("micro")
+    model.config.layer_norm_epsilon = checkpoint.FROZEN_EPS
+    for name, module in model.named_modules():
+        if "ln_" in name:
+            module.eps = checkpoint.FROZEN_EPS
+            module.weight.data *= 1e6
+    return load_trio("micro", "micro", model, checkpoint.load_tokenizer("micro"))
+
+
+def _measure(name: str, tokens: int) -> dict[str, float]:
+    """Return by how many MiB an analysis raises the peak, and the peak."""
+    models = _trio()
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(models["original"].cfg.d_vocab, (tokens // 256, 256), generator=generator)
+    sample = report.Sample(blocks, (torch.arange(blocks.numel()) // 1000).view_as(blocks).numpy(), "random tokens")
+    before = _peak()
+    with tempfile.TemporaryDirectory() as directory:
+        report.write(models, {"random": sample}, Path(directory) / "report", only=[name])
+    return {"rise": _peak() - before, "peak": _peak()}
+
+
+def measure(tokens: tuple[int, ...]) -> pd.DataFrame:
+    """Return a row an analysis, a column a number of tokens."""
+    rows = []
+    for analysis in report.ANALYSES:
+        for count in tokens:
+            run = [sys.executable, __file__, analysis.name, str(count)]
+            done = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+            rows.append({"analysis": analysis.name, "tokens": count, **json.loads(done.stdout.splitlines()[-1])})
+    return pd.DataFrame(rows).pivot(index="analysis", columns="tokens", values=["rise", "peak"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_tokens() -> None:
+    table = measure(TOKENS)
+    print(f"\nMiB, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(table.round(0).to_string())
+    few, many = TOKENS
+    allowed = 100 + ROW_BYTES * (many - few) / 2**20
+    assert (table["rise"][many] - table["rise"][few] < allowed).all()
+    assert (table["peak"] < 3 * 1024).all(axis=None)
+
+
+if __name__ == "__main__":
+    first, *rest = sys.argv[1:]
+    if first.isdigit():
+        print(measure((int(first), *map(int, rest))).round(0).to_string())
+    else:
+        print(json.dumps(_measure(first, int(rest[0]))))
