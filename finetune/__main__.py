@@ -1,4 +1,4 @@
-"""The command line: `python -m finetune [run] [RECIPE] [FLAGS]`, `resume RUN`, `list`, `show RECIPE`."""
+"""The command line: `python -m finetune [run] [RECIPE] [FLAGS]`, `resume RUN`, `sweep FILE`, `list`, `show RECIPE`."""
 
 import argparse
 import math
@@ -23,6 +23,7 @@ Fine-tune the LayerNorm out of a GPT-2-type model.
 
   python -m finetune [run] [RECIPE] [FLAGS]   train: RECIPE is a shipped name (default micro) or a YAML file
   python -m finetune resume RUN               go on with a run that was cut off
+  python -m finetune sweep FILE [FLAGS]       many runs, of what a sweep file overrides, in one table
   python -m finetune list                     name the shipped recipes
   python -m finetune show RECIPE              print a recipe
 
@@ -74,6 +75,30 @@ def _resume(arguments: list[str]) -> None:
     directory = _only(arguments, "resume RUN")
     run = _import_run()
     _report(run.resume(directory))
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Run what a sweep file asks for and is not done yet."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """The sweep file: `finetune/sweep.py` says what is in it."""
+    out: Path | None = None
+    """Where runs, tables and figure go. None: runs/FILE."""
+    processes: int = 1
+    """How many runs to do at once."""
+
+
+def _sweep(arguments: list[str]) -> None:
+    options = tyro.cli(SweepOptions, args=arguments, prog="python -m finetune sweep")
+    out = options.out or Path("runs") / options.file.stem
+
+    _import_run()
+    from finetune import sweep
+
+    results = sweep.run(options.file, out, options.processes)
+    print(results[["recipe", "seed", "tokens", "seconds", "gap", "jsd_ln_free", "jsd_control"]].to_string(index=False))
+    print(f"Everything is in {out}: results.csv, documents.csv, figure.html and the runs")
 
 
 def _import_run() -> ModuleType:
@@ -137,7 +162,7 @@ def _report(run: "Run") -> None:
     console.print(f"Everything is in {run.directory}; the LN-free model in {run.directory / 'ln_free'}", soft_wrap=True)
 
 
-COMMANDS = {"run": _run, "resume": _resume, "list": _list, "show": _show}
+COMMANDS = {"run": _run, "resume": _resume, "sweep": _sweep, "list": _list, "show": _show}
 
 if __name__ == "__main__":
     main()

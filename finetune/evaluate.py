@@ -34,17 +34,23 @@ def js_divergence(p: Float[Tensor, "*token vocab"], q: Float[Tensor, "*token voc
     return (kl_divergence(p, mixture) + kl_divergence(q, mixture)) / 2
 
 
-def mean_and_error(values: Float[np.ndarray, " token"], documents: Int[np.ndarray, " token"]) -> tuple[float, float]:
-    """Return the mean over tokens and its standard error, with documents as the independent draws.
+def mean_and_error(
+    values: Float[np.ndarray, " draw"],
+    documents: Int[np.ndarray, " draw"],
+    weights: Float[np.ndarray, " draw"] | Int[np.ndarray, " draw"] | None = None,
+) -> tuple[float, float]:
+    """Return a weighted mean and its standard error, with documents as the independent draws.
 
-    The linearised error of a ratio: with S_d the sum of a document's deviations from the mean, N tokens and D
-    documents, √(D/(D−1) · Σ_d S_d²) / N. NaN for a single document.
+    `values` are tokens', or means over `weights` tokens each. The linearised error of a ratio: with S_d the sum of a
+    document's deviations from the mean, N the sum of the weights and D documents, √(D/(D−1) · Σ_d S_d²) / N. NaN for a
+    single document.
     """
-    mean = values.mean()
-    sums = pd.Series(values - mean).groupby(documents).sum().to_numpy()
+    weights = np.ones_like(values) if weights is None else weights
+    mean = np.average(values, weights=weights)
+    sums = pd.Series(weights * (values - mean)).groupby(documents).sum().to_numpy()
     if len(sums) == 1:
         return float(mean), float("nan")
-    return float(mean), float(np.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(values))
+    return float(mean), float(np.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / weights.sum())
 
 
 @torch.inference_mode()
@@ -79,25 +85,42 @@ def measure_tokens(
     }
 
 
-def compare(
-    models: Mapping[str, GPT2LMHeadModel], blocks: Blocks, reference: str = "original", control: str = "control"
+def measure_documents(
+    models: Mapping[str, GPT2LMHeadModel], blocks: Blocks, reference: str = "original"
 ) -> pd.DataFrame:
-    """Compare models on held-out blocks, averaging over tokens.
+    """Measure each model on each document of `blocks`: a row each, with the number of its tokens and means over them.
 
-    Returns a row a model: loss, kl and jsd to `reference`, and gap, the loss less that of the model called `control`
-    (NaN without one), each in nats/token and with its standard error over documents, `…_error`; tokens; documents.
+    Columns are model, document, tokens, and loss, kl and jsd to `reference` in nats/token: see `measure_tokens`.
     """
     measured = measure_tokens(models, blocks, reference)
-    documents = blocks.document_ids[:, :-1].ravel()
+    tokens = {"document": blocks.document_ids[:, :-1].ravel()}
+    frames = [
+        pd.DataFrame(tokens | {measure: values.ravel() for measure, values in measured[name].items()})
+        .groupby("document", as_index=False)
+        .agg(tokens=("loss", "size"), loss=("loss", "mean"), kl=("kl", "mean"), jsd=("jsd", "mean"))
+        .assign(model=name)
+        for name in models
+    ]
+    return pd.concat(frames, ignore_index=True)[["model", "document", "tokens", "loss", "kl", "jsd"]]
+
+
+def compare(documents: pd.DataFrame, control: str = "control") -> pd.DataFrame:
+    """Compare models by what `measure_documents` found, averaging over tokens.
+
+    Returns a row a model: loss, kl and jsd to the reference, and gap, the loss less that of the model called `control`
+    (NaN without one), each in nats/token and with its standard error over documents, `…_error`; tokens; documents.
+    """
+    by_model = {name: frame.set_index("document") for name, frame in documents.groupby("model", sort=False)}
     rows = []
-    for name in models:
-        values = {measure: tokens.ravel() for measure, tokens in measured[name].items()}
-        if control in models:
-            values["gap"] = values["loss"] - measured[control]["loss"].ravel()
-        row: dict[str, str | float] = {"model": name}
+    for name, frame in by_model.items():
+        if control in by_model:
+            frame = frame.assign(gap=frame["loss"] - by_model[control]["loss"])
+        row: dict[str, str | float] = {"model": str(name)}
         for measure in ("loss", "gap", "kl", "jsd"):
             row[measure], row[f"{measure}_error"] = (
-                mean_and_error(values[measure], documents) if measure in values else (float("nan"), float("nan"))
+                mean_and_error(frame[measure].to_numpy(), frame.index.to_numpy(), frame["tokens"].to_numpy())
+                if measure in frame
+                else (float("nan"), float("nan"))
             )
-        rows.append(row | {"tokens": documents.size, "documents": len(np.unique(documents))})
+        rows.append(row | {"tokens": frame["tokens"].sum(), "documents": len(frame)})
     return pd.DataFrame(rows)

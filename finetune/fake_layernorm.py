@@ -13,7 +13,7 @@ A block's `ln_1` is read on two paths that freeze at different times. The scale 
 with the weights: the QKV product is taken once, of the vector scaled for QK, and its V columns are rescaled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,23 +22,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from finetune.recipe import StdMean, TokenClass
+
 CLASSES = ("ordinary", "bos", "eot")
 """The classes of token, in the order of every buffer of length 3. Position 0 (`bos`) wins over end-of-text."""
+
+
+STD_MEANS: dict[StdMean, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "arithmetic": (torch.clone, torch.clone),
+    "geometric": (torch.log, torch.exp),
+    "harmonic": (torch.reciprocal, torch.reciprocal),
+}
+"""What is averaged of a std, and the way back, by the kind of mean."""
 
 
 class TokenClasses:
     """The class of every token of the batch that is in the model: written before a forward, read by every norm."""
 
-    def __init__(self, eot_token_id: int | None) -> None:
-        self.eot_token_id = eot_token_id
+    def __init__(self, eot_token_id: int | None, own: Collection[TokenClass] = ("eot", "bos")) -> None:
+        """Tell the classes `own` from ordinary tokens."""
+        self.eot_token_id, self.own = eot_token_id, own
         self.index: Int[Tensor, "batch pos"]
 
     def set(self, input_ids: Int[Tensor, "batch pos"], past_length: int = 0) -> None:
         """Classify tokens that come after `past_length` cached ones."""
         index = torch.zeros_like(input_ids)
-        if self.eot_token_id is not None:
+        if "eot" in self.own and self.eot_token_id is not None:
             index = torch.where(input_ids == self.eot_token_id, CLASSES.index("eot"), index)
-        if past_length == 0:
+        if "bos" in self.own and past_length == 0:
             first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
             index = torch.where(first, CLASSES.index("bos"), index)
         self.index = index
@@ -53,14 +64,15 @@ class Site(nn.Module):
     alpha: Float[Tensor, ""]
     merged: Float[Tensor, "3"]
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, std_mean: StdMean = "arithmetic") -> None:
         super().__init__()
+        self._from_mean = STD_MEANS[std_mean][1]
         for name, value in (("std_sum", 0), ("std_count", 0), ("frozen", 1), ("merged", 0)):
             self.register_buffer(name, torch.full((len(CLASSES),), float(value), dtype=dtype, device=device))
         self.register_buffer("alpha", torch.zeros((), dtype=dtype, device=device))
 
     def update(self, std_sum: Float[Tensor, "3"], count: Float[Tensor, "3"], decay: float) -> None:
-        """Take the stds of one optimizer step into the running mean: their sum and number, by class.
+        """Take one optimizer step into the running mean: the sum of its (transformed) stds and their number, by class.
 
         The mean is over tokens, a step's weight falling by `decay` with each later step that had tokens of the class.
         """
@@ -70,7 +82,7 @@ class Site(nn.Module):
 
     def running_std(self) -> Float[Tensor, "3"]:
         """Return the running mean of the std by class. A class that no token was in has the ordinary one's."""
-        mean = self.std_sum / self.std_count
+        mean = self._from_mean(self.std_sum / self.std_count)
         return torch.where(self.std_count > 0, mean, mean[0])
 
     def freeze(self) -> None:
@@ -134,11 +146,14 @@ class FakeLayerNorm(nn.Module):
 
     sites: Sequence[Site]
 
-    def __init__(self, norm: nn.LayerNorm, n_paths: int, classes: TokenClasses) -> None:
+    def __init__(
+        self, norm: nn.LayerNorm, n_paths: int, classes: TokenClasses, std_mean: StdMean = "arithmetic"
+    ) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         dtype = _statistics_dtype(norm.weight.dtype)
-        self.sites = nn.ModuleList(Site(dtype, norm.weight.device) for _ in range(n_paths))  # type: ignore[assignment]
+        sites = (Site(dtype, norm.weight.device, std_mean) for _ in range(n_paths))
+        self.sites = nn.ModuleList(sites)  # type: ignore[assignment]
         self.classes = classes
         self.live_std: Float[Tensor, "batch pos"]
 

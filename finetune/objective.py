@@ -1,17 +1,114 @@
-"""What fine-tuning minimises: cross-entropy of the next token, and the auxiliary loss on the last site's std."""
+"""What fine-tuning minimises: cross-entropy or KL to the original, distance to its residual stream, auxiliary loss.
 
+Cross-entropy and KL are both cross-entropies with a target distribution, the next token's or the teacher's prediction,
+so their mixture has one gradient in closed form, softmax(logits) − target. It is taken together with the loss, a few
+tokens at a time: the logits of a whole batch are never held.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.fake_layernorm import CLASSES
 
+_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
+"""Numbers in the logits of one piece, by device: few enough for a CPU's cache, enough to keep a GPU busy."""
 
-def cross_entropy(logits: Float[Tensor, "batch pos vocab"], input_ids: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-    """Return the mean loss of the next token in nats/token, over all positions but each sequence's last."""
-    # Marking the last position costs nothing; slicing it off the logits would copy them.
-    targets = F.pad(input_ids[:, 1:], (0, 1), value=-100)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+class Head(NamedTuple):
+    """The end of a model: what it unembeds, and with what."""
+
+    residual: Float[Tensor, "batch pos d"]
+    """The last site's output."""
+    unembedding: Float[Tensor, "vocab d"]
+
+
+class NextTokenLoss(NamedTuple):
+    """Means over all positions but each sequence's last, nats/token."""
+
+    total: Float[Tensor, ""]
+    """(1 − kl_weight) · cross-entropy + kl_weight · KL; the only one with a gradient."""
+    cross_entropy: Float[Tensor, ""]
+    kl: Float[Tensor, ""]
+    """KL(teacher ‖ model); 0 without a teacher."""
+
+
+def next_token_loss(
+    model: Head,
+    input_ids: Int[Tensor, "batch pos"],
+    teacher: Head | None = None,
+    kl_weight: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> NextTokenLoss:
+    """Return the loss of the next token, and of `teacher`'s prediction of it (Hinton et al. 2015, arXiv 1503.02531).
+
+    Products are taken in `dtype` (None: the residual's), softmax and sums in float32 at least.
+    """
+    ends = [
+        end for head in (model, teacher) if head is not None for end in (head.residual[:, :-1].flatten(0, 1), head[1])
+    ]
+    return NextTokenLoss(*_NextTokenLoss.apply(input_ids[:, 1:].flatten(), kl_weight, dtype, *ends))
+
+
+class _NextTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, targets: Tensor, kl_weight: float, dtype: torch.dtype | None, *ends: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        residual, unembedding, *teacher = (end.to(dtype or ends[0].dtype) for end in ends)
+        wide = torch.promote_types(residual.dtype, torch.float32)
+        cross_entropy, kl = torch.zeros(2, dtype=wide, device=residual.device)
+        of_residual, of_unembedding = torch.empty_like(residual), torch.zeros_like(unembedding, dtype=wide)
+        pieces = math.ceil(len(targets) * len(unembedding) / _LOGITS_AT_ONCE.get(residual.device.type, 2**24))
+        size = math.ceil(len(targets) / pieces)
+        for start in range(0, len(targets), size):
+            piece = slice(start, start + size)
+            target = targets[piece].unsqueeze(-1)
+            log_probs = F.log_softmax(residual[piece] @ unembedding.T, -1, dtype=wide)
+            cross_entropy -= log_probs.gather(-1, target).sum()
+            gradient = log_probs.exp()
+            if teacher:
+                expected = F.log_softmax(teacher[0][piece] @ teacher[1].T, -1, dtype=wide)
+                probs = expected.exp()
+                kl += probs.flatten() @ (expected - log_probs).flatten()
+                gradient.sub_(probs, alpha=kl_weight)
+            gradient.scatter_add_(-1, target, torch.full_like(target, kl_weight - 1, dtype=wide))
+            gradient = gradient.to(residual.dtype)
+            of_residual[piece] = gradient @ unembedding
+            of_unembedding += gradient.T @ residual[piece]
+        ctx.gradients = [
+            (gradient / len(targets)).to(end)
+            for gradient, end in zip((of_residual, of_unembedding), ends, strict=False)
+        ]
+        cross_entropy, kl = cross_entropy / len(targets), kl / len(targets)
+        ctx.mark_non_differentiable(cross_entropy, kl)
+        return (1 - kl_weight) * cross_entropy + kl_weight * kl, cross_entropy, kl
+
+    @staticmethod
+    def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        of_residual, of_unembedding = (gradient * of_total for gradient in ctx.gradients)
+        return None, None, None, of_residual, of_unembedding, None, None
+
+
+def residual_distance(
+    own: Sequence[Float[Tensor, "batch pos d"]], teachers: Sequence[Float[Tensor, "batch pos d"]]
+) -> Float[Tensor, ""]:
+    """Return how far the residual stream is from the teacher's: the squared distance over the teacher's squared norm.
+
+    Both are summed over all tokens but position 0, whose norm LayerNorm alone keeps harmless, and centred over the
+    width, as every reader of the stream does; the mean is over layers (hints: Romero et al. 2015, arXiv 1412.6550).
+    """
+    distances = []
+    for residual, target in zip(own, teachers, strict=True):
+        target = target[:, 1:] - target[:, 1:].mean(-1, keepdim=True)
+        residual = residual[:, 1:] - residual[:, 1:].mean(-1, keepdim=True)
+        distances.append((residual - target).square().sum() / target.square().sum())
+    return torch.stack(distances).mean()
 
 
 def auxiliary_loss(std: Float[Tensor, "batch pos"], classes: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:

@@ -4,8 +4,11 @@ Nothing here imports torch, so that the command line answers at once.
 """
 
 import dataclasses
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
 import tyro
@@ -18,6 +21,10 @@ TokenClass = Literal["eot", "bos"]
 Phase = Literal["ln_2", "qk", "v", "ln_f", "eot", "bos"]
 """What one phase of a schedule does: freeze the sites of a kind (a block's `ln_2`, its `ln_1` on the QK path, its
 `ln_1` on the V path; the model's `ln_f`), or merge a class of token."""
+StdMean = Literal["arithmetic", "geometric", "harmonic"]
+"""The kind of mean of the stds that a constant is."""
+
+_Kind = TypeVar("_Kind")
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -83,6 +90,19 @@ class Gaps:
                 raise RecipeError(f"schedule.gap.{phase} is {gap}; a gap is 0 steps (all at once) or more.")
 
 
+Direction = Literal["up", "down", "together"]
+"""How a kind of site goes through the layers: from the first, from the last, or all at one step."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+class Layers:
+    """How each kind of site goes through the layers."""
+
+    ln_2: Direction = "up"
+    qk: Direction = "up"
+    v: Direction = "up"
+
+
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)
 class Schedule:
     """When the LNs go, relative to the number of layers, so that it serves a model of any depth."""
@@ -91,21 +111,54 @@ class Schedule:
     """The step at which the first site freezes; the stds are measured before it."""
     gap: Gaps
     """Steps from one event to the next."""
-    order: tuple[Phase, ...] = get_args(Phase)
-    """The phases, one after another: kinds of site to freeze, layer by layer, and classes of token to merge."""
+    order: tuple[str, ...] = get_args(Phase)
+    """What goes, one after another: kinds of site to freeze, layer by layer, or single sites (`h.3.qk`), and classes of
+    token to merge. A class that is left out has no constant of its own: its tokens are ordinary ones."""
+    layers: Layers = Layers()
+    """How each kind of site goes through the layers: up, down or together."""
     fade: int = 1
     """Steps over which a site's divisor moves from the live std to the constant. 1: it jumps, as published."""
+    tolerance: float | None = None
+    """Adaptive: an event waits until the smoothed training loss has come back to within this many nats/token of where
+    it stood before the last one ([H24]); `gap` is then the least that it waits. None: `gap` is what it waits."""
+    max_gap: float = math.inf
+    """Adaptive: the most steps that an event waits. No event waits so long that those left do not fit into the run."""
+    smoothing: float = 0.8
+    """Adaptive: how much of the smoothed loss is kept at each step."""
+    at: tuple[int, ...] = ()
+    """The step of each entry of `order`, in place of `start` and `gap`: what an adaptive schedule came to."""
 
     def __post_init__(self) -> None:
         if self.start < 1:
             raise RecipeError(f"schedule.start is {self.start}; at least 1 step is needed to measure the stds.")
         if self.fade < 1:
             raise RecipeError(f"schedule.fade is {self.fade}; 1 is a jump, more steps are a fade.")
-        if missing := [phase for phase in get_args(Phase) if phase not in self.order]:
-            never = [f"{p} would never be {'merged' if p in get_args(TokenClass) else 'frozen'}" for p in missing]
-            raise RecipeError(f"schedule.order lacks {', '.join(missing)}: {'; '.join(never)}. Add it to the list.")
+        for entry in self.order:
+            if entry not in get_args(Phase) and not re.fullmatch(r"h\.\d+\.(ln_2|qk|v)", entry):
+                raise RecipeError(
+                    f"schedule.order names {entry}, which is no kind of site or class of token "
+                    f"({', '.join(get_args(Phase))}) and no single site, such as h.3.qk."
+                )
         if len(set(self.order)) < len(self.order):
-            raise RecipeError(f"schedule.order names a phase twice: {', '.join(self.order)}.")
+            raise RecipeError(f"schedule.order names something twice: {', '.join(self.order)}.")
+        for kind in ("ln_2", "qk", "v", "ln_f"):
+            if not any(entry.split(".")[-1] == kind for entry in self.order):
+                raise RecipeError(f"schedule.order lacks {kind}: it would never be frozen. Add it to the list.")
+        if self.tolerance is not None and self.at:
+            raise RecipeError("schedule.at says when, and schedule.tolerance waits for the loss: choose one.")
+        if self.max_gap < 1:
+            raise RecipeError(f"schedule.max_gap is {self.max_gap}; at least 1 step is needed.")
+        if not 0 <= self.smoothing < 1:
+            raise RecipeError(f"schedule.smoothing is {self.smoothing}; it must be at least 0 and less than 1.")
+        if self.at and (len(self.at) != len(self.order) or list(self.at) != sorted(self.at) or self.at[0] < 1):
+            raise RecipeError(
+                "schedule.at needs a step for each entry of schedule.order, from 1 on, none before the last."
+            )
+
+    @property
+    def classes(self) -> tuple[TokenClass, ...]:
+        """The classes of token with a constant of their own."""
+        return tuple(entry for entry in get_args(TokenClass) if entry in self.order)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)
@@ -142,10 +195,18 @@ class Recipe:
     """AdamW's betas."""
     clip: float = 1.0
     """The largest norm of the gradient; larger ones are scaled down to it. 0: no limit."""
+    kl_weight: float = 0.0
+    """What the LN-free model is fitted to. 0: the text (cross-entropy); 1: the original's predictions (KL divergence);
+    between: (1 − kl_weight) · cross-entropy + kl_weight · KL. The control is always fitted to the text."""
+    match_weight: float = 0.0
+    """The weight of the distance between the LN-free model's residual stream and the original's, relative to its norm,
+    averaged over the blocks but the last."""
     aux_weight: float = 0.0
     """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at `ln_f`."""
     std_decay: float = 0.9
     """How much of the running means of the stds is kept at each optimizer step."""
+    std_mean: StdMean = "arithmetic"
+    """What the running means are of: σ, log σ, or 1/σ."""
     max_rise: float = 3.0
     """The run stops when a step's loss exceeds the mean of the first ten by more than this, in nats/token."""
     control: bool = True
@@ -181,9 +242,11 @@ class Recipe:
             raise RecipeError(f"batch is {self.batch}, no multiple of micro_batch, {self.micro_batch}: change either.")
         if not 0 <= self.min_lr <= self.lr or self.lr == 0:
             raise RecipeError(f"min_lr is {self.min_lr} and lr {self.lr}; 0 <= min_lr <= lr and lr > 0 are needed.")
-        for field in ("clip", "aux_weight", "weight_decay", "max_rise"):
+        for field in ("clip", "match_weight", "aux_weight", "weight_decay", "max_rise"):
             if getattr(self, field) < 0:
                 raise RecipeError(f"{field} is {getattr(self, field)}; it must not be negative.")
+        if not 0 <= self.kl_weight <= 1:
+            raise RecipeError(f"kl_weight is {self.kl_weight}; it must lie between 0, the text, and 1, the original.")
         if not 0 <= self.std_decay < 1:
             raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
         if not 0 <= self.warmup < self.steps:
@@ -215,6 +278,8 @@ class Recipe:
             start=start,
             gap=Gaps(**{phase: gap * after_start for phase, gap in dataclasses.asdict(self.schedule.gap).items()}),
             fade=max(1, int(self.schedule.fade * after_start + 1e-6)),
+            max_gap=max(1.0, self.schedule.max_gap * after_start),
+            at=tuple(max(1, int(step * factor + 1e-6)) for step in self.schedule.at),
         )
         return dataclasses.replace(
             self,
@@ -236,24 +301,64 @@ def load(name_or_path: str | Path) -> Recipe:
     Raises:
         RecipeError: there is none, it is no YAML, a field is unknown or of the wrong type, or fields contradict.
     """
+    if str(name_or_path) not in shipped() and not Path(name_or_path).exists():
+        raise RecipeError(f"No recipe {name_or_path}: name a YAML file or one of {', '.join(shipped())}.")
     path = RECIPES / f"{name_or_path}.yaml" if str(name_or_path) in shipped() else Path(name_or_path)
+    content = {"name": path.stem, **read_yaml(path, "recipe")}
+    content.pop("run", None)  # what `dump` says of a run, which changes nothing
+    return validate(Recipe, content, f"recipe {path}")
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """Read the fields in a YAML file, which the message of an error calls `what`.
+
+    Raises:
+        RecipeError: it cannot be read, or holds no fields.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"No recipe {name_or_path}: name a YAML file or one of {', '.join(shipped())}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error}") from error
+        raise RecipeError(f"The {what} {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"The recipe {path} holds no fields.")
-    content = {"name": path.stem, **content}
-    content.pop("run", None)  # what `dump` says of a run, which changes nothing
+        raise RecipeError(f"The {what} {path} holds no fields.")
+    return content
+
+
+def validate(kind: type[_Kind], content: dict[str, Any], what: str) -> _Kind:
+    """Return `content` as a `kind`, all fields checked.
+
+    Raises:
+        RecipeError: a field is unknown or of the wrong type, or fields contradict.
+    """
     try:
-        return pydantic.TypeAdapter(Recipe).validate_python(content)
+        return pydantic.TypeAdapter(kind).validate_python(content)
     except RecipeError as error:
-        raise RecipeError(f"The recipe {path} does not hold: {error}") from error
+        raise RecipeError(f"The {what} does not hold: {error}") from error
     except pydantic.ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise RecipeError(f"The recipe {path} does not hold: {'; '.join(problems)}") from error
+        raise RecipeError(f"The {what} does not hold: {'; '.join(problems)}") from error
+
+
+def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
+    """Return `recipe` with `fields` in place of its own: dotted names, `schedule.gap.v`, and values as in YAML.
+
+    `steps` comes first and scales the schedule, as `--steps` does.
+
+    Raises:
+        RecipeError: as `validate` does; `what` is what the message calls the result.
+    """
+    if "steps" in fields:
+        recipe = recipe.scaled(fields["steps"])
+    content = dataclasses.asdict(recipe)
+    for name, value in fields.items():
+        *parents, field = name.split(".")
+        part = content
+        for parent in parents:
+            part = part.get(parent, {})
+        if not isinstance(part, dict) or field not in part:
+            raise RecipeError(f"The {what} does not hold: {name} is no field of a recipe.")
+        part[field] = value
+    return validate(Recipe, content, what)
 
 
 def dump(recipe: Recipe, run: dict[str, Any] | None = None) -> str:

@@ -1,17 +1,20 @@
 """A run: set up, fit, export, compare, and leave a run directory.
 
 RUN/recipe.yaml    what was run, replayable; with versions, git state and command
+RUN/replay.yaml    of an adaptive schedule: the recipe with the steps that it came to
 RUN/log.jsonl      one line a step of each fit
 RUN/checkpoints/   to resume from
 RUN/control/       fine-tuned the same way with LayerNorm kept
 RUN/ln_free/       without LayerNorm: an ordinary GPT2LMHeadModel directory, with a model card
-RUN/results.csv    original, control and LN-free on held-out text
+RUN/documents.csv  original, control and LN-free on each document of held-out text
+RUN/results.csv    the same on all of it
 """
 
 import copy
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -192,7 +195,43 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> No
     """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
     if (directory / name).exists():
         return
-    model = copy.deepcopy(setup.model).float()
+    model = _ready(setup.model)
+    recipe = setup.recipe
+    sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
+    trainer = RemovalTrainer(
+        sites,
+        recipe,
+        events,
+        setup.text.train,
+        directory / "checkpoints" / name,
+        directory / "log.jsonl",
+        name,
+        teacher=_ready(setup.model) if events and (recipe.kl_weight or recipe.match_weight) else None,
+    )
+    saved = checkpoints(directory / "checkpoints" / name)
+    trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+    if PartialState().is_main_process:
+        if trainer.pacing is not None:
+            _write(directory / "replay.yaml", recipes.dump(_replay(recipe, trainer.events)))
+        plain = sites.to_plain()
+        if events:
+            plain = checkpoint.convert(plain, recipe.export_format)
+        checkpoint.save(plain, directory / name, setup.tokenizer)
+    PartialState().wait_for_everyone()
+
+
+def _replay(recipe: Recipe, events: Sequence[Event]) -> Recipe:
+    """Return `recipe` with what an adaptive schedule came to as explicit steps."""
+    order = tuple(event.name.removeprefix("merge ") for event in events)
+    schedule = dataclasses.replace(
+        recipe.schedule, order=order, at=tuple(event.step for event in events), tolerance=None, max_gap=math.inf
+    )
+    return dataclasses.replace(recipe, schedule=schedule)
+
+
+def _ready(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Return a copy of `model` as it is run in training: without dropout, the same function otherwise."""
+    model = copy.deepcopy(model).float()
     model.config.use_cache = False
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -200,19 +239,8 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> No
     block: Any
     for block in model.transformer.h:
         if isinstance(block.mlp.act, NewGELUActivation):
-            block.mlp.act = nn.GELU(approximate="tanh")  # the same function, in one kernel and not in seven
-    sites = Sites(model, setup.tokenizer.eos_token_id)
-    trainer = RemovalTrainer(
-        sites, setup.recipe, events, setup.text.train, directory / "checkpoints" / name, directory / "log.jsonl", name
-    )
-    saved = checkpoints(directory / "checkpoints" / name)
-    trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
-    if PartialState().is_main_process:
-        plain = sites.to_plain()
-        if events:
-            plain = checkpoint.convert(plain, setup.recipe.export_format)
-        checkpoint.save(plain, directory / name, setup.tokenizer)
-    PartialState().wait_for_everyone()
+            block.mlp.act = nn.GELU(approximate="tanh")  # in one kernel and not in seven
+    return model
 
 
 def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
@@ -224,16 +252,19 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
         if recipe.control:
             models["control"] = checkpoint.load(recipe.control_from or directory / "control")
         models["ln_free"] = checkpoint.load(directory / "ln_free")
-        results = evaluate.compare(
+        documents = evaluate.measure_documents(
             {name: model.to(state.device) for name, model in models.items()}, setup.text.held_out
         )
-        spent = {line["model"]: line for line in map(json.loads, (directory / "log.jsonl").read_text().splitlines())}
+        results = evaluate.compare(documents)
+        log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+        spent = {line["model"]: line for line in log}
         for column in ("tokens", "seconds"):
             results[f"trained_{column}"] = [spent.get(name, {}).get(column, 0) for name in results["model"]]
+        _write(directory / "documents.csv", documents.to_csv(index=False))
         _write(directory / "results.csv", results.to_csv(index=False))
         for name in ("control", "ln_free"):
             if (directory / name).is_dir():
-                _write(directory / name / "README.md", _card(setup, name, results))
+                _write(directory / name / "README.md", _card(setup, name, results, log))
         if recipe.push_to_hub is not None:
             HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
             HfApi().upload_folder(repo_id=recipe.push_to_hub, folder_path=directory / "ln_free")
@@ -241,7 +272,7 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
     return pd.read_csv(directory / "results.csv")
 
 
-def _card(setup: Setup, name: str, results: pd.DataFrame) -> str:
+def _card(setup: Setup, name: str, results: pd.DataFrame, log: list[dict[str, Any]]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("finetune", ""), trim_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -250,7 +281,7 @@ def _card(setup: Setup, name: str, results: pd.DataFrame) -> str:
         base=Path(setup.recipe.model).name,
         recipe=setup.recipe,
         config=setup.model.config,
-        events=setup.events if name == "ln_free" else [],
+        events=[(line["step"], line["frozen"]) for line in log if line["model"] == name and line["frozen"]],
         tokens=setup.recipe.steps * setup.recipe.batch * setup.model.config.n_positions,
         results=results.to_dict("records"),
     )

@@ -1,14 +1,18 @@
 """When each site freezes: a recipe's schedule, resolved for a model's depth into a list of events.
 
-1. A cursor starts at `schedule.start` and walks through the phases in `schedule.order`.
-2. A phase that freezes a kind of site has one event a layer, from the first layer to the last (`ln_f` has one in all);
-   a phase that merges a class of token has one event. After each event the cursor moves on by the phase's gap.
+1. A cursor starts at `schedule.start` and walks through `schedule.order`.
+2. A kind of site has one event a layer, up or down through the layers, or all of them together (`ln_f` has one in all);
+   a single site and a class of token have one event. After each the cursor moves on by the gap of its kind.
 3. An event acts from its step on: over `fade` steps its progress rises from 1/fade to 1. At 1 step it jumps, as in the
    published schedules.
+4. With a tolerance the gaps are the least ones, and `Pacing` says while training goes on when each event begins.
 """
 
-from dataclasses import dataclass
-from typing import get_args
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import cast, get_args
 
 from finetune.recipe import Phase, RecipeError, Schedule, TokenClass
 
@@ -49,11 +53,19 @@ def resolve(schedule: Schedule, n_layer: int, steps: int) -> list[Event]:
     """
     events = []
     cursor = schedule.start
-    for phase in schedule.order:
-        for layer in range(n_layer) if phase in ("ln_2", "qk", "v") else (None,):
+    for i, entry in enumerate(schedule.order):
+        for phase, layers in _groups(schedule, entry, n_layer):
             # The sum of a scaled schedule's gaps may fall a rounding error short of a whole step.
-            events.append(Event(int(cursor + 1e-6), phase, layer, schedule.fade))
+            step = schedule.at[i] if schedule.at else int(cursor + 1e-6)
+            events += [Event(step, phase, layer, schedule.fade) for layer in layers]
             cursor += getattr(schedule.gap, phase)
+    names = [event.name for event in events]
+    sites = [f"h.{layer}.{kind}" for kind in ("ln_2", "qk", "v") for layer in range(n_layer)]
+    if wrong := [name for name in sites if names.count(name) != 1] + sorted({*names} - {*sites, *_WHOLE}):
+        raise RecipeError(
+            f"schedule.order must freeze each of the 3 x {n_layer} sites of this model's layers once; it does not so "
+            f"for {', '.join(wrong)}."
+        )
     last = events[-1]
     if last.end >= steps:
         raise RecipeError(
@@ -62,3 +74,59 @@ def resolve(schedule: Schedule, n_layer: int, steps: int) -> list[Event]:
             "schedule.start, or scale the whole recipe with --steps."
         )
     return events
+
+
+_WHOLE = ("ln_f", "merge eot", "merge bos")
+"""The events that belong to no layer."""
+
+
+def _groups(schedule: Schedule, entry: str, n_layer: int) -> list[tuple[Phase, Sequence[int | None]]]:
+    """Return what an entry of the order does, one after another: a kind of event and the layers it has at once."""
+    if entry.startswith("h."):
+        _, layer, kind = entry.split(".")
+        return [(cast("Phase", kind), [int(layer)])]
+    phase = cast("Phase", entry)
+    if phase not in ("ln_2", "qk", "v"):
+        return [(phase, [None])]
+    match getattr(schedule.layers, phase):
+        case "together":
+            return [(phase, range(n_layer))]
+        case "down":
+            return [(phase, [layer]) for layer in reversed(range(n_layer))]
+    return [(phase, [layer]) for layer in range(n_layer)]
+
+
+class Pacing:
+    """An adaptive schedule under way: which events begin, as the loss comes back ([H24], section 4).
+
+    `planned` are events at their least distances; those of one step begin together. The next ones begin when the loss,
+    smoothed exponentially, is within `tolerance` of what it was before the last ones began, after `max_gap` steps, or
+    when what is left of the plan just fits into the run.
+    """
+
+    def __init__(self, planned: Sequence[Event], schedule: Schedule, steps: int) -> None:
+        assert schedule.tolerance is not None
+        self._waiting = [list(group) for _, group in groupby(planned, key=lambda event: event.step)]
+        self._tolerance, self._max_gap, self._smoothing = schedule.tolerance, schedule.max_gap, schedule.smoothing
+        self._spare = steps - 1 - planned[-1].end
+        """Steps by which the plan may still be delayed."""
+        self._delay = 0
+        self._loss = self._weight = 0.0
+        self._before, self._last = math.inf, 0
+
+    def observe(self, loss: float) -> None:
+        """Take in a step's training loss."""
+        self._loss = self._smoothing * self._loss + (1 - self._smoothing) * loss
+        self._weight = self._smoothing * self._weight + (1 - self._smoothing)
+
+    def begin(self, step: int) -> list[Event]:
+        """Return the events that begin at `step`: asked once a step, in order."""
+        if not self._waiting or step < self._waiting[0][0].step + self._delay:
+            return []
+        smoothed = self._loss / self._weight
+        recovered = smoothed <= self._before + self._tolerance
+        if not recovered and self._delay < self._spare and step - self._last < self._max_gap:
+            self._delay += 1
+            return []
+        self._before, self._last = smoothed, step
+        return [replace(event, step=step) for event in self._waiting.pop(0)]

@@ -6,7 +6,7 @@ the V path, and the model has one more, `ln_f`: 3·L + 1 in all.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, get_args
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from finetune.checkpoint import FROZEN_EPS, CheckpointError, norm_state
-from finetune.fake_layernorm import CLASSES, FakeLayerNorm, NormedConv1D, Site, TokenClasses
-from finetune.recipe import TokenClass
+from finetune.fake_layernorm import CLASSES, STD_MEANS, FakeLayerNorm, NormedConv1D, Site, TokenClasses
+from finetune.recipe import StdMean, TokenClass
 from finetune.schedule import Event
 
 
@@ -28,8 +28,17 @@ class Sites:
     `NormedConv1D`, and `ln_f` a `FakeLayerNorm`; parameters keep their values. `to_plain` returns an ordinary model.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, eot_token_id: int | None) -> None:
+    def __init__(
+        self,
+        model: GPT2LMHeadModel,
+        eot_token_id: int | None,
+        classes: Collection[TokenClass] = get_args(TokenClass),
+        std_mean: StdMean = "arithmetic",
+    ) -> None:
         """Put our norms into `model`.
+
+        The tokens of `classes` have constants of their own until they are merged; constants are means of the kind
+        `std_mean`.
 
         Raises:
             CheckpointError: not a GPT-2, or its LNs are frozen or gone already.
@@ -40,7 +49,8 @@ class Sites:
                 "was made from, or any other GPT-2 with LayerNorm."
             )
         self.model = model
-        self.classes = TokenClasses(eot_token_id)
+        self.classes = TokenClasses(eot_token_id, classes)
+        self._std_mean: StdMean = std_mean
         self.norms: list[FakeLayerNorm] = []
         self._sites: dict[str, Site] = {}
         self._readers: list[NormedConv1D] = []
@@ -60,10 +70,19 @@ class Sites:
         model.transformer.register_forward_pre_hook(self._classify, with_kwargs=True)
 
     def _fake(self, norm: nn.LayerNorm, *names: str) -> FakeLayerNorm:
-        fake = FakeLayerNorm(norm, len(names), self.classes)
+        fake = FakeLayerNorm(norm, len(names), self.classes, self._std_mean)
         self.norms.append(fake)
         self._sites.update(zip(names, fake.sites, strict=True))
         return fake
+
+    @property
+    def constant(self) -> bool:
+        """Whether every norm is a constant."""
+        return self._readers[0].constant
+
+    def defer_unembedding(self) -> None:
+        """Have the model return the last site's output in place of logits, for a loss that takes them in pieces."""
+        self.model.lm_head = _DeferredUnembedding(self.model.lm_head)
 
     def _classify(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         past = kwargs.get("past_key_values")
@@ -80,7 +99,8 @@ class Sites:
     @torch.no_grad()
     def observe(self) -> None:
         """Take in the live stds of the last forward: once a micro-batch, however often it was recomputed."""
-        stds = torch.stack([norm.live_std.detach() for norm in self.norms])
+        to_mean, _ = STD_MEANS[self._std_mean]
+        stds = to_mean(torch.stack([norm.live_std.detach() for norm in self.norms]))
         members = [self.classes.index == c for c in range(len(CLASSES))]
         sums = torch.stack([(stds * member).sum((1, 2)) for member in members], dim=-1)
         counts = torch.stack([member.sum() for member in members])
@@ -97,11 +117,12 @@ class Sites:
         if dist.is_initialized():
             dist.all_reduce(total)
         *sums, count = total.unbind()
+        _, from_mean = STD_MEANS[self._std_mean]
         means = []
         for norm, std_sum in zip(self.norms, sums, strict=True):
             for site in norm.sites:
                 site.update(std_sum, count, decay)
-                means.append(std_sum / count)
+                means.append(from_mean(std_sum / count))
         return torch.stack(means)
 
     @torch.no_grad()
@@ -121,10 +142,11 @@ class Sites:
                 if step == event.step:
                     site.freeze()
                 site.alpha.fill_(event.progress(step))
-        whole = len(events) == len(self._sites) + len(get_args(TokenClass))
+        whole = len(events) == len(self._sites) + len(self.classes.own)
         complete = whole and all(step >= event.end for event in events)
-        for reader in self._readers:
-            reader.constant = complete
+        if complete != self.constant:
+            for reader in self._readers:
+                reader.constant = complete
         return [event for event in events if event.step == step]
 
     def constants(self) -> Float[Tensor, "sites 3"]:
@@ -141,8 +163,9 @@ class Sites:
         Raises:
             CheckpointError: some sites are frozen and others not, or a class of token is not merged.
         """
+        own = [CLASSES.index(name) for name in self.classes.own]
         begun = {name for name, site in self._sites.items() if site.alpha > 0 or site.merged.any()}
-        frozen = {name for name, site in self._sites.items() if site.alpha == 1 and site.merged[1:].all()}
+        frozen = {name for name, site in self._sites.items() if site.alpha == 1 and site.merged[own].all()}
         if begun and frozen != set(self._sites):
             raise CheckpointError(
                 f"Still to be frozen or merged: {', '.join(name for name in self if name not in frozen)}. Such a model "
@@ -184,3 +207,14 @@ class Sites:
             scale(f"{block}.attn.c_attn.weight", torch.where(is_value, ratio, 1.0))
             scale(f"{block}.ln_1.weight", root / std(f"h.{i}.qk"))
             scale(f"{block}.ln_2.weight", root / std(f"h.{i}.ln_2"))
+
+
+class _DeferredUnembedding(nn.Module):
+    """Stands in for `lm_head`: owns its weight, and does nothing."""
+
+    def __init__(self, lm_head: nn.Linear) -> None:
+        super().__init__()
+        self.weight = lm_head.weight
+
+    def forward(self, residual: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        return residual

@@ -13,9 +13,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    GPT2LMHeadModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from finetune import NolnError, objective
+from finetune import NolnError, objective, schedule
+from finetune.objective import Head
 from finetune.recipe import Recipe
 from finetune.schedule import Event
 from finetune.sites import Sites
@@ -46,9 +55,10 @@ class RemovalTrainer(Trainer):
     """Trains a model with `Sites` in it through a schedule; with no events it is the control.
 
     `directory` takes the checkpoints, `log_path` one line of JSON a step: model (`name`), step, tokens seen so far,
-    loss (cross-entropy, nats/token) and aux (the auxiliary loss), means over the step, lr, grad_norm, frozen (what
-    froze at this step) and seconds; every `log_every` steps also std, for each site the live and the frozen stds by
-    class of token.
+    means over the step of loss (cross-entropy, nats/token), of kl and distance to the teacher (0 without one) and of
+    aux (the auxiliary loss), lr, grad_norm, frozen (what froze at this step) and seconds; with a teacher
+    teacher_seconds, of its forward but for the unembedding; every `log_every` steps std, for each site the live and the
+    frozen stds by class of token.
     """
 
     def __init__(
@@ -60,8 +70,13 @@ class RemovalTrainer(Trainer):
         directory: Path,
         log_path: Path,
         name: str,
+        teacher: GPT2LMHeadModel | None = None,
     ) -> None:
-        self.sites, self.recipe, self.events = sites, recipe, list(events)
+        self.sites, self.recipe, self.removes = sites, recipe, bool(events)
+        adaptive = self.removes and recipe.schedule.tolerance is not None
+        self.pacing = schedule.Pacing(events, recipe.schedule, recipe.steps) if adaptive else None
+        self.events = [] if adaptive else list(events)  # with a pacing, those that have begun
+        sites.defer_unembedding()
         self.directory = directory
         self._partial: Path | None = None
         self._record = _Record(self, log_path, name)
@@ -72,18 +87,35 @@ class RemovalTrainer(Trainer):
             callbacks=[self._record],
         )
         self.remove_callback(PrinterCallback)
+        self._dtype = torch.bfloat16 if self.args.bf16 else None
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.requires_grad_(False).to(device=self.args.device, dtype=self._dtype)  # type: ignore[call-arg]
+        self._matches = teacher is not None and recipe.match_weight > 0
         # Mean losses of equally long micro-batches: the Trainer divides by their number, `forward` knows nothing of it.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
-        """Return cross-entropy, plus the auxiliary loss where a schedule is run."""
-        input_ids = inputs["input_ids"]
-        cross_entropy = objective.cross_entropy(model(input_ids=input_ids, use_cache=False).logits, input_ids)
-        auxiliary = cross_entropy.new_zeros(())
-        if self.events and self.recipe.aux_weight:
+        """Return the loss of the next token, plus the auxiliary loss where a schedule is run."""
+        input_ids, recipe = inputs["input_ids"], self.recipe
+        own = model(input_ids=input_ids, use_cache=False, output_hidden_states=self._matches)
+        head, teacher = Head(own.logits, self.sites.model.lm_head.weight), None
+        auxiliary = distance = own.logits.new_zeros(())
+        if self.teacher is not None:
+            with self._record.teacher_clock(input_ids.device), torch.no_grad():
+                original = self.teacher.transformer(
+                    input_ids=input_ids, use_cache=False, output_hidden_states=self._matches
+                )
+            teacher = Head(original.last_hidden_state, self.teacher.lm_head.weight)
+            if self._matches:
+                # The first is the embeddings, the last is behind `ln_f`: what it unembeds to is matched by KL.
+                distance = objective.residual_distance(own.hidden_states[1:-1], original.hidden_states[1:-1])
+        kl_weight = recipe.kl_weight if teacher else 0.0
+        loss = objective.next_token_loss(head, input_ids, teacher, kl_weight, self._dtype)
+        if self.removes and recipe.aux_weight:
             auxiliary = objective.auxiliary_loss(self.sites.norms[-1].live_std, self.sites.classes.index)
-        self._record.keep(torch.stack([cross_entropy.detach(), auxiliary.detach()]))
-        return cross_entropy + self.recipe.aux_weight * auxiliary
+        self._record.keep(torch.stack([loss.cross_entropy, loss.kl, distance.detach(), auxiliary.detach()]))
+        return loss.total + recipe.match_weight * distance + recipe.aux_weight * auxiliary
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch forward and backward, and observe its stds once, recomputed or not."""
@@ -216,6 +248,16 @@ def _in_order(text: Dataset[dict[str, Tensor]], recipe: Recipe) -> Dataset[dict[
     return Subset(text, np.concatenate(passes)[:needed].tolist())
 
 
+class _Step(NamedTuple):
+    """A step that is still to be written to the log."""
+
+    line: dict[str, Any]
+    numbers: Float[Tensor, " number"]
+    """On the device: cross-entropy, KL, distance, auxiliary loss, gradient norm; at the interval the stds too."""
+    teacher: list[Callable[[], float]]
+    """Clocks of the teacher's forwards, seconds."""
+
+
 class _Record(TrainerCallback):
     """Runs the schedule, checks the losses, writes the log and moves the progress bar."""
 
@@ -226,10 +268,26 @@ class _Record(TrainerCallback):
         self._losses: list[Tensor] = []
         self._on_host: list[Tensor] = []
         self._copied: torch.cuda.Event | None = None
-        self._lines: list[tuple[dict[str, Any], Tensor]] = []
+        self._steps: list[_Step] = []
+        self._teacher: list[Callable[[], float]] = []
 
-    def keep(self, losses: Float[Tensor, "2"]) -> None:
-        """Keep cross-entropy and auxiliary loss of a micro-batch, and start to copy them to the host."""
+    @contextlib.contextmanager
+    def teacher_clock(self, device: torch.device) -> Iterator[None]:
+        """Time what the teacher does; on CUDA on the device's own clock, which is read when the log is written."""
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._teacher.append(lambda: begin.elapsed_time(end) / 1000)
+        else:
+            before = time.perf_counter()
+            yield
+            seconds = time.perf_counter() - before
+            self._teacher.append(lambda: seconds)
+
+    def keep(self, losses: Float[Tensor, "4"]) -> None:
+        """Keep the parts of a micro-batch's loss, and start to copy them to the host."""
         self._losses.append(losses)
         self._on_host.append(losses.to("cpu", non_blocking=losses.is_cuda))
         if losses.is_cuda:
@@ -243,6 +301,9 @@ class _Record(TrainerCallback):
         own = [line for line in lines if line["model"] == self.name]
         self._first = [line["loss"] for line in own[:10]]
         self._begin = time.monotonic() - (own[-1]["seconds"] if own else 0)
+        for line in own:
+            self._begin_events(line["step"])
+            self._observe(line["loss"], line["kl"])
         begun = [event.name for event in self.trainer.events if event.step < state.global_step]
         self._frozen = begun[-1] if begun else "none"
         if args.should_save:
@@ -259,12 +320,24 @@ class _Record(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Bring the sites to where the schedule has them."""
-        self._begun = [event.name for event in self.trainer.sites.advance(self.trainer.events, state.global_step)]
+        self._begin_events(state.global_step)
+        sites = self.trainer.sites
+        constant = sites.constant
+        self._begun = [event.name for event in sites.advance(self.trainer.events, state.global_step)]
         if self._begun:
             self._frozen = self._begun[-1]
-        if self.trainer.events and state.global_step == self.trainer.events[-1].end:
+        if sites.constant and not constant:
             compiling = ", the compiled model is compiled once more" if args.torch_compile else ""
             self.bar.write(f"Step {state.global_step}: every norm is a constant from here on{compiling}.")
+
+    def _begin_events(self, step: int) -> None:
+        if self.trainer.pacing is not None:
+            self.trainer.events += self.trainer.pacing.begin(step)
+
+    def _observe(self, cross_entropy: float, kl: float) -> None:
+        if self.trainer.pacing is not None:
+            kl_weight = self.trainer.recipe.kl_weight
+            self.trainer.pacing.observe((1 - kl_weight) * cross_entropy + kl_weight * kl)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -285,10 +358,13 @@ class _Record(TrainerCallback):
             "seconds": round(time.monotonic() - self._begin, 3),
         }
         losses = self.trainer.accelerator.reduce(torch.stack(self._losses).mean(0), "mean")
+        if self.trainer.pacing is not None:
+            self._observe(*losses[:2].tolist())  # waits for the device; rounded as in the log, to be replayed from it
         values = [losses, self.grad_norm.reshape(1)]
         if step % recipe.log_every == 0:
             values += [live.flatten(), self.trainer.sites.constants().flatten()]
-        self._lines.append((line, torch.cat([value.to(losses) for value in values])))
+        self._steps.append(_Step(line, torch.cat([value.to(losses) for value in values]), self._teacher))
+        self._teacher = []
         self._losses.clear()
         self._on_host.clear()
         self.bar.set_postfix(loss=f"{loss:.3f}", frozen=self._frozen, refresh=False)
@@ -328,24 +404,29 @@ class _Record(TrainerCallback):
 
         A gradient that is not finite has spoilt the weights, although its loss was good: no checkpoint follows it.
         """
-        if not self._lines:
+        if not self._steps:
             return
-        on_host = torch.cat([values for _, values in self._lines]).cpu()
-        split = on_host.split([len(values) for _, values in self._lines])
+        on_host = torch.cat([step.numbers for step in self._steps]).cpu()
+        split = on_host.split([len(step.numbers) for step in self._steps])
         if self.trainer.args.should_save:
             with self.path.open("a") as file:
-                for (line, _), numbers in zip(self._lines, split, strict=True):
-                    file.write(json.dumps(line | self._named(numbers, line["step"])) + "\n")
+                for step, numbers in zip(self._steps, split, strict=True):
+                    line = step.line | self._named(numbers, step.line["step"])
+                    if self.trainer.teacher is not None:
+                        line["teacher_seconds"] = round(sum(clock() for clock in step.teacher), 4)
+                    file.write(json.dumps(line) + "\n")
         spoilt = [
-            line["step"] for (line, _), numbers in zip(self._lines, split, strict=True) if not numbers[2].isfinite()
+            step.line["step"]
+            for step, (_, _, _, _, grad_norm, *_) in zip(self._steps, split, strict=True)
+            if not grad_norm.isfinite()
         ]
-        self._lines.clear()
+        self._steps.clear()
         if spoilt:
             raise self._diverged(f"the gradient is not finite at step {spoilt[0]}")
 
     def _named(self, numbers: Float[Tensor, " number"], step: int) -> dict[str, Any]:
-        loss, aux, grad_norm, *stds = numbers.tolist()
-        named: dict[str, Any] = {"loss": loss, "aux": aux, "grad_norm": grad_norm}
+        loss, kl, distance, aux, grad_norm, *stds = numbers.tolist()
+        named: dict[str, Any] = {"loss": loss, "kl": kl, "distance": distance, "aux": aux, "grad_norm": grad_norm}
         if stds:
             sites = list(self.trainer.sites)
             live, constants = torch.tensor(stds).view(2, len(sites), -1)

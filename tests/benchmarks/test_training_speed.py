@@ -36,8 +36,7 @@ WARM_UP, STEPS, ROUNDS = 6, 10, 3
 
 class _PlainTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
-        input_ids = inputs["input_ids"]
-        return objective.cross_entropy(model(input_ids=input_ids, use_cache=False).logits, input_ids)
+        return model(input_ids=inputs["input_ids"], labels=inputs["input_ids"], use_cache=False).loss
 
 
 class _Clock(TrainerCallback):
@@ -118,11 +117,13 @@ def test_training_speed(compile: bool) -> None:
 def test_no_step_waits_for_the_device() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).cuda()
     sites, events = Sites(model, 0), _events("constant", n_layer=2, steps=9)
+    sites.defer_unembedding()
     input_ids = torch.randint(1000, (2, 32)).cuda()
     try:
         for step in range(9):
             sites.advance(events, step)
-            objective.cross_entropy(model(input_ids=input_ids, use_cache=False).logits, input_ids).backward()
+            head = objective.Head(model(input_ids=input_ids, use_cache=False).logits, model.lm_head.weight)
+            objective.next_token_loss(head, input_ids).total.backward()
             sites.observe()
             sites.update(0.9)
             torch.cuda.set_sync_debug_mode("error")  # not in the first step, which loads the kernels

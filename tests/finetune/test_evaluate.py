@@ -6,7 +6,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import log_softmax, rel_entr
 
 from finetune import evaluate
-from finetune.evaluate import compare, js_divergence, kl_divergence, mean_and_error, measure_tokens
+from finetune.evaluate import compare, js_divergence, kl_divergence, mean_and_error, measure_documents, measure_tokens
 from finetune.sites import Sites
 from finetune.text import Blocks
 
@@ -53,7 +53,7 @@ def test_divergences_of_unlike_distributions_stay_finite():
 
 def test_a_model_does_not_differ_from_itself(models, blocks):
     same = {"original": models["original"], "control": models["original"], "ln_free": models["original"]}
-    frame = compare(same, blocks).set_index("model")
+    frame = compare(measure_documents(same, blocks)).set_index("model")
     np.testing.assert_allclose(frame[["kl", "jsd", "gap"]].to_numpy(), 0, atol=1e-7)
     assert frame.loss.nunique() == 1
 
@@ -119,7 +119,7 @@ def test_one_document_has_no_error():
 
 
 def test_the_table_averages_over_tokens_and_pairs_the_gap(models, blocks):
-    frame = compare(models, blocks).set_index("model")
+    frame = compare(measure_documents(models, blocks)).set_index("model")
     measured = measure_tokens(models, blocks)
     documents = blocks.document_ids[:, :-1].ravel()
     assert list(frame.index) == ["original", "control", "ln_free"]
@@ -136,6 +136,6 @@ def test_the_table_averages_over_tokens_and_pairs_the_gap(models, blocks):
 
 def test_without_a_control_there_is_no_gap(models, blocks):
     del models["control"]
-    frame = compare(models, blocks, reference="ln_free").set_index("model")
+    frame = compare(measure_documents(models, blocks, reference="ln_free")).set_index("model")
     assert frame[["gap", "gap_error"]].isna().all(axis=None)
     assert frame["kl"]["ln_free"] == pytest.approx(0, abs=1e-7) != frame["kl"]["original"]

@@ -2,35 +2,100 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from finetune import objective
 from finetune.fake_layernorm import CLASSES
-from finetune.objective import auxiliary_loss, cross_entropy
+from finetune.objective import Head, auxiliary_loss, next_token_loss
 
 
-def test_cross_entropy_is_the_mean_surprise_of_the_next_token():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 5, 7, generator=generator) * 4
-    tokens = torch.randint(0, 7, (3, 5), generator=generator)
+def random_head(seed: int, batch: int = 3, pos: int = 5, vocab: int = 7, d: int = 4) -> Head:
+    generator = torch.Generator().manual_seed(seed)
+    residual = torch.randn(batch, pos, d, generator=generator, dtype=torch.float64) * 2
+    return Head(
+        residual.requires_grad_(), torch.randn(vocab, d, generator=generator, dtype=torch.float64).requires_grad_()
+    )
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 7, (3, 5), generator=torch.Generator().manual_seed(9))
+
+
+def with_autograd(model: Head, tokens: torch.Tensor, teacher: Head, kl_weight: float) -> torch.Tensor:
+    """The mixture by torch's own losses, with all logits at once."""
+    logits, expected = (
+        F.linear(head.residual[:, :-1], head.unembedding).flatten(0, 1).log_softmax(-1) for head in (model, teacher)
+    )
+    kl = F.kl_div(logits, expected.detach(), log_target=True, reduction="batchmean")
+    return (1 - kl_weight) * F.nll_loss(logits, tokens[:, 1:].flatten()) + kl_weight * kl
+
+
+def test_cross_entropy_is_the_mean_surprise_of_the_next_token(tokens):
+    head = random_head(0)
+    logits = head.residual @ head.unembedding.T
     surprises = []
     for b in range(3):
         for p in range(4):
             row = logits[b, p].tolist()
             surprises.append(math.log(sum(map(math.exp, row))) - row[tokens[b, p + 1]])
-    assert cross_entropy(logits, tokens).item() == pytest.approx(sum(surprises) / 12, rel=1e-6)
+    loss = next_token_loss(head, tokens)
+    assert loss.total.item() == loss.cross_entropy.item() == pytest.approx(sum(surprises) / 12, rel=1e-12)
+    assert loss.kl == 0
 
 
-def test_cross_entropy_has_no_gradient_at_the_last_position_and_is_taken_in_float32():
-    logits = torch.randn(2, 4, 6, dtype=torch.bfloat16, requires_grad=True)
-    loss = cross_entropy(logits, torch.tensor([[0, 1, 2, 3], [5, 4, 3, 2]]))
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert (logits.grad[:, -1] == 0).all()
-    assert (logits.grad[:, :-1] != 0).any(-1).all()
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("at_once", [7, 35, 10**6])
+def test_loss_and_gradients_are_those_of_all_logits_at_once(tokens, kl_weight, at_once, monkeypatch):
+    monkeypatch.setitem(objective._LOGITS_AT_ONCE, "cpu", at_once)
+    model, teacher = random_head(0), random_head(1)
+    loss = next_token_loss(model, tokens, teacher, kl_weight)
+    expected = with_autograd(model, tokens, teacher, kl_weight)
+    torch.testing.assert_close(loss.total, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.kl, with_autograd(model, tokens, teacher, 1.0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.cross_entropy, with_autograd(model, tokens, teacher, 0.0), rtol=1e-12, atol=0)
+    # Scaled, as gradient accumulation does.
+    torch.testing.assert_close(
+        torch.autograd.grad(loss.total / 4, [*model]), torch.autograd.grad(expected / 4, [*model]), rtol=1e-10, atol=0
+    )
+
+
+def test_only_the_total_has_a_gradient_and_the_teacher_gets_none(tokens):
+    model, teacher = random_head(0), random_head(1)
+    loss = next_token_loss(model, tokens, teacher, 0.5)
+    assert not loss.cross_entropy.requires_grad
+    assert not loss.kl.requires_grad
+    loss.total.backward()
+    assert teacher.residual.grad is None
+    assert teacher.unembedding.grad is None
+
+
+def test_a_model_that_is_its_teacher_has_no_kl_and_no_gradient_of_it(tokens):
+    model = random_head(0)
+    loss = next_token_loss(model, tokens, Head(*(end.detach() for end in model)), 1.0)
+    assert loss.total.item() == pytest.approx(0, abs=1e-15)
+    assert max(gradient.abs().max() for gradient in torch.autograd.grad(loss.total, [*model])) < 1e-15
+
+
+def test_the_last_position_has_no_gradient(tokens):
+    model = random_head(0)
+    (of_residual,) = torch.autograd.grad(next_token_loss(model, tokens).total, model.residual)
+    assert (of_residual[:, -1] == 0).all()
+    assert (of_residual[:, :-1] != 0).any(-1).all()
+
+
+def test_bfloat16_products_have_their_softmax_in_float32(tokens):
+    exact, narrow = random_head(0), Head(*(end.detach().float().requires_grad_() for end in random_head(0)))
+    loss = next_token_loss(narrow, tokens, dtype=torch.bfloat16)
+    assert loss.total.dtype == torch.float32
+    assert loss.total.item() == pytest.approx(next_token_loss(exact, tokens).total.item(), rel=0.02)
+    loss.total.backward()
+    assert narrow.residual.grad.dtype == narrow.unembedding.grad.dtype == torch.float32
 
 
 def test_end_of_text_is_a_target_like_any_other():
-    logits = torch.zeros(1, 3, 4)
-    assert cross_entropy(logits, torch.tensor([[0, 0, 0]])).item() == pytest.approx(math.log(4))
+    head = Head(torch.zeros(1, 3, 2), torch.ones(4, 2))
+    assert next_token_loss(head, torch.tensor([[0, 0, 0]])).total.item() == pytest.approx(math.log(4))
 
 
 STD = [[9.0, 1.0, 2.0, 5.0], [7.0, 3.0, 8.0, 2.0]]

@@ -12,8 +12,15 @@ MICRO = recipe.load("micro")
 TWICE = ("ln_2", "ln_2", "qk", "v", "ln_f", "eot", "bos")
 CONTRADICTIONS = {
     "schedule.order lacks v": lambda: Schedule(start=1, gap=Gaps(), order=("ln_2", "qk", "ln_f", "eot", "bos")),
-    "schedule.order lacks bos": lambda: Schedule(start=1, gap=Gaps(), order=("ln_2", "qk", "v", "ln_f", "eot")),
-    "schedule.order names a phase twice": lambda: Schedule(start=1, gap=Gaps(), order=TWICE),
+    "schedule.order names qkv": lambda: Schedule(start=1, gap=Gaps(), order=("ln_2", "qkv", "v", "ln_f")),
+    "schedule.order names ln_f.0": lambda: Schedule(start=1, gap=Gaps(), order=("ln_2", "qk", "v", "ln_f.0")),
+    "schedule.max_gap": lambda: Schedule(start=1, gap=Gaps(), tolerance=0.1, max_gap=0),
+    "schedule.smoothing": lambda: Schedule(start=1, gap=Gaps(), tolerance=0.1, smoothing=1),
+    "schedule.at says when": lambda: Schedule(start=1, gap=Gaps(), tolerance=0.1, at=(1, 2, 3, 4, 5, 6)),
+    "schedule.at needs a step for each": lambda: Schedule(start=1, gap=Gaps(), at=(1, 2, 3)),
+    "schedule.at needs a step for each entry of": lambda: Schedule(start=1, gap=Gaps(), at=(1, 2, 3, 4, 6, 5)),
+    "kl_weight": lambda: dataclasses.replace(MICRO, kl_weight=1.1),
+    "schedule.order names something twice": lambda: Schedule(start=1, gap=Gaps(), order=TWICE),
     "schedule.fade": lambda: Schedule(start=1, gap=Gaps(), fade=0),
     "schedule.start": lambda: Schedule(start=0.9, gap=Gaps()),
     "schedule.gap.qk": lambda: Gaps(qk=-1),

@@ -163,7 +163,7 @@ class TestResume:
 class TestExport:
     def test_run_directory(self, run: Run):
         assert {path.name for path in run.directory.iterdir()} == {
-            "recipe.yaml", "log.jsonl", "checkpoints", "ln_free", "control", "results.csv"
+            "recipe.yaml", "log.jsonl", "checkpoints", "ln_free", "control", "documents.csv", "results.csv"
         }  # fmt: skip
 
     def test_table(self, run: Run, recipe: Recipe):

@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune import recipe
-from finetune.recipe import Gaps, RecipeError, Schedule
-from finetune.schedule import Event, resolve
+from finetune.recipe import Gaps, Layers, RecipeError, Schedule
+from finetune.schedule import Event, Pacing, resolve
 
 # Layers; the published first steps of ln_2, QK, V, ln_f, end-of-text, position 0; gaps of ln_2, QK, V.
 PUBLISHED = {
@@ -58,6 +58,98 @@ def test_events_follow_the_order_of_the_schedule():
         (10, "h.1.ln_2"),
         (11, "merge eot"),
     ]
+
+
+def test_a_kind_goes_up_or_down_through_the_layers_or_all_at_once():
+    schedule = Schedule(
+        start=3, gap=EVERY, layers=Layers(ln_2="down", qk="together"), order=("ln_2", "qk", "v", "ln_f")
+    )
+    assert [(event.step, event.name) for event in resolve(schedule, 2, 20)] == [
+        (3, "h.1.ln_2"),
+        (4, "h.0.ln_2"),
+        (5, "h.0.qk"),
+        (5, "h.1.qk"),
+        (6, "h.0.v"),
+        (7, "h.1.v"),
+        (8, "ln_f"),
+    ]
+
+
+def test_single_sites_in_any_order():
+    order = ("h.1.v", "ln_f", "h.0.ln_2", "qk", "h.1.ln_2", "bos", "h.0.v")
+    schedule = Schedule(start=2, gap=Gaps(v=5, ln_f=1, ln_2=2), order=order)
+    assert [(event.step, event.name) for event in resolve(schedule, 2, 20)] == [
+        (2, "h.1.v"),
+        (7, "ln_f"),
+        (8, "h.0.ln_2"),
+        (10, "h.0.qk"),
+        (10, "h.1.qk"),
+        (10, "h.1.ln_2"),
+        (12, "merge bos"),
+        (12, "h.0.v"),
+    ]
+    assert schedule.classes == ("bos",)
+
+
+@pytest.mark.parametrize(
+    ("order", "wrong"),
+    [
+        (("ln_2", "qk", "h.0.v", "ln_f"), "h.1.v"),
+        (("ln_2", "h.0.ln_2", "qk", "v", "ln_f"), "h.0.ln_2"),
+        (("ln_2", "qk", "v", "h.2.v", "ln_f"), "h.2.v"),
+    ],
+)
+def test_an_order_that_does_not_freeze_every_site_once_is_refused(order, wrong):
+    with pytest.raises(RecipeError, match=f"once.*{wrong}"):
+        resolve(Schedule(start=1, gap=Gaps(), order=order), 2, 9)
+
+
+def test_explicit_steps_replace_start_and_gaps():
+    order = ("h.1.v", "ln_2", "qk", "h.0.v", "ln_f")
+    events = resolve(Schedule(start=1, gap=EVERY, order=order, at=(2, 2, 5, 9, 9)), 2, 10)
+    assert [event.step for event in events] == [2, 2, 2, 5, 5, 9, 9]
+
+
+def paced(losses: list[float], steps: int, **settings: float) -> list[tuple[int, str]]:
+    """What begins when, with `losses` by step, of a schedule with an event at 2, two at 3 and one at 5."""
+    planned = [Event(2, "ln_f", None, 1), Event(3, "qk", 0, 1), Event(3, "qk", 1, 1), Event(5, "eot", None, 1)]
+    schedule = Schedule(start=2, gap=EVERY, **settings)
+    pacing = Pacing(planned, schedule, steps)
+    begun = []
+    for step in range(steps):
+        begun += [(event.step, event.name) for event in pacing.begin(step)]
+        pacing.observe(losses[min(step, len(losses) - 1)])
+    return begun
+
+
+def test_an_adaptive_schedule_keeps_its_least_gaps_while_the_loss_is_back():
+    assert paced([3.0], 30, tolerance=0.0) == [(2, "ln_f"), (3, "h.0.qk"), (3, "h.1.qk"), (5, "merge eot")]
+
+
+def test_an_adaptive_schedule_waits_for_the_loss():
+    losses = [3.0, 3.0, 3.5, 3.2, 3.1, 3.04, 3.5, 3.5, 3.5, 3.08, 3.0]
+    found = paced(losses, 30, tolerance=0.05, smoothing=0)
+    assert found == [(2, "ln_f"), (6, "h.0.qk"), (6, "h.1.qk"), (10, "merge eot")]
+
+
+def test_an_adaptive_schedule_looks_at_the_smoothed_loss():
+    losses = [3.0, 3.0, 4.0, 3.0]
+    smoothed = [3.0, 3.0]
+    numerator = 3.0 * (1 - 0.5**2)
+    for step in range(2, 12):
+        numerator = 0.5 * numerator + 0.5 * losses[min(step, 3)]
+        smoothed.append(numerator / (1 - 0.5 ** (step + 1)))
+    back = next(step for step in range(3, 12) if smoothed[step - 1] <= 3.05)
+    assert paced(losses, 30, tolerance=0.05, smoothing=0.5)[1] == (back, "h.0.qk")
+
+
+def test_an_adaptive_schedule_waits_no_longer_than_its_longest_gap():
+    found = paced([3.0, 3.0, 5.0], 30, tolerance=0.1, max_gap=7)
+    assert [step for step, _ in found] == [2, 9, 9, 11]
+
+
+def test_an_adaptive_schedule_ends_in_time():
+    assert [step for step, _ in paced([3.0, 3.0, 5.0], 12, tolerance=0.1)] == [2, 9, 9, 11]
 
 
 def test_fractions_of_a_gap_add_up():

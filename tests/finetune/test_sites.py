@@ -236,9 +236,9 @@ def test_gradient_checkpointing_changes_no_gradient_and_counts_once(make_gpt2):
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         for tokens in (TOKENS, OTHER_TOKENS):
-            out = model(tokens, use_cache=False).logits
+            head = objective.Head(model.transformer(tokens, use_cache=False).last_hidden_state, model.lm_head.weight)
             auxiliary = objective.auxiliary_loss(sites.norms[-1].live_std, sites.classes.index)
-            (objective.cross_entropy(out, tokens) + auxiliary).backward()
+            (objective.next_token_loss(head, tokens).total + auxiliary).backward()
             sites.observe()
         assert len(forwards) == (4 if checkpointing else 2)
         live = sites.update(0.9)

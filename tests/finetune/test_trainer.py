@@ -1,11 +1,13 @@
 import copy
 import json
 import math
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch._dynamo.utils import counters
 from transformers import GPT2LMHeadModel, TrainingArguments
 
 from finetune import recipe as recipes
+from finetune.objective import NextTokenLoss, next_token_loss
 from finetune.recipe import Recipe, Text
 from finetune.run import Run, fit, set_up
 from finetune.sites import Sites
@@ -66,7 +69,8 @@ class TestLog:
             assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in log)
             seconds = [line["seconds"] for line in log]
             assert seconds == sorted(seconds)
-            assert {"model", "step", "tokens", "loss", "aux", "lr", "grad_norm", "frozen", "seconds"} == set(log[1])
+            parts = {"loss", "kl", "distance", "aux"}
+            assert {"model", "step", "tokens", *parts, "lr", "grad_norm", "frozen", "seconds"} == set(log[1])
 
     def test_frozen_at_the_steps_of_the_schedule(self, run: Run):
         events = {line["step"]: line["frozen"] for line in read_log(run.directory, "ln_free") if line["frozen"]}
@@ -152,13 +156,14 @@ class TestAgainstPlainFineTuning:
         assert [line["lr"] for line in ln_free] == [line["lr"] for line in control]
 
 
-def trainer(recipe: Recipe, directory: Path) -> RemovalTrainer:
+def trainer(recipe: Recipe, directory: Path, teacher: GPT2LMHeadModel | None = None) -> RemovalTrainer:
     setup = set_up(recipe)
     for module in setup.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     sites = Sites(setup.model, setup.tokenizer.eos_token_id)
-    return RemovalTrainer(sites, recipe, setup.events, setup.text.train, directory, directory / "log.jsonl", "ln_free")
+    log = directory / "log.jsonl"
+    return RemovalTrainer(sites, recipe, setup.events, setup.text.train, directory, log, "ln_free", teacher)
 
 
 class TestOptimizer:
@@ -321,14 +326,14 @@ class TestDivergence:
         ours = trainer(recipe, tmp_path)
         before = {}
 
-        def spoilt(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        def spoilt(*args: Any) -> NextTokenLoss:
+            loss = next_token_loss(*args)
             if ours.state.global_step < 12:
                 return loss
             before.update({name: tensor.clone() for name, tensor in ours.model.state_dict().items()})
-            return spoil(loss)
+            return NextTokenLoss(*map(spoil, loss))
 
-        monkeypatch.setattr("finetune.objective.cross_entropy", spoilt)
+        monkeypatch.setattr("finetune.objective.next_token_loss", spoilt)
         with pytest.raises(DivergedError, match=said) as error:
             ours.train()
 
@@ -357,7 +362,10 @@ class TestDivergence:
         assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-5"]
 
     def test_within_the_first_steps(self, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr("finetune.objective.cross_entropy", lambda logits, ids: logits.sum() * math.nan)
+        monkeypatch.setattr(
+            "finetune.objective.next_token_loss",
+            lambda *args: NextTokenLoss(*(part * math.nan for part in next_token_loss(*args))),
+        )
 
         with pytest.raises(DivergedError, match=r"at step 0.*none.*just begun"):
             trainer(recipe, tmp_path).train()
@@ -429,6 +437,79 @@ def test_compiled_once_and_once_more(gradient_checkpointing: bool, short: Recipe
     for line, other in zip(read_log(tmp_path / "compiled"), read_log(tmp_path / "eager"), strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert line["aux"] == pytest.approx(other["aux"], rel=1e-3)
+
+
+class TestTeacher:
+    def test_kl_and_distance_are_to_the_original(self, short: Recipe, tmp_path: Path):
+        """At the first steps, where nothing is frozen, there is none; at the last they are what the forwards say."""
+        recipe = replace(short, kl_weight=0.7, match_weight=2.0)
+        fitted(recipe, tmp_path)
+        log = read_log(tmp_path)
+        assert [line["kl"] for line in log[:1]] == pytest.approx([0], abs=1e-6)
+        assert [line["distance"] for line in log[:1]] == pytest.approx([0], abs=1e-6)
+        assert all(line["kl"] > 1e-4 and line["distance"] > 1e-4 for line in log[3:])
+        assert all(0 < line["teacher_seconds"] <= line["seconds"] for line in log)
+
+    def test_the_loss_is_what_the_forwards_say(self, short: Recipe, tmp_path: Path):
+        """By torch's own losses on all logits at once; one site is frozen, or there would be no distance."""
+        recipe = replace(short, kl_weight=0.7, match_weight=2.0)
+        original = set_up(recipe).model
+        ours = trainer(recipe, tmp_path, teacher=original)
+        ours.sites["h.0.v"].alpha.fill_(1.0)
+        ids = torch.stack([ours.train_dataset[i]["input_ids"] for i in range(3)])
+
+        loss = ours.compute_loss(ours.model, {"input_ids": ids})
+
+        own = ours.model.transformer(ids, output_hidden_states=True)
+        theirs = original.transformer(ids, output_hidden_states=True)
+        log_probs, expected = (
+            (out.last_hidden_state[:, :-1] @ original.transformer.wte.weight.T).log_softmax(-1).flatten(0, 1)
+            for out in (own, theirs)
+        )
+        kl = nn.functional.kl_div(log_probs, expected, log_target=True, reduction="batchmean")
+        cross_entropy = nn.functional.nll_loss(log_probs, ids[:, 1:].flatten())
+        one, other = (out.hidden_states[1][:, 1:] for out in (own, theirs))  # two blocks: only the first's is matched
+        distance = (one - other).var(-1, correction=0).sum() / other.var(-1, correction=0).sum()
+        assert distance > 0.01
+        assert loss.item() == pytest.approx((0.3 * cross_entropy + 0.7 * kl + 2 * distance).item(), rel=1e-5)
+
+    def test_the_teacher_learns_nothing(self, short: Recipe, tmp_path: Path):
+        original = set_up(short).model
+        before = copy.deepcopy(original.state_dict())
+        trainer(replace(short, kl_weight=1.0).scaled(4), tmp_path, teacher=original).train()
+        for name, tensor in original.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+
+    def test_the_control_has_none(self, recipe: Recipe, tmp_path: Path):
+        fitted(replace(recipe, kl_weight=1.0), tmp_path, "control")
+        assert all(line["kl"] == 0 and "teacher_seconds" not in line for line in read_log(tmp_path))
+
+
+class TestAdaptive:
+    def test_waits_for_the_loss_and_can_be_replayed(self, short: Recipe, tmp_path: Path):
+        schedule = replace(short.schedule, tolerance=0.02, max_gap=4, smoothing=0.5)
+        adaptive = replace(short, steps=30, schedule=schedule)
+        state = fitted(adaptive, tmp_path / "adaptive")
+        begun = [(line["step"], name) for line in read_log(tmp_path / "adaptive") for name in line["frozen"]]
+        names = [event.name for event in set_up(adaptive).events]
+        assert [name for _, name in begun] == names
+        gaps = np.diff([step for step, _ in begun])
+        assert set(gaps) <= {1, 2, 3, 4}
+        assert max(gaps) > 1
+        replay = recipes.load(tmp_path / "adaptive" / "replay.yaml")
+        assert replay.schedule.tolerance is None
+        assert_close(fitted(replay, tmp_path / "replay"), state, 0)
+
+    def test_a_resumed_run_takes_the_same_decisions(self, short: Recipe, tmp_path: Path):
+        schedule = replace(short.schedule, tolerance=0.02, max_gap=4, smoothing=0.5)
+        adaptive = replace(short, steps=30, schedule=schedule, save_every=10)
+        whole = fitted(adaptive, tmp_path / "whole")
+        shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+        for left in ("ln_free", "checkpoints/ln_free/checkpoint-30"):
+            shutil.rmtree(tmp_path / "cut" / left)
+        assert_close(fitted(adaptive, tmp_path / "cut"), whole, 0)
+        logs = [read_log(tmp_path / name) for name in ("whole", "cut")]
+        assert [line["frozen"] for line in logs[0]] == [line["frozen"] for line in logs[1]]
 
 
 class TestReports:

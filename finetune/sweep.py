@@ -1,0 +1,244 @@
+"""A sweep: many runs of a recipe with fields overridden, over seeds, in one table and one figure.
+
+A sweep file is YAML:
+
+    recipe: micro                                  # what every run starts from
+    seeds: [0, 1, 2]
+    set: {text.held_out_blocks: 96}                # overridden in every run
+    runs: [{kl_weight: 0.0}, {kl_weight: 1.0}]     # a run each, at every seed
+    grid: {schedule.fade: [1, 30]}                 # each of them with every combination
+    texts: {report: books-report}                  # measured beside the recipe's held-out text, which is `choose`
+
+OUT/runs/RUN/       a run directory each
+OUT/results.csv     a row a run
+OUT/documents.csv   each model of each run on each document of each text, to resample
+OUT/figure.html     gap to control and JSD to the original against tokens seen
+
+Runs that differ only in how LN is removed share their control. What has a row is not run again, and a run that was cut
+off is resumed. 1. One run for each control still to be trained. 2. The others, with these controls.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import pydantic
+import torch
+from plotly.subplots import make_subplots
+from tqdm.auto import tqdm
+
+from finetune import NolnError, checkpoint, evaluate
+from finetune import recipe as recipes
+from finetune import run as runs
+from finetune.recipe import Recipe
+from finetune.text import load_blocks
+
+MODELS = ("original", "control", "ln_free")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class Sweep:
+    """What a sweep file holds; see the module."""
+
+    recipe: str
+    seeds: tuple[int, ...] = (0,)
+    set: dict[str, Any] = field(default_factory=dict)
+    runs: tuple[dict[str, Any], ...] = ({},)
+    grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    recipe: Recipe
+    base: str
+    """The recipe that the sweep starts from."""
+    overrides: dict[str, Any]
+    texts: dict[str, str]
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        """What the run directory and its row are called."""
+        return self.directory.name
+
+    @property
+    def control(self) -> Recipe:
+        """What the control depends on: the recipe without what says how LN is removed."""
+        schedule = recipes.Schedule(start=1, gap=recipes.Gaps())
+        recipe = dataclasses.replace(self.recipe, schedule=schedule, std_decay=0, std_mean="arithmetic")
+        return dataclasses.replace(recipe, kl_weight=0, match_weight=0, aux_weight=0)
+
+
+def load(path: str | Path, out: str | Path) -> list[Job]:
+    """Read a sweep file; return its runs, whose directories lie in `out`.
+
+    Raises:
+        RecipeError: the file cannot be read, or a run does not hold; the message says which.
+    """
+    path = Path(path)
+    sweep = recipes.validate(Sweep, recipes.read_yaml(path, "sweep"), f"sweep {path}")
+    base = recipes.load(sweep.recipe)
+    jobs = []
+    for run, *values in itertools.product(sweep.runs, *sweep.grid.values()):
+        overrides = sweep.set | run | dict(zip(sweep.grid, values, strict=True))
+        for seed in sweep.seeds:
+            what = f"sweep's run {overrides}"
+            recipe = recipes.override(base, overrides | {"seed": seed}, what)
+            digest = hashlib.sha256(json.dumps([sweep.recipe, overrides, sweep.texts], sort_keys=True).encode())
+            name = f"{digest.hexdigest()[:8]}-seed{seed}"
+            jobs.append(Job(recipe, sweep.recipe, overrides, sweep.texts, Path(out).absolute() / "runs" / name))
+    return jobs
+
+
+def run(path: str | Path, out: str | Path, processes: int = 1) -> pd.DataFrame:
+    """Do what a sweep file asks for and is not done yet; return the table of all its runs.
+
+    Raises:
+        RecipeError: as `load` does; nothing has been run.
+    """
+    jobs, out = load(path, out), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows, documents = (_read(out / name) for name in ("results.csv", "documents.csv"))
+    done = set() if rows.empty else set(rows["run"])
+    controls = {job.control: job.directory / "control" for job in jobs if (job.directory / "control").is_dir()}
+    first: dict[Recipe, Job] = {}
+    for job in jobs:
+        if job.name not in done and job.control not in controls:
+            first.setdefault(job.control, job)
+    waves = [list(first.values()), [job for job in jobs if job.name not in done and job not in first.values()]]
+    with tqdm(total=sum(map(len, waves)), desc="sweep", unit="run", disable=not any(waves)) as bar:
+        for wave in waves:
+            for job, (row, measured) in _do(wave, controls, processes):
+                if (job.directory / "control").is_dir():
+                    controls[job.control] = job.directory / "control"
+                rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
+                documents = pd.concat([documents, measured], ignore_index=True)
+                _write(rows, out / "results.csv")
+                _write(documents, out / "documents.csv")
+                bar.update()
+    order = {job.name: i for i, job in enumerate(jobs)}
+    rows = rows[rows["run"].isin(order)].sort_values("run", key=lambda names: names.map(order), ignore_index=True)
+    plot(rows).write_html(out / "figure.html")
+    return rows
+
+
+def _do(
+    jobs: list[Job], controls: dict[Recipe, Path], processes: int
+) -> Iterator[tuple[Job, tuple[dict[str, Any], pd.DataFrame]]]:
+    """Do `jobs`, in this process or in several; yield each with what it came to, as it is done."""
+    if processes == 1:
+        for job in jobs:
+            yield job, do(job, controls.get(job.control))
+        return
+    os.environ["TQDM_DISABLE"] = "1"  # for the processes to come, whose bars would write over each other
+    with ProcessPoolExecutor(
+        processes, get_context("spawn"), _share_cores, (processes,), max_tasks_per_child=1
+    ) as pool:
+        futures = {pool.submit(do, job, controls.get(job.control)): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def _share_cores(processes: int) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Do a run, with a control that is there already or with its own; return its row and its table of documents."""
+    row: dict[str, Any] = {"recipe": job.base, "seed": job.recipe.seed}
+    overridden = {f"override.{name}": json.dumps(value) for name, value in job.overrides.items()}
+    try:
+        if job.directory.is_dir():
+            result = runs.resume(job.directory)
+        else:
+            recipe = job.recipe if control is None else dataclasses.replace(job.recipe, control_from=str(control))
+            result = runs.start(recipe, job.directory)
+    except NolnError as error:
+        return row | {"run": job.name, "error": str(error)} | overridden, pd.DataFrame()
+    documents = {"choose": pd.read_csv(job.directory / "documents.csv")}
+    if job.texts:
+        models = {name: result.load(name) for name in MODELS}
+        tokenizer = checkpoint.load_tokenizer(job.directory / "ln_free")
+        config = models["original"].config
+        for suffix, source in job.texts.items():
+            text = dataclasses.replace(job.recipe.text, source=source, held_out=None)
+            blocks = load_blocks(text, tokenizer, config.n_positions, config.vocab_size)
+            documents[suffix] = evaluate.measure_documents(models, blocks)
+    spent = result.results.set_index("model").loc["ln_free"]
+    log = (json.loads(line) for line in (job.directory / "log.jsonl").read_text().splitlines())
+    tables = {suffix: evaluate.compare(frame).set_index("model") for suffix, frame in documents.items()}
+    choose = tables["choose"]
+    row |= {
+        "tokens": spent["trained_tokens"],
+        "seconds": spent["trained_seconds"],
+        "gap": choose["gap"]["ln_free"],
+        "jsd_ln_free": choose["jsd"]["ln_free"],
+        "jsd_control": choose["jsd"]["control"],
+    }
+    for suffix in ("choose", "report", *(suffix for suffix in tables if suffix not in ("choose", "report"))):
+        for model in MODELS:
+            row[f"loss_{model}_{suffix}"] = tables[suffix]["loss"][model] if suffix in tables else float("nan")
+    row |= {
+        f"jsd_{model}_{suffix}": table["jsd"][model]
+        for suffix, table in tables.items()
+        for model in ("control", "ln_free")
+        if suffix != "choose"
+    }
+    row |= {"teacher_seconds": sum(line.get("teacher_seconds", 0) for line in log), "run": job.name}
+    return row | overridden, pd.concat(
+        [frame.assign(run=job.name, text=suffix) for suffix, frame in documents.items()], ignore_index=True
+    )
+
+
+def plot(results: pd.DataFrame) -> go.Figure:
+    """Draw gap to control and JSD to the original, nats/token, against tokens seen: means over seeds ± their error."""
+    overrides = [column for column in results if column.startswith("override.")]
+    varied = [column for column in overrides if results[column].nunique(dropna=False) > 1]
+    figure = make_subplots(1, 2, subplot_titles=["Gap to control", "JSD to original"])
+    label = results[varied].apply(
+        lambda row: ", ".join(
+            f"{name.removeprefix('override.')} {row[name]}" for name in varied if row[name] == row[name]
+        ),
+        axis=1,
+    )
+    for name, group in results.groupby(label, sort=False):
+        for column, measure in enumerate(("gap", "jsd_ln_free"), start=1):
+            figure.add_trace(
+                go.Scatter(
+                    x=[group["tokens"].mean()],
+                    y=[group[measure].mean()],
+                    error_y={"array": [group[measure].sem()]},
+                    name=str(name),
+                    legendgroup=str(name),
+                    showlegend=column == 1,
+                ),
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(type="log", title="tokens seen")
+    figure.update_yaxes(title="nats/token", rangemode="tozero")
+    return figure
+
+
+def _read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path) if path.exists() else pd.DataFrame()
+
+
+def _write(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    frame.to_csv(partial, index=False)
+    partial.replace(path)
