@@ -1,0 +1,176 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from helpers import kill_at, run_forked
+
+from finetune import recipe as recipes
+from finetune import sweep
+from finetune.evaluate import compare
+from finetune.recipe import Recipe, RecipeError
+
+COLUMNS = [
+    *("recipe", "seed", "tokens", "seconds", "gap", "jsd_ln_free", "jsd_control"),
+    *(f"loss_{model}_{text}" for text in ("choose", "report") for model in ("original", "control", "ln_free")),
+]
+
+
+@pytest.fixture(scope="module")
+def file(recipe: Recipe, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep file of two ways to remove LN at two learning rates and two seeds."""
+    directory = tmp_path_factory.mktemp("sweep")
+    (directory / "report.jsonl").write_text("".join(text.read_text().splitlines(keepends=True)[:4]))
+    base = directory / "base.yaml"
+    base.write_text(recipes.dump(replace(recipe, steps=12, save_every=99)))
+    content = {
+        "recipe": str(base),
+        "seeds": [0, 3],
+        "set": {"text.held_out_blocks": 3},
+        "runs": [{"kl_weight": 0.0}, {"kl_weight": 1.0, "schedule.fade": 2}],
+        "grid": {"lr": [3e-3, 2e-3]},
+        "texts": {"report": str(directory / "report.jsonl")},
+    }
+    (directory / "sweep.yaml").write_text(yaml.safe_dump(content))
+    return directory / "sweep.yaml"
+
+
+@pytest.fixture(scope="module")
+def done(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    sweep.run(file, out)
+    return out
+
+
+def test_every_override_at_every_point_of_the_grid_and_every_seed(file: Path, recipe: Recipe):
+    jobs = sweep.load(file, "out")
+    assert len(jobs) == len({job.name for job in jobs}) == 8
+    assert [job.recipe.seed for job in jobs] == [0, 3] * 4
+    assert {(job.recipe.kl_weight, job.recipe.schedule.fade) for job in jobs} == {(0.0, 1), (1.0, 2)}
+    assert {job.recipe.lr for job in jobs} == {3e-3, 2e-3}
+    assert {job.recipe.text.held_out_blocks for job in jobs} == {3}
+    assert {job.recipe.text.source for job in jobs} == {recipe.text.source}
+    assert len({job.control for job in jobs}) == 4  # learning rates and seeds
+
+
+def test_a_row_a_run_with_what_its_directory_holds(file: Path, done: Path):
+    table = pd.read_csv(done / "results.csv")
+    assert list(table.columns[: len(COLUMNS)]) == COLUMNS
+    assert {"override.kl_weight", "override.schedule.fade", "override.lr", "override.text.held_out_blocks"} == {
+        column for column in table if column.startswith("override.")
+    }
+    assert len(table) == 8
+    for row in table.to_dict("records"):
+        directory = done / "runs" / row["run"]
+        results = pd.read_csv(directory / "results.csv").set_index("model")
+        assert row["gap"] == pytest.approx(results["gap"]["ln_free"])
+        assert row["jsd_ln_free"] == pytest.approx(results["jsd"]["ln_free"])
+        assert row["jsd_control"] == pytest.approx(results["jsd"]["control"])
+        assert row["loss_control_choose"] == pytest.approx(results["loss"]["control"])
+        assert row["tokens"] == 12 * 4 * 16
+        assert row["seed"] == recipes.load(directory / "recipe.yaml").seed
+        assert (row["teacher_seconds"] > 0) == (row["override.kl_weight"] == 1.0)
+
+
+def test_every_document_of_every_text_is_kept(done: Path):
+    table = pd.read_csv(done / "results.csv").set_index("run")
+    documents = pd.read_csv(done / "documents.csv")
+    assert set(documents["text"]) == {"choose", "report"}
+    for (run, text), frame in documents.groupby(["run", "text"]):
+        means = compare(frame).set_index("model")["loss"]
+        for model in ("original", "control", "ln_free"):
+            assert table[f"loss_{model}_{text}"][run] == pytest.approx(means[model])
+
+
+def test_a_control_is_trained_once(done: Path):
+    logs = [(path / "log.jsonl").read_text().splitlines() for path in (done / "runs").iterdir()]
+    trained = [{json.loads(line)["model"] for line in log} for log in logs]
+    assert trained.count({"control", "ln_free"}) == 4
+    assert trained.count({"ln_free"}) == 4
+
+
+def test_what_is_done_is_not_done_again(file: Path, done: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sweep, "do", None)
+    before = pd.read_csv(done / "results.csv")
+    pd.testing.assert_frame_equal(sweep.run(file, done), before)
+
+
+def few(file: Path, directory: Path) -> Path:
+    """The first run of the sweep, at both seeds."""
+    content = yaml.safe_load(file.read_text())
+    content |= {"runs": content["runs"][:1], "grid": {"lr": [3e-3]}, "texts": {}}
+    (directory / "few.yaml").write_text(yaml.safe_dump(content))
+    return directory / "few.yaml"
+
+
+def do_few() -> None:
+    sweep.run("few.yaml", "out")
+
+
+def cut_off() -> None:
+    kill_at("finetune.run._conclude", 2)
+    do_few()
+
+
+def test_a_sweep_that_was_cut_off_goes_on(file: Path, done: Path, tmp_path: Path):
+    few(file, tmp_path)
+    assert run_forked(cut_off, tmp_path).code == -9
+    assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == 1
+    again = run_forked(do_few, tmp_path)
+    assert again.code == 0, again.output
+    assert_same_numbers(tmp_path / "out", done)
+
+
+def test_several_processes_come_to_the_same(file: Path, done: Path, tmp_path: Path):
+    sweep.run(few(file, tmp_path), tmp_path / "out", processes=2)
+    assert_same_numbers(tmp_path / "out", done)
+
+
+def assert_same_numbers(out: Path, done: Path) -> None:
+    found = pd.read_csv(out / "results.csv").sort_values("seed")
+    whole = pd.read_csv(done / "results.csv")
+    expected = whole[(whole["override.kl_weight"] == 0) & (whole["override.lr"] == 3e-3)].sort_values("seed")
+    for column in ("seed", "tokens", "gap", "jsd_ln_free", "loss_control_choose"):
+        np.testing.assert_allclose(found[column], expected[column], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"recipe": "micro", "runs": [{"lrate": 1}]}, "lrate is no field"),
+        ({"recipe": "micro", "runs": [{"schedule.gap.w": 1}]}, "schedule.gap.w is no field"),
+        ({"recipe": "micro", "grid": {"lr": [-1]}}, "'lr': -1"),
+        ({"recipe": "micro", "seed": [1]}, "seed"),
+        ({"seeds": [1]}, "recipe"),
+        ({"recipe": "macro"}, "macro"),
+    ],
+)
+def test_a_sweep_that_does_not_hold_is_refused_before_anything_is_run(content, said, tmp_path: Path):
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match=said):
+        sweep.run(tmp_path / "sweep.yaml", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_a_row_too(file: Path, tmp_path: Path):
+    content = yaml.safe_load(few(file, tmp_path).read_text())
+    content |= {"runs": [{"max_rise": 0.0, "lr": 1.0}, {}], "grid": {}, "seeds": [0]}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(content))
+    table = sweep.run(tmp_path / "few.yaml", tmp_path / "out")
+    assert "max_rise" in table["error"][0]
+    assert table["gap"].isna().tolist() == [True, False]
+
+
+def test_the_figure_has_means_and_errors_over_seeds(done: Path):
+    table = pd.read_csv(done / "results.csv")
+    traces = {(trace.name, trace.showlegend): trace for trace in sweep.plot(table).data}
+    assert len(traces) == 8
+    group = table[(table["override.kl_weight"] == 0) & (table["override.lr"] == 2e-3)]
+    (gap,) = [
+        trace for (name, legend), trace in traces.items() if "kl_weight 0.0" in name and "lr 0.002" in name and legend
+    ]
+    assert gap.y[0] == pytest.approx(group["gap"].mean())
+    assert gap.error_y.array[0] == pytest.approx(group["gap"].std() / np.sqrt(2))
