@@ -7,7 +7,8 @@ A sweep file is YAML:
     set: {text.held_out_blocks: 96}                # overridden in every run
     runs: [{kl_weight: 0.0}, {kl_weight: 1.0}]     # a run each, at every seed
     grid: {schedule.fade: [1, 30]}                 # each of them with every combination
-    texts: {report: books-report}                  # measured beside the recipe's held-out text, which is `choose`
+    texts: {report: books-report}                  # measured beside the recipe's held-out text, which is `choose`,
+                                                   # on as many blocks (text.held_out_blocks) at the most
 
 OUT/runs/RUN/       a run directory each
 OUT/results.csv     a row a run
@@ -170,12 +171,12 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
         return row | {"run": job.name, "error": str(error)} | overridden, pd.DataFrame()
     documents = {"choose": pd.read_csv(job.directory / "documents.csv")}
     if job.texts:
-        models = {name: result.load(name) for name in MODELS}
+        models = {name: result.load(name) for name in documents["choose"]["model"].unique()}
         tokenizer = checkpoint.load_tokenizer(job.directory / "ln_free")
         config = models["original"].config
         for suffix, source in job.texts.items():
             text = dataclasses.replace(job.recipe.text, source=source, held_out=None)
-            blocks = load_blocks(text, tokenizer, config.n_positions, config.vocab_size)
+            blocks = load_blocks(text, tokenizer, config.n_positions, config.vocab_size, most=text.held_out_blocks)
             documents[suffix] = evaluate.measure_documents(models, blocks)
     spent = result.results.set_index("model").loc["ln_free"]
     log = (json.loads(line) for line in (job.directory / "log.jsonl").read_text().splitlines())
@@ -186,13 +187,13 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
         "seconds": spent["trained_seconds"],
         "gap": choose["gap"]["ln_free"],
         "jsd_ln_free": choose["jsd"]["ln_free"],
-        "jsd_control": choose["jsd"]["control"],
+        "jsd_control": choose["jsd"].get("control"),
     }
     for suffix in ("choose", "report", *(suffix for suffix in tables if suffix not in ("choose", "report"))):
         for model in MODELS:
-            row[f"loss_{model}_{suffix}"] = tables[suffix]["loss"][model] if suffix in tables else float("nan")
+            row[f"loss_{model}_{suffix}"] = tables[suffix]["loss"].get(model) if suffix in tables else None
     row |= {
-        f"jsd_{model}_{suffix}": table["jsd"][model]
+        f"jsd_{model}_{suffix}": table["jsd"].get(model)
         for suffix, table in tables.items()
         for model in ("control", "ln_free")
         if suffix != "choose"

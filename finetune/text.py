@@ -180,9 +180,12 @@ def load_text(
     )
 
 
-def load_blocks(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int) -> Blocks:
-    """Read, tokenise and pack all of `text.source` as `load_text` does, with nothing held out and nothing streamed.
+def load_blocks(
+    text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, *, most: int | None = None
+) -> Blocks:
+    """Read, tokenise and pack `text.source` as `load_text` does, with nothing held out and nothing streamed.
 
+    All of it, or its first blocks: `most` at the most.
     Of a directory of nanoGPT's it is val.bin, where there is one.
 
     Raises:
@@ -191,7 +194,7 @@ def load_blocks(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vo
     tokens, ends = _read(text.source, replace(text, streaming=False), tokenizer, vocab_size)[-1]
     _check_length(len(tokens), context, text.source)
     _check_ids(tokens.max(), vocab_size, text.source)
-    return Blocks(tokens, context, tokenizer.eos_token_id, ends)
+    return Blocks(tokens if most is None else tokens[: most * context], context, tokenizer.eos_token_id, ends)
 
 
 def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, seed: int) -> TextSplits:
