@@ -1,4 +1,10 @@
-"""Looks at LN-free models and at what they were made from, in the tools that researchers use."""
+"""Looks at LN-free models and at what they were made from, in the tools that researchers use.
+
+`load_hooked`, `load_bridge`, `load_nnsight` and `load_transformers` load one model, `load_trio` the original, the
+control and the LN-free model that the analyses compare. An analysis is a module, with `measure(models, tokens)`, which
+returns a table, and `plot(table)`, which returns a figure: `loss`, `residual_norms`, `logit_attribution`,
+`faithfulness`, `attention`, `confidence_neurons`, `patching`, `outlier_features`, `benchmarks`. `report` runs them all.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -31,3 +37,8 @@ def __getattr__(name: str) -> Any:
     from analysis import loading
 
     return getattr(loading, name)
+
+
+def __dir__() -> list[str]:
+    """List public names before they are imported too: `python -m pydoc analysis` shows them."""
+    return sorted({*globals(), *__all__})

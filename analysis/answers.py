@@ -26,7 +26,8 @@ class Answer:
     unit: str
     sentence: str
     published: str
-    """The same for GPT-2 small, and by whom."""
+    """The same as published, and by whom."""
+    published_model: str = "GPT-2 small"
 
 
 def answer(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Answer]:
@@ -39,6 +40,9 @@ def answer(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Answer]:
             answers.append(loss_elsewhere(paid))
     if ("residual_norms", "point") in tables:
         answers.append(_position_0(tables["residual_norms", "point"]))
+    if ("attention", "model") in tables:
+        rate = tables["attention", "model"].set_index("model")["sink_rate"]
+        answers.append(attention_sinks(rate["original"], rate["ln_free"]))
     if ("logit_attribution", "model") in tables:
         nmae = tables["logit_attribution", "model"].set_index("model")["nmae"]
         answers.append(exact_attribution(nmae["original"], nmae["ln_free"]))
@@ -104,8 +108,8 @@ def _losses_paid(frame: pd.DataFrame) -> tuple[dict[str, tuple[float, float]], s
 
 
 def position_0(before: float, after: float, point: str) -> Answer:
-    """Answer from the norm at position 0 over that at other positions, before and after, where it was largest."""
-    where = f"at {point}, where it is largest in the original"
+    """Answer from the norm at position 0 over that at other positions, before and after, at the point of its peak."""
+    where = f"{point}, where it stands out most in the original"
     if before < 1.5:
         sentence = f"There is nothing to lose: in the original too its norm is like that of other positions ({where})."
     elif before < 4:
@@ -129,7 +133,28 @@ def _position_0(frame: pd.DataFrame) -> Answer:
     norms = frame.pivot(index=["model", "point"], columns="token_class", values="norm")
     ratio = norms["position 0"] / norms["ordinary"]
     point = ratio["original"].idxmax()
-    return position_0(ratio["original", point], ratio["ln_free", point], label(point))
+    layer, place = label(point).split()
+    places = {"pre": "before block", "mid": "after the attention of block", "post": "after block"}
+    return position_0(ratio["original", point], ratio["ln_free", point], f"{places[place]} {layer}")
+
+
+def attention_sinks(before: float, after: float) -> Answer:
+    """Answer from the sink rate of the original and of the LN-free model, shares."""
+    if max(before, after) < 0.05:
+        sentence = "No, in neither model: hardly a head ever attends much to position 0."
+    elif before < 0.05:
+        sentence = "Not in the original, but in the LN-free model there are."
+    else:
+        change = "fewer of them" if after < 0.9 * before else "more of them" if after > 1.1 * before else "as many"
+        sentence = f"Yes, and in the LN-free model there are {change}."
+    return Answer(
+        "Are there attention sinks?",
+        f"{100 * before:.1f} → {100 * after:.1f}",
+        "% of queries, over all heads, attend to position 0 with more than 0.3",
+        sentence,
+        f"55.3 % → 45.3 % ({_B25}).",
+        "GPT-2 medium",
+    )
 
 
 def exact_attribution(before: float, after: float) -> Answer:

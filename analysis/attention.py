@@ -81,8 +81,10 @@ def plot(frame: pd.DataFrame) -> go.Figure:
     figure = make_subplots(1, 2, column_widths=[0.75, 0.25], horizontal_spacing=0.12)
     for row in frame.itertuples():
         style = {"name": row.model, "legendgroup": row.model, "marker_color": palette.colour(row.model)}
+        style |= {"texttemplate": "%{y:.3f}", "textposition": "outside", "textangle": -90}
         figure.add_bar(x=list(shares.values()), y=[getattr(row, share) for share in shares], **style, row=1, col=1)
         figure.add_bar(x=["Entropy of<br>patterns"], y=[row.entropy], showlegend=False, **style, row=1, col=2)
+    figure.update_yaxes(range=[0, 1.05], row=1, col=1)
     return figure.update_layout(yaxis_title="Share", yaxis2_title="Mean entropy (nats)")
 
 

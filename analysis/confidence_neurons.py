@@ -79,30 +79,39 @@ def measure_neurons(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.Dat
 def measure(
     models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], neurons: Sequence[int], *, batch_size: int = 8
 ) -> pd.DataFrame:
-    """Mean-ablate each of `neurons`, one at a time, in every model: the same neurons in all.
+    """Mean-ablate `neurons` in every model, the same in all: each alone, and the first k together, k from 1 to all.
 
-    Returns a row a model, neuron and measure, entropy of the prediction or loss (CE), in nats/token, means over tokens
-    that have a next one: clean, without ablation; total, the change by the ablation; direct, the change with the final
-    LN's scale frozen; through_ln, their difference.
+    Returns a row a model, ablation ("alone" or "together"), neuron (of several the last) and measure, entropy of the
+    prediction or loss (CE). ablated: how many neurons are. In nats/token, means over tokens that have a next one:
+    clean, without ablation; total, the change by the ablation; direct, the change with the final LN's scale frozen;
+    through_ln, their difference.
 
     Raises:
         NolnError: a neuron that a model does not have, or one given twice.
     """
-    frame = _ablate(models, tokens, neurons, [[neuron] for neuron in neurons], batch_size)
-    frame.insert(1, "neuron", [neurons[i] for i in frame.pop("group")])
-    return frame
+    neurons = list(neurons)
+    groups = [("alone", [neuron]) for neuron in neurons]
+    groups += [("together", neurons[: k + 1]) for k in range(len(neurons))]
+    rows = []
+    for name, model in models.items():
+        _check(name, model, neurons)
+        found = _ablate(name, model, tokens, [group for _, group in groups], batch_size).tolist()
+        for (ablation, group), values in zip(groups, found, strict=True):
+            which = {"model": name, "ablation": ablation, "neuron": group[-1], "ablated": len(group)}
+            for measure, (clean, total, direct) in zip(MEASURES, values, strict=True):
+                changes = {"total": total - clean, "direct": direct - clean, "through_ln": total - direct}
+                rows.append({**which, "measure": measure, "clean": clean, **changes})
+    return pd.DataFrame(rows)
 
 
-def measure_cumulative(
-    models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], neurons: Sequence[int], *, batch_size: int = 8
-) -> pd.DataFrame:
-    """Mean-ablate the first k of `neurons` together, for k from 0 to all.
-
-    Returns a row a model, k (`ablated`) and measure, columns and errors as in `measure`.
-    """
-    frame = _ablate(models, tokens, neurons, [list(neurons[:k]) for k in range(len(neurons) + 1)], batch_size)
-    frame.insert(1, "ablated", frame.pop("group"))
-    return frame
+def describe(frame: pd.DataFrame) -> str:
+    """Say how much entropy goes through the final LN at the most, from what `measure` returns of single neurons."""
+    frame = frame[(frame["ablation"] == "alone") & (frame["measure"] == "entropy")]
+    found = []
+    for model, rows in frame.groupby("model", sort=False):
+        change, clean = rows["through_ln"].abs().max(), rows["clean"].iloc[0]
+        found.append(f"{model}: {change:.2g} of {clean:.3g} ({100 * change / clean:.2g} %)")
+    return f"Largest change of entropy by one neuron that goes through the final LN, nats/token: {'; '.join(found)}."
 
 
 def measure_spectrum(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.DataFrame:
@@ -158,26 +167,8 @@ def _norm_and_logit_var(model: Any) -> tuple[Float[Tensor, " neuron"], Float[Ten
     return norm, ((unit @ covariance) * unit).sum(1)
 
 
-def _ablate(
-    models: Mapping[str, Any],
-    tokens: Int[Tensor, "block pos"],
-    neurons: Sequence[int],
-    groups: Sequence[Sequence[int]],
-    batch_size: int,
-) -> pd.DataFrame:
-    """Mean-ablate each of `groups`, all of `neurons`, and return a row a model, group (its index) and measure."""
-    rows = []
-    for name, model in models.items():
-        _check(name, model, neurons)
-        for i, values in enumerate(_ablate_groups(name, model, tokens, groups, batch_size).tolist()):
-            for measure, (clean, total, direct) in zip(MEASURES, values, strict=True):
-                changes = {"total": total - clean, "direct": direct - clean, "through_ln": total - direct}
-                rows.append({"model": name, "group": i, "measure": measure, "clean": clean, **changes})
-    return pd.DataFrame(rows)
-
-
 @torch.no_grad()
-def _ablate_groups(
+def _ablate(
     name: str, model: Any, tokens: Int[Tensor, "block pos"], groups: Sequence[Sequence[int]], batch_size: int
 ) -> Float[Tensor, "group measure 3"]:
     """Return each measure without ablation, with it, and with it under a frozen scale, means over tokens."""
@@ -205,7 +196,7 @@ def _ablate_block(
     mean: Float[Tensor, " neuron"],
     groups: Sequence[Sequence[int]],
 ) -> Float[Tensor, "group measure 3"]:
-    """Return what `_ablate_groups` does, summed over the tokens of one block."""
+    """Return what `_ablate` does, summed over the tokens of one block."""
     W_out, b_U = model.blocks[-1].mlp.W_out, model.b_U
     clean, scale = _entropy_and_loss(logits, tokens), _final_scale(model, resid)
     sums = []
@@ -267,14 +258,15 @@ def plot_neurons(frame: pd.DataFrame) -> go.Figure:
 
 
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: the changes by neuron, a row a measure, a column a part."""
-    figure = _plot_changes(frame.astype({"neuron": str}), "neuron", go.Bar)
+    """Plot what `measure` returns of single neurons: the changes, a row a measure, a column a part."""
+    figure = _plot_changes(frame[frame["ablation"] == "alone"].astype({"neuron": str}), "neuron", go.Bar)
     return figure.update_xaxes(type="category").update_xaxes(title="Neuron ablated", row=len(MEASURES))
 
 
 def plot_cumulative(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_cumulative` returns: the changes by number of neurons ablated."""
-    return _plot_changes(frame, "ablated", go.Scatter).update_xaxes(title="Neurons ablated", row=len(MEASURES))
+    """Plot what `measure` returns of neurons together: the changes by how many there are."""
+    figure = _plot_changes(frame[frame["ablation"] == "together"], "ablated", go.Scatter)
+    return figure.update_xaxes(title="Neurons ablated", row=len(MEASURES))
 
 
 def _plot_changes(frame: pd.DataFrame, x: str, trace: type[go.Bar] | type[go.Scatter]) -> go.Figure:

@@ -151,14 +151,14 @@ def measure(
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns, a panel a quantity."""
     titles = {
-        "jsd": "JSD to the reference (nats)",
-        "kl": "KL from the reference (nats)",
-        "agreement": "Same top token (share)",
-        "rank_correlation": f"Rank correlation of the top {_TOP}",
+        "jsd": "JSD to the<br>reference (nats)",
+        "kl": "KL from the<br>reference (nats)",
+        "agreement": "Same top<br>token (share)",
+        "rank_correlation": f"Rank correlation<br>of the top {_TOP}",
         "entropy": "Entropy (nats)",
         "ece": "ECE (probability)",
     }
-    figure = make_subplots(2, 3, horizontal_spacing=0.12, vertical_spacing=0.15, subplot_titles=list(titles.values()))
+    figure = make_subplots(2, 3, horizontal_spacing=0.12, vertical_spacing=0.25, subplot_titles=list(titles.values()))
     colours = [palette.colour(name) for name in frame["model"]]
     for panel, column in enumerate(titles):
         place = {"row": panel // 3 + 1, "col": panel % 3 + 1}
@@ -353,9 +353,9 @@ def plot_neurons(frame: pd.DataFrame) -> go.Figure:
             upperfence=quantiles[0.95],
             marker_color=palette.colour(name),
         )
-    figure.update_layout(boxmode="group")
+    figure.update_layout(boxmode="group", title="5, 25, 50, 75 and 95 % of a layer’s neurons")
     figure.update_xaxes(title="Layer", dtick=1)
-    return figure.update_yaxes(title="Correlation of activations<br>(no unit; 5, 25, 50, 75 and 95 % of neurons)")
+    return figure.update_yaxes(title="Correlation of activations<br>(no unit)")
 
 
 def _check(models: Mapping[str, Any], reference: str) -> None:

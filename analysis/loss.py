@@ -203,7 +203,7 @@ def plot_positions(frame: pd.DataFrame) -> go.Figure:
             row=texts.index(text) + 1,
             col=1,
         )
-    figure.update_xaxes(type="log").update_xaxes(title="Position (tokens)", row=len(texts))
+    figure.update_xaxes(type="log", dtick="D2").update_xaxes(title="Position (tokens)", row=len(texts))
     return figure.update_yaxes(title="Mean CE (nats/token)")
 
 

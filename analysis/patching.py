@@ -15,7 +15,7 @@
 
 import html
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -43,6 +43,7 @@ def measure(
     pairs: Sequence[Pair],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    only: Collection[int] | None = None,
     hook_points: Sequence[str] = HOOK_POINTS,
     batch_size: int = 32,
 ) -> pd.DataFrame:
@@ -50,19 +51,28 @@ def measure(
 
     Positions before the first at which the prompts differ are left out: both effects are 0 there.
 
+    Args:
+        models: what `analysis.load_trio` returns.
+        pairs: of prompts.
+        tokenizer: that of the models.
+        only: the numbers of the pairs to patch, from 1. None: all.
+        hook_points: where, by their names in a layer.
+        batch_size: places in one forward; no result depends on it.
+
     Returns:
         A row a model, pair (numbered from 1), hook point, layer, position, and head (NA without heads), with `token`,
         the clean prompt's token there, and `activation`, `attribution` and `error`, in shares of LD_clean − LD_corrupt
-        (no unit). Where a model hardly tells the prompts apart (`measure_pairs`) that is small, and the shares are
-        large and mean little: leave such pairs out.
+        (no unit). Where a model hardly tells the prompts apart that is small, and the shares are large and mean little:
+        leave such pairs out, with `told_apart` of `measure_pairs` as `only`.
 
     Raises:
         PairError: what `encode_pairs` raises.
     """
     frames = []
     for model_name, model in models.items():
-        encoded = encode_pairs(pairs, tokenizer, model.cfg.n_ctx)
-        for number, tokens in enumerate(tqdm(encoded, desc=f"Patching {model_name}", unit="pair", leave=False), 1):
+        encoded = dict(enumerate(encode_pairs(pairs, tokenizer, model.cfg.n_ctx), 1))
+        for number in tqdm(encoded if only is None else only, f"Patching {model_name}", unit="pair", leave=False):
+            tokens = encoded[number]
             words = tokenizer.batch_decode(tokens.clean[:, None])
             for frame in _patch_pair(model, tokens, hook_points, batch_size):
                 frame.insert(0, "model", model_name)
@@ -207,6 +217,20 @@ def measure_pairs(models: Mapping[str, Any], pairs: Sequence[Pair], tokenizer: P
     return pd.DataFrame(rows)
 
 
+def told_apart(frame: pd.DataFrame) -> list[int]:
+    """Return the numbers of the pairs in what `measure_pairs` returns that every model can do."""
+    can = (frame["clean_difference"] > 0) & (frame["corrupt_difference"] < 0)
+    return [int(pair) for pair, all_can in can.groupby(frame["pair"]).all().items() if all_can]
+
+
+def describe_pairs(frame: pd.DataFrame) -> str:
+    """Say how many of the pairs in what `measure_pairs` returns every model can do."""
+    return (
+        f"{len(told_apart(frame))} of {frame['pair'].nunique()} pairs are patched: those for which every model has the "
+        "answer of the prompt ahead, above 0 for the clean one and below 0 for the corrupt one."
+    )
+
+
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns: the mean error of attribution patching by layer, a panel a hook point."""
     points = list(frame["hook_point"].unique())
@@ -251,7 +275,7 @@ def plot_effects(frame: pd.DataFrame) -> go.Figure:
             row=1,
             col=col,
         )
-    figure.update_xaxes(title="Activation patching (share<br>of logit difference)").update_layout(showlegend=False)
+    figure.update_xaxes(title="Activation patching<br>(share of logit<br>difference)").update_layout(showlegend=False)
     return figure.update_yaxes(title="Attribution patching<br>(share of logit difference)", col=1)
 
 

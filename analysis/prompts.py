@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -74,6 +75,20 @@ def read_pairs(path: str | Path) -> list[Pair]:
         if not (isinstance(entry, dict) and set(entry) == set(keys) and all(isinstance(entry[k], str) for k in keys)):
             raise PairError(f"Pair {number} of {path} is not of the texts {', '.join(keys)}: {json.dumps(entry)}.")
     return [Pair(**entry) for entry in entries]
+
+
+def choose_pairs(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) -> list[Pair]:
+    """Return the pairs of a file; where there is none the bundled ones or, if the tokenizer cuts them up, made ones.
+
+    Raises:
+        PairError: what `read_pairs` and `indirect_object_pairs` raise.
+    """
+    pairs = read_pairs(path if path is not None else MICRO)
+    try:
+        encode_pairs(pairs, tokenizer, sys.maxsize)
+    except PairError:
+        return pairs if path is not None else indirect_object_pairs(tokenizer)
+    return pairs
 
 
 def indirect_object_pairs(tokenizer: PreTrainedTokenizerBase, count: int = 10, seed: int = 0) -> list[Pair]:

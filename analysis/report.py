@@ -13,11 +13,10 @@ import itertools
 import json
 import platform
 import secrets
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -49,7 +48,7 @@ from analysis import (
     token_view,
 )
 from analysis.loading import Model, load_trio
-from analysis.prompts import MICRO, Pair, PairError, encode_pairs, indirect_object_pairs, read_pairs
+from analysis.prompts import Pair, choose_pairs, encode_pairs, read_pairs
 from finetune import NolnError, checkpoint
 from finetune import recipe as recipes
 from finetune.bundled import MODELS
@@ -131,7 +130,7 @@ class Analysis:
     """Makes the tables by grain, from as few forwards as can be."""
     grains: tuple[Grain, ...]
     python: tuple[str, ...] = ()
-    """What the calls of its grains need beside models and tokens."""
+    """What the calls of its grains need beside models and tokens; {pairs} stands for the file of prompt pairs."""
 
     @property
     def name(self) -> str:
@@ -200,10 +199,11 @@ def _faithfulness(inputs: Inputs) -> dict[str, pd.DataFrame]:
 
 def _confidence_neurons(inputs: Inputs) -> dict[str, pd.DataFrame]:
     neurons = confidence_neurons.candidates(inputs.models["original"])
+    ablation = inputs.each(confidence_neurons.measure, neurons=neurons)
     return {
         "neuron": confidence_neurons.measure_neurons(inputs.models, neurons),
-        "ablation": inputs.each(confidence_neurons.measure, neurons=neurons),
-        "cumulative": inputs.each(confidence_neurons.measure_cumulative, neurons=neurons),
+        "ablation": ablation[ablation["ablation"] == "alone"],
+        "cumulative": ablation[ablation["ablation"] == "together"],
         "spectrum": confidence_neurons.measure_spectrum(inputs.models, neurons),
     }
 
@@ -212,13 +212,13 @@ def _patching(inputs: Inputs) -> dict[str, pd.DataFrame]:
     """Patch the pairs that every model can do: where a logit difference is small, effects in shares of it are noise."""
     tokenizer = inputs.models["original"].tokenizer
     pair = patching.measure_pairs(inputs.models, inputs.pairs, tokenizer)
-    able = ((pair["clean_difference"] > 0) & (pair["corrupt_difference"] < 0)).groupby(pair["pair"]).all()
-    able_pairs = [inputs.pairs[number - 1] for number in able.index[able]]
-    if not able_pairs:
+    if not (able := patching.told_apart(pair)):
         return {"pair": pair}
-    place = patching.measure(inputs.models, able_pairs, tokenizer)
+    place = patching.measure(inputs.models, inputs.pairs, tokenizer, only=able)
     return {"pair": pair, "layer": patching.summarise(place), "place": place}
 
+
+_PATCH = "patching.measure(models, pairs, tokenizer, only=patching.told_apart(frame))"
 
 ANALYSES = (
     Analysis(
@@ -240,7 +240,7 @@ ANALYSES = (
                 "worst",
                 "The worst tokens",
                 None,
-                "loss.worst_tokens(loss.measure_tokens(models, tokens), tokens, models['original'].tokenizer)",
+                f"loss.worst_tokens(frame, tokens, models['original'].tokenizer, {WORST})",
             ),
         ),
     ),
@@ -340,12 +340,13 @@ ANALYSES = (
                 "Neurons ablated one by one",
                 confidence_neurons.plot,
                 "confidence_neurons.measure(models, tokens, neurons)",
+                note=confidence_neurons.describe,
             ),
             Grain(
                 "cumulative",
                 "Neurons ablated together",
                 confidence_neurons.plot_cumulative,
-                "confidence_neurons.measure_cumulative(models, tokens, neurons)",
+                "confidence_neurons.measure(models, tokens, neurons)",
             ),
             Grain(
                 "spectrum",
@@ -364,15 +365,18 @@ ANALYSES = (
         _patching,
         (
             Grain(
-                "pair", "Can the models do it?", patching.plot_pairs, "patching.measure_pairs(models, pairs, tokenizer)"
+                "pair",
+                "Can the models do it?",
+                patching.plot_pairs,
+                "patching.measure_pairs(models, pairs, tokenizer)",
+                note=patching.describe_pairs,
             ),
-            Grain("layer", "Error by layer", patching.plot, "patching.measure(models, pairs, tokenizer)", "place"),
-            Grain("place", "By place", patching.plot_effects, "patching.measure(models, pairs, tokenizer)"),
+            Grain("layer", "Error by layer", patching.plot, _PATCH, "place"),
+            Grain("place", "By place", patching.plot_effects, _PATCH),
         ),
         (
-            "from analysis import prompts",
-            "pairs = prompts.read_pairs(prompts.MICRO)",
             "tokenizer = models['original'].tokenizer",
+            "pairs = choose_pairs(tokenizer, {pairs!r})",
         ),
     ),
     Analysis(
@@ -431,19 +435,23 @@ def run(
         benchmark: tasks for `benchmarks.measure`, NAME or NAME=FILE.jsonl.
 
     Raises:
-        ReportError: no models, an analysis that there is not, `out` exists, or what PNGs need is not there.
+        ReportError: no models or texts, an analysis that there is not, `out` exists, a batch size below 1, or what PNGs
+            need is not there.
         BenchmarkError: as `benchmarks.check` does.
         CheckpointError, TextError, PairError: models, texts or pairs do not do.
     """
     directory = Path(out) if out is not None else Path("reports") / time.strftime("%Y%m%d-%H%M%S")
-    check(directory, only, png, benchmark)
+    check(directory, only, batch_size, png, benchmark)
+    if not text:
+        raise ReportError("Name at least one text with --text, or leave it away.")
     tokenizer = None
-    if original is None and control is None and ln_free is None:
+    if all(given is None for given in (original, control, ln_free, revision)):
         original, revision, control, ln_free, tokenizer = _newest()
     if original is None or ln_free is None:
         raise ReportError("Name both --original and --ln-free, or neither: then those of the newest run are taken.")
     names = {"original": original, "control": control, "ln_free": ln_free}
-    read = read_pairs(pairs) if pairs is not None else None
+    if pairs is not None:
+        read_pairs(pairs)  # raise now rather than later
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = load_trio(original, control, ln_free, tokenizer, revision=revision, device=device)
     samples = {name: read_text(name, models["original"], tokens) for name in text}
@@ -453,7 +461,7 @@ def run(
         directory,
         names={key: str(names[key]) for key in models},
         revision=revision,
-        pairs=read,
+        pairs=pairs,
         only=only,
         batch_size=batch_size,
         png=png,
@@ -502,18 +510,12 @@ def read_text(name: str, model: Any, tokens: int = 8_192) -> Sample:
     )
 
 
-def _pairs(tokenizer: Any) -> list[Pair]:
-    """Return the bundled pairs or, for a tokenizer that cuts them in another way, indirect objects."""
-    pairs = read_pairs(MICRO)
-    try:
-        encode_pairs(pairs, tokenizer, sys.maxsize)
-    except PairError:
-        return indirect_object_pairs(tokenizer)
-    return pairs
-
-
-def check(out: Path, only: Sequence[str] = (), png: bool = False, benchmark: Sequence[str] = ()) -> None:
-    """Raise ReportError if `out` exists, `only` names no analysis, or what `png` or `benchmark` need is not there."""
+def check(
+    out: Path, only: Sequence[str] = (), batch_size: int = 8, png: bool = False, benchmark: Sequence[str] = ()
+) -> None:
+    """Raise what `write` raises of these arguments, as far as that is known without a model."""
+    if batch_size < 1:
+        raise ReportError(f"--batch-size is {batch_size}, but is to be at least 1.")
     if png and importlib.util.find_spec("kaleido") is None:
         raise ReportError(_PNG_NEEDS)
     if out.exists():
@@ -532,7 +534,7 @@ def write(
     *,
     names: Mapping[str, str] | None = None,
     revision: str | None = None,
-    pairs: Sequence[Pair] | None = None,
+    pairs: str | Path | None = None,
     only: Sequence[str] = (),
     batch_size: int = 8,
     png: bool = False,
@@ -546,47 +548,45 @@ def write(
         out: the directory to write, whole or not at all.
         names: what the models are, on top of the page and in its Python; where None, their keys.
         revision: of the original, there too.
-        pairs: of prompts, for patching. None: the bundled ones or, if the tokenizer does not suit them, made ones.
+        pairs: a JSON file of prompt pairs for patching. None: those that `prompts.choose_pairs` chooses.
         only: names of analyses. Empty: all.
         batch_size: blocks in one forward; no number depends on it.
         png: also write the figures as PNG.
         benchmark: tasks for `benchmarks.measure`, NAME or NAME=FILE.jsonl.
 
     Raises:
-        ReportError: `out` exists, an analysis that there is not, or what PNGs need is not there.
+        ReportError: `out` exists, an analysis that there is not, a batch size below 1, or what PNGs need is not there.
         BenchmarkError: as `benchmarks.check` does.
-        PairError: `pairs` do not suit the tokenizer, or none can be made for it.
+        PairError: `pairs` cannot be read or do not suit the tokenizer, or none can be made for it.
     """
     out, names = Path(out), dict(names or {name: name for name in models})
-    check(out, only, png, benchmark)
+    check(out, only, batch_size, png, benchmark)
     analyses = [analysis for analysis in ANALYSES if not only or analysis.name in only]
     analyses += [_benchmarks(benchmark)] if benchmark else []
+    chosen: list[Pair] = []
     if any(analysis.module is patching for analysis in analyses):
-        pairs = pairs or _pairs(models["original"].tokenizer)
-        encode_pairs(pairs, models["original"].tokenizer, models["original"].cfg.n_ctx)  # raise now rather than later
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        chosen = choose_pairs(models["original"].tokenizer, pairs)
+        encode_pairs(chosen, models["original"].tokenizer, models["original"].cfg.n_ctx)  # raise now rather than later
+    beside = next(parent for parent in out.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=beside) as temporary:
         partial = Path(temporary) / out.name
         partial.mkdir()
-        inputs = Inputs(dict(models), dict(samples), pairs or [], batch_size)
+        inputs = Inputs(dict(models), dict(samples), chosen, batch_size)
         tables: dict[tuple[str, str], pd.DataFrame] = {}
         sections = []
         for analysis in (progress := tqdm(analyses, unit="analysis")):
             progress.set_description(analysis.title)
             frames = analysis.measure(inputs)
             tables |= {(analysis.name, grain): frame for grain, frame in frames.items()}
-            grains = [
-                _save(frames, grain, partial / f"{analysis.name}-{grain.name}")
-                for grain in analysis.grains
-                if grain.name in frames
-            ]
+            made = replace(analysis, grains=tuple(g for g in analysis.grains if g.name in frames))
+            grains = [_save(frames, grain, partial / f"{analysis.name}-{grain.name}") for grain in made.grains]
             sections.append(
                 {
                     "module": analysis.name,
                     "title": analysis.title,
                     "sentence": analysis.sentence,
                     "grains": grains,
-                    "code": _code(analysis, names, revision, next(iter(samples)), next(iter(samples.values()))),
+                    "code": _code(made, names, revision, pairs, *next(iter(samples.items()))),
                 }
             )
         page = (
@@ -608,6 +608,7 @@ def write(
         (partial / "report.html").write_text(page, encoding="utf-8")
         if png:
             write_png(partial)
+        out.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(out)
     return out / "report.html"
 
@@ -655,12 +656,21 @@ def _table(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
+    if pd.isna(value):
+        return ""
     if isinstance(value, float | np.floating):
-        return "" if np.isnan(value) else f"{value:.4g}".replace("-", "−")
+        return f"{value:.4g}".replace("-", "−")
     return str(value).replace("\n", "⏎")
 
 
-def _code(analysis: Analysis, names: Mapping[str, str], revision: str | None, text: str, sample: Sample) -> str:
+def _code(
+    analysis: Analysis,
+    names: Mapping[str, str],
+    revision: str | None,
+    pairs: str | Path | None,
+    text: str,
+    sample: Sample,
+) -> str:
     """Return how to make an analysis's tables and figures in Python."""
     models = ", ".join(repr(names[key]) if key in names else "None" for key in ("original", "control", "ln_free"))
     models += f", revision={revision!r}" if revision else ""
@@ -674,11 +684,12 @@ def _code(analysis: Analysis, names: Mapping[str, str], revision: str | None, te
     return "\n".join(
         [
             f"from analysis import {analysis.name}, load_trio",
+            *(["from analysis.prompts import choose_pairs"] if analysis.module is patching else []),
             "from analysis.report import read_text",
             "",
             f"models = load_trio({models})",
             f"tokens, documents, _ = read_text({text!r}, models['original'], {sample.tokens.numel()})",
-            *analysis.python,
+            *(line.format(pairs=str(pairs) if pairs is not None else None) for line in analysis.python),
             *calls,
         ]
     )
@@ -691,6 +702,10 @@ def _facts(model: Any, samples: Mapping[str, Sample]) -> dict[str, str]:
         "Packing": (
             "as in training: documents one after another, each ended by the end-of-text token, cut in blocks of "
             f"{model.cfg.n_ctx} tokens, nothing prepended; the blocks are spread evenly over the text"
+        ),
+        "Models": (
+            "norms folded into the weights that read them; the mean over the width of what is written to the residual "
+            "stream, on which no prediction depends, taken out"
         ),
         "Made": time.strftime("%Y-%m-%d %H:%M %Z"),
         "Versions": ", ".join(

@@ -5,6 +5,9 @@
 2. From the point before: growth ‖x‖/‖x_before‖, and the cosine similarity of x and x_before.
 3. Summaries over tokens, those at position 0 and end-of-text tokens apart from the others, because in GPT-2 they differ
    by far: Heimersheim 2024 (arXiv 2409.13710), Baroni et al. 2025 (arXiv 2507.02559).
+
+The models of `load_trio` have the mean over the width taken out of x, on which no prediction depends: there ‖x‖ is the
+std times √d_model.
 """
 
 import math
@@ -183,7 +186,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
         figure.update_yaxes(title=token_class, row=row, col=1)
     figure.update_layout(title="Mean, spread and maximum (—) over tokens", height=150 + 250 * len(classes))
     figure.update_xaxes(title="Point of the residual stream<br>(layer, place)", row=len(classes))
-    return figure.update_yaxes(type="log")
+    return figure.update_yaxes(type="log", dtick="D2")
 
 
 def plot_steps(frame: pd.DataFrame) -> go.Figure:

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import GPT2LMHeadModel
 
@@ -30,8 +31,12 @@ def kl_divergence(p: Float[Tensor, "*token vocab"], q: Float[Tensor, "*token voc
 
 def js_divergence(p: Float[Tensor, "*token vocab"], q: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token"]:
     """Return the Jensen-Shannon divergence of each token from log-probabilities, nats: from 0 to log 2."""
-    mixture = torch.logaddexp(p, q) - np.log(2)
-    return (kl_divergence(p, mixture) + kl_divergence(q, mixture)) / 2
+
+    def kl_to_mixture(one: Tensor, other: Tensor) -> Tensor:
+        # log mixture = one + softplus(other − one) − log 2: 0 exactly where they are equal.
+        return (one.exp() * (np.log(2) - F.softplus(other - one))).sum(-1)
+
+    return (kl_to_mixture(p, q) + kl_to_mixture(q, p)) / 2
 
 
 def mean_and_error(

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,6 @@ from finetune.schedule import resolve
 from finetune.sites import Sites
 
 NEURONS = [7, 0, 31]
-MEASURES = {
-    "alone": lambda models, tokens, **options: confidence_neurons.measure(models, tokens, NEURONS, **options),
-    "cumulative": lambda models, tokens, **options: confidence_neurons.measure_cumulative(
-        models, tokens, NEURONS, **options
-    ),
-}
 NULL = torch.tensor([1.0, -1.0] + [0.0] * 10) * 5
 """A direction that the unembedding of `with_confidence_neuron` does not see."""
 
@@ -40,9 +36,8 @@ def with_confidence_neuron(model, neuron):
     return model
 
 
-@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
-def test_contract(measure, make_gpt2):
-    assert_keeps_contract(measure, make_gpt2)
+def test_contract(make_gpt2):
+    assert_keeps_contract(partial(confidence_neurons.measure, neurons=NEURONS), make_gpt2)
 
 
 @pytest.mark.parametrize("measure", [confidence_neurons.measure_neurons, confidence_neurons.measure_spectrum])
@@ -75,10 +70,11 @@ def test_ablation_against_a_forward_by_hand(make_gpt2, tool):
     frame = confidence_neurons.measure({"m": models["original"]}, TOKENS, NEURONS, batch_size=2)
     means, scales = {}, None
 
-    def edit(_, inputs, neuron):
+    def edit(_, inputs, neurons):
         activation = inputs[0].clone()
-        means.setdefault(neuron, activation[..., neuron].mean())
-        activation[..., neuron] = means[neuron]
+        for neuron in neurons:
+            means.setdefault(neuron, activation[..., neuron].mean())
+            activation[..., neuron] = means[neuron]
         return (activation,)
 
     def keep_scale(norm, inputs, output):
@@ -88,11 +84,9 @@ def test_ablation_against_a_forward_by_hand(make_gpt2, tool):
     def freeze_scale(norm, inputs, output):
         return (inputs[0] - inputs[0].mean(-1, keepdim=True)) / scales * norm.weight + norm.bias
 
-    def forward(neuron=None, norm_hook=None):
-        handles = []
-        if neuron is not None:
-            c_proj = plain.transformer.h[-1].mlp.c_proj
-            handles.append(c_proj.register_forward_pre_hook(lambda *args: edit(*args, neuron)))
+    def forward(neurons=(), norm_hook=None):
+        c_proj = plain.transformer.h[-1].mlp.c_proj
+        handles = [c_proj.register_forward_pre_hook(lambda *args: edit(*args, neurons))]
         if norm_hook is not None:
             handles.append(plain.transformer.ln_f.register_forward_hook(norm_hook))
         with torch.no_grad():
@@ -103,8 +97,11 @@ def test_ablation_against_a_forward_by_hand(make_gpt2, tool):
         return {"entropy": entropy(probabilities, axis=-1).mean(), "loss": -np.log(of_next).mean()}
 
     clean = forward(norm_hook=keep_scale)
+    assert frame["ablated"].tolist() == [1, 1] * 3 + [1, 1, 2, 2, 3, 3]
+    assert frame["neuron"].tolist() == [7, 7, 0, 0, 31, 31] * 2
     for row in frame.itertuples():
-        total, direct = forward(row.neuron)[row.measure], forward(row.neuron, freeze_scale)[row.measure]
+        neurons = NEURONS[: row.ablated] if row.ablation == "together" else [row.neuron]
+        total, direct = forward(neurons)[row.measure], forward(neurons, freeze_scale)[row.measure]
         assert row.clean == pytest.approx(clean[row.measure], rel=1e-6)
         assert row.total == pytest.approx(total - clean[row.measure], abs=1e-6)
         assert row.direct == pytest.approx(direct - clean[row.measure], abs=1e-6)
@@ -114,12 +111,16 @@ def test_ablation_against_a_forward_by_hand(make_gpt2, tool):
 
 def test_nothing_goes_through_the_ln_of_an_ln_free_model(make_gpt2):
     models = load_trio(make_gpt2(seed=1), None, remove_layernorm(make_gpt2(seed=1)))
-    for measure in MEASURES.values():
-        frame = measure(models, TOKENS).set_index("model")
-        assert np.allclose(frame["total"], frame["direct"] + frame["through_ln"], rtol=0, atol=1e-12)
-        assert (frame.loc["ln_free", "through_ln"] == 0).all()
-        assert frame.loc["ln_free", "direct"].abs().max() > 1e-3
-        assert frame.loc["original", "through_ln"].abs().max() > 1e-3
+    table = confidence_neurons.measure(models, TOKENS, NEURONS)
+    frame = table.set_index("model")
+    assert np.allclose(frame["total"], frame["direct"] + frame["through_ln"], rtol=0, atol=1e-12)
+    assert (frame.loc["ln_free", "through_ln"] == 0).all()
+    assert frame.loc["ln_free", "direct"].abs().max() > 1e-3
+    assert frame.loc["original", "through_ln"].abs().max() > 1e-3
+    said = confidence_neurons.describe(table)
+    of_single = frame.loc["original"].query("ablation == 'alone' and measure == 'entropy'")
+    assert f"original: {of_single['through_ln'].abs().max():.2g} of {of_single['clean'].iloc[0]:.3g} (" in said
+    assert "; ln_free: 0 of " in said
 
 
 def test_a_planted_confidence_neuron_is_found_and_acts_through_ln_alone(make_gpt2):
@@ -137,14 +138,6 @@ def test_candidates_have_a_large_norm_and_the_smallest_logit_var(make_gpt2):
     frame = confidence_neurons.measure_neurons({"m": model}, [])
     large = frame.nlargest(5, "norm")
     assert confidence_neurons.candidates(model, 3) == large.nsmallest(3, "logit_var")["neuron"].tolist()
-
-
-def test_cumulative_ablation_starts_at_nothing_and_at_the_first_neuron(make_gpt2):
-    models = trio(make_gpt2)
-    cumulative = confidence_neurons.measure_cumulative(models, TOKENS, NEURONS)
-    assert (cumulative.loc[cumulative["ablated"] == 0, ["total", "direct", "through_ln"]] == 0).all(axis=None)
-    alone = confidence_neurons.measure(models, TOKENS, NEURONS[:1])
-    assert_same(cumulative[cumulative["ablated"] == 1].drop(columns="ablated"), alone.drop(columns="neuron"))
 
 
 def test_spectrum_against_the_svd(make_gpt2):
@@ -176,12 +169,13 @@ def test_neurons_that_there_are_not(make_gpt2, neurons, message):
 
 def test_plots(make_gpt2):
     models = trio(make_gpt2)
-    figure = confidence_neurons.plot(confidence_neurons.measure(models, TOKENS, NEURONS))
+    frame = confidence_neurons.measure(models, TOKENS, NEURONS)
+    figure = confidence_neurons.plot(frame)
     assert_plots_by_model(figure, list(models))
     assert list(figure.data[0].x) == ["7", "0", "31"]
-    figure = confidence_neurons.plot_cumulative(confidence_neurons.measure_cumulative(models, TOKENS, NEURONS))
+    figure = confidence_neurons.plot_cumulative(frame)
     assert_plots_by_model(figure, list(models))
-    assert list(figure.data[0].x) == [0, 1, 2, 3]
+    assert list(figure.data[0].x) == [1, 2, 3]
     figure = confidence_neurons.plot_spectrum(confidence_neurons.measure_spectrum(models, NEURONS))
     assert_plots_by_model(figure, list(models))
     figure = confidence_neurons.plot_neurons(confidence_neurons.measure_neurons(models, NEURONS))

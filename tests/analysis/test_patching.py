@@ -3,6 +3,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from contract import TL4, assert_plots_by_model, assert_same, trio
@@ -196,6 +197,26 @@ def test_summary_against_a_loop(measured):
         assert row.error_spread == pytest.approx(np.std(errors, ddof=1))
 
 
+def test_pairs_that_every_model_tells_apart():
+    frame = pd.DataFrame(
+        {
+            "model": ["a", "a", "a", "b", "b", "b"],
+            "pair": [1, 2, 3, 1, 2, 3],
+            "clean_difference": [1.0, 1.0, 1.0, -1.0, 2.0, 0.5],
+            "corrupt_difference": [-1.0, -1.0, -1.0, -1.0, 1.0, -0.5],
+        }
+    )
+    assert patching.told_apart(frame) == [3]
+    assert patching.told_apart(frame[:3]) == [1, 2, 3]
+    assert patching.describe_pairs(frame).startswith("1 of 3 pairs are patched")
+
+
+def test_some_pairs_alone_keep_their_numbers(measured, tokenizer):
+    plain, frame = measured
+    second = patching.measure({"m": load_bridge(plain)}, PAIRS, tokenizer, only=[2])
+    assert_same(second, frame[frame["pair"] == 2])
+
+
 def test_micro_can_do_its_pairs(micro_tokenizer):
     pairs = prompts.read_pairs(prompts.MICRO)
     frame = patching.measure_pairs({"micro": load_bridge("micro")}, pairs, micro_tokenizer)
@@ -267,6 +288,15 @@ def test_indirect_objects_for_any_tokenizer(micro_tokenizer):
             assert [(tokens.clean == name).sum() for name in names] == [1, 2]
         assert prompts.indirect_object_pairs(tokenizer, count=20) == pairs
         assert prompts.indirect_object_pairs(tokenizer, count=20, seed=1) != pairs
+
+
+def test_pairs_are_chosen_for_the_tokenizer(micro_tokenizer, tmp_path):
+    assert prompts.choose_pairs(micro_tokenizer) == prompts.read_pairs(prompts.MICRO)
+    names = word_level("When Mary Tom John and went to the shop")
+    assert prompts.choose_pairs(names) == prompts.indirect_object_pairs(names)
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([vars(pair) for pair in PAIRS]), encoding="utf-8")
+    assert prompts.choose_pairs(names, path) == PAIRS
 
 
 def test_no_indirect_objects_without_names():

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from analysis import answers, load_trio, patching, report
+from analysis import answers, load_trio, patching, prompts, report
 from analysis.__main__ import main
 from finetune import checkpoint, recipe
 
@@ -50,7 +50,9 @@ def made(trio, tmp_path_factory):
     out = tmp_path_factory.mktemp("reports") / "made"
     samples = {name: report.read_text(name, trio["original"], 256) for name in ("books-report", "shifted-peps")}
     names = {"original": "micro", "control": "micro", "ln_free": "models/ln_free"}
-    return report.write(trio, samples, out, names=names, pairs=report.read_pairs(report.MICRO)[:2]).parent
+    pairs = out.parent / "pairs.json"
+    pairs.write_text(json.dumps([dataclasses.asdict(pair) for pair in prompts.read_pairs(prompts.MICRO)[:2]]))
+    return report.write(trio, samples, out, names=names, pairs=pairs).parent
 
 
 def test_all_tables_and_figures_lie_beside_the_page(made):
@@ -73,9 +75,14 @@ def test_the_page_is_whole_and_small(made):
     assert not re.search(r"""<(script|img|link|iframe)[^>]+(src|href)=["'](?!data:)""", page)
     assert "nothing prepended" in page
     assert "transformers " in page
-    assert page.count('<article class="card">') == 5
+    assert page.count('<article class="card">') == 6
     assert "Sum over components less the logit" in page
     assert "The prompt, token by token: " in page
+    assert "Largest change of entropy by one neuron" in page
+    assert "0 of 2 pairs are patched" in page
+    assert "patching.measure_pairs" in page
+    assert "patching.measure(" not in page
+    assert "&lt;NA&gt;" not in page
 
 
 def test_blocks_are_packed_as_in_training_and_spread_over_the_text(trio):
@@ -113,7 +120,7 @@ def test_the_python_of_each_section_makes_its_tables(name, tiny, tmp_path, monke
     monkeypatch.setattr(patching, "measure_pairs", functools.partial(_solved, patching.measure_pairs))
     out = report.write(models, samples, tmp_path / "r", names=tiny, only=[name]).parent
     analysis = next(analysis for analysis in report.ANALYSES if analysis.name == name)
-    code = report._code(analysis, tiny, None, "books-validation", samples["books-validation"])
+    code = report._code(analysis, tiny, None, None, "books-validation", samples["books-validation"])
     shown = []
     monkeypatch.setattr(go.Figure, "show", lambda figure: shown.append(figure))
     exec(code, {})
@@ -130,17 +137,20 @@ def _solved(measure, *args):
     return measure(*args).assign(clean_difference=1.0, corrupt_difference=-1.0)
 
 
-def test_the_python_of_a_revision():
+def test_the_python_of_a_revision_and_of_pairs():
     sample = report.Sample(torch.zeros(2, 5, dtype=int), np.zeros((2, 5), int), "")
-    code = report._code(report.ANALYSES[0], {"original": "gpt2", "ln_free": "x"}, "v1", "t", sample)
+    analysis = next(analysis for analysis in report.ANALYSES if analysis.module is patching)
+    code = report._code(analysis, {"original": "gpt2", "ln_free": "x"}, "v1", "p.json", "t", sample)
     assert "load_trio('gpt2', None, 'x', revision='v1')" in code
     assert "read_text('t', models['original'], 10)" in code
+    assert "choose_pairs(tokenizer, 'p.json')" in code
 
 
 def test_cells_show_numbers_shortly():
-    frame = pd.DataFrame({"a": [0.000123456, math.nan, -2.0], "b": ["x\ny", "<b>", ""], "c": [1, 2, 3]})
+    numbers = pd.array([1, None, 3], "Int64")
+    frame = pd.DataFrame({"a": [0.000123456, math.nan, -2.0], "b": ["x\ny", "<b>", ""], "c": numbers})
     table = report._table(frame)
-    assert table["rows"] == [["0.0001235", "x⏎y", "1"], ["", "<b>", "2"], ["−2", "", "3"]]
+    assert table["rows"] == [["0.0001235", "x⏎y", "1"], ["", "<b>", ""], ["−2", "", "3"]]
     assert [column["is_text"] for column in table["columns"]] == [False, True, False]
 
 
@@ -215,8 +225,25 @@ class TestAnswers:
         )
         answer = answers.answer({("residual_norms", "point"): frame})[0]
         assert said in answer.sentence
-        assert "1 pre" in answer.sentence
+        assert "before block 1" in answer.sentence
         assert answer.number == f"{before:.1f} → {after:.1f}"
+
+    @pytest.mark.parametrize(
+        ("before", "after", "said"),
+        [
+            (0.01, 0.02, "in neither"),
+            (0.01, 0.2, "Not in the original"),
+            (0.5, 0.4, "fewer"),
+            (0.5, 0.52, "as many"),
+            (0.5, 0.6, "more of"),
+        ],
+    )
+    def test_attention_sinks(self, before, after, said):
+        frame = pd.DataFrame({"model": ["original", "ln_free"], "sink_rate": [before, after]})
+        answer = answers.answer({("attention", "model"): frame})[0]
+        assert said in answer.sentence
+        assert answer.number == f"{100 * before:.1f} → {100 * after:.1f}"
+        assert answer.published_model == "GPT-2 medium"
 
     @pytest.mark.parametrize(
         ("before", "after", "said"), [(49, 0.0, "misses"), (5, 0, "a little"), (0.3, 0, "nearly was"), (49, 3, "not")]
@@ -259,6 +286,7 @@ class TestBadInput:
 
     def test_half_of_a_pair(self):
         assert "--ln-free" in self.fail("--original", "micro")
+        assert "--ln-free" in self.fail("--revision", "v1")
 
     def test_missing_model(self, tmp_path):
         assert "nowhere" in self.fail("--original", "micro", "--ln-free", "./nowhere/at all", "--out", "r")
@@ -310,6 +338,12 @@ class TestBadInput:
         (tmp_path / "r").mkdir()
         assert "exists" in self.fail("--original", "micro", "--ln-free", "micro", "--out", "r")
 
+    def test_no_text(self):
+        assert "at least one text" in self.fail("--original", "micro", "--ln-free", "x", "--text")
+
+    def test_batch_size(self):
+        assert "--batch-size is 0" in self.fail("--original", "micro", "--ln-free", "x", "--batch-size", "0")
+
     def test_unknown_analysis(self):
         message = self.fail("--only", "los")
         assert "los" in message
@@ -319,12 +353,21 @@ class TestBadInput:
         monkeypatch.setattr(report.token_view, "measure", lambda *_, **__: 1 / 0)
         samples = {"books-report": report.read_text("books-report", trio["original"], 1)}
         with pytest.raises(ZeroDivisionError):
-            report.write(trio, samples, tmp_path / "r", only=["attention"])
+            report.write(trio, samples, Path("reports") / "new" / "r", only=["attention"])
         assert not list(tmp_path.iterdir())
 
     def test_unknown_command(self):
         with pytest.raises(SystemExit, match="no command draw"):
             main(["draw"])
+
+
+def test_directories_on_the_way_are_made(tiny, tmp_path):
+    models = load_trio(**tiny)
+    samples = {"books-validation": report.read_text("books-validation", models["original"], 64)}
+    page = report.write(models, samples, tmp_path / "reports" / "r", only=["attention"])
+    assert page.is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["reports"]
+    assert [path.name for path in page.parent.parent.iterdir()] == ["r"]
 
 
 def test_newest_complete_run_is_taken(tmp_path, monkeypatch):

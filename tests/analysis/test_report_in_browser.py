@@ -125,3 +125,15 @@ def test_figures_follow_light_dark_and_print(page):
     else:
         pytest.fail("the figures stayed dark")
     assert page.pdf()[:4] == b"%PDF"
+
+
+def test_figures_keep_to_their_places_in_print(page):
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_timeout(500)
+    bottoms = page.evaluate(
+        "[...document.querySelectorAll('.plot')].map((plot) => [plot.getBoundingClientRect().bottom, "
+        "Math.max(...[...plot.querySelectorAll('.main-svg')].map((drawn) => drawn.getBoundingClientRect().bottom))])"
+    )
+    assert len(bottoms) >= 10
+    assert all(drawn <= place + 1 for place, drawn in bottoms)
