@@ -1,14 +1,19 @@
-"""Fine-tune the LayerNorm out of a GPT-2-type model."""
+"""Fine-tune the LayerNorm out of a GPT-2-type model.
+
+`remove_layernorm` does it, a `Recipe` says how, and a `Run` is what it leaves. Beside these, `recipe` reads and writes
+recipes, `text` packs any text, `checkpoint` reads and writes LN-free models, `evaluate` measures models on held-out
+text, `sweep` does many runs, and `blocks` has models that are trained without norms from the start.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.recipe import Recipe, Schedule, Text
+    from finetune.recipe import Gaps, Layers, Recipe, Schedule, Text
     from finetune.run import Run, remove_layernorm, resume
 
-__all__ = ["NolnError", "Recipe", "Run", "Schedule", "Text", "remove_layernorm", "resume"]
+__all__ = ["Gaps", "Layers", "NolnError", "Recipe", "Run", "Schedule", "Text", "remove_layernorm", "resume"]
 
-_HOMES = {"Recipe": "recipe", "Schedule": "recipe", "Text": "recipe"} | dict.fromkeys(
+_HOMES = dict.fromkeys(("Gaps", "Layers", "Recipe", "Schedule", "Text"), "recipe") | dict.fromkeys(
     ("Run", "remove_layernorm", "resume"), "run"
 )
 
@@ -24,3 +29,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"finetune.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List public names before they are imported too: `python -m pydoc finetune` shows them."""
+    return sorted({*globals(), *__all__})

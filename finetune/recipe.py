@@ -49,6 +49,8 @@ class Text:
     """The part of `source` that is held out where `held_out` is None, as a fraction of its documents."""
     held_out_blocks: int = 240
     """How many held-out blocks the losses are measured on, at most."""
+    train_blocks: int | None = None
+    """Train on so many blocks, spread evenly through the source, again and again. None: on all."""
     column: str | None = None
     """The column that holds the text. None: it is found."""
     subset: str | None = None
@@ -63,8 +65,11 @@ class Text:
     def __post_init__(self) -> None:
         if not 0 < self.held_out_fraction < 1:
             raise RecipeError(f"text.held_out_fraction is {self.held_out_fraction}; it must lie between 0 and 1.")
-        if self.held_out_blocks < 1:
-            raise RecipeError(f"text.held_out_blocks is {self.held_out_blocks}; at least 1 is needed.")
+        for field in ("held_out_blocks", "train_blocks"):
+            if (blocks := getattr(self, field)) is not None and blocks < 1:
+                raise RecipeError(f"text.{field} is {blocks}; at least 1 is needed.")
+        if self.train_blocks is not None and self.streaming:
+            raise RecipeError("text.train_blocks takes blocks from all of the text, text.streaming none again: choose.")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)

@@ -2,7 +2,7 @@
 
 A sweep file is YAML:
 
-    recipe: micro                                  # what every run starts from
+    recipe: micro                                  # what every run starts from, unless it names another `recipe`
     seeds: [0, 1, 2]
     set: {text.held_out_blocks: 96}                # overridden in every run
     runs: [{kl_weight: 0.0}, {kl_weight: 1.0}]     # a run each, at every seed
@@ -91,16 +91,15 @@ def load(path: str | Path, out: str | Path) -> list[Job]:
     """
     path = Path(path)
     sweep = recipes.validate(Sweep, recipes.read_yaml(path, "sweep"), f"sweep {path}")
-    base = recipes.load(sweep.recipe)
     jobs = []
     for run, *values in itertools.product(sweep.runs, *sweep.grid.values()):
         overrides = sweep.set | run | dict(zip(sweep.grid, values, strict=True))
+        base = overrides.pop("recipe", sweep.recipe)
+        digest = hashlib.sha256(json.dumps([base, overrides, sweep.texts], sort_keys=True).encode()).hexdigest()
         for seed in sweep.seeds:
-            what = f"sweep's run {overrides}"
-            recipe = recipes.override(base, overrides | {"seed": seed}, what)
-            digest = hashlib.sha256(json.dumps([sweep.recipe, overrides, sweep.texts], sort_keys=True).encode())
-            name = f"{digest.hexdigest()[:8]}-seed{seed}"
-            jobs.append(Job(recipe, sweep.recipe, overrides, sweep.texts, Path(out).absolute() / "runs" / name))
+            recipe = recipes.override(recipes.load(base), overrides | {"seed": seed}, f"sweep's run {overrides}")
+            directory = Path(out).absolute() / "runs" / f"{digest[:8]}-seed{seed}"
+            jobs.append(Job(recipe, base, overrides, sweep.texts, directory))
     return jobs
 
 

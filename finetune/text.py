@@ -174,8 +174,12 @@ def load_text(
     _check_length(len(held_out), context, text.held_out or text.source, "to hold out")
     _check_ids(held_out.max(), vocab_size, text.held_out or text.source)
     eot = tokenizer.eos_token_id
+    blocks = Blocks(train, context, eot, train_ends)
+    if text.train_blocks is not None and text.train_blocks < len(blocks):
+        rows = np.linspace(0, len(blocks) - 1, text.train_blocks).round().astype(int)
+        blocks = Blocks(blocks.blocks[rows].ravel(), context, eot)
     return TextSplits(
-        Blocks(train, context, eot, train_ends),
+        blocks,
         Blocks(held_out[: text.held_out_blocks * context], context, eot, held_out_ends),
     )
 

@@ -8,7 +8,7 @@ import pytest
 from finetune import NolnError, recipe
 from finetune.recipe import Gaps, RecipeError, Schedule, Text
 
-MICRO = recipe.load("micro")
+B25 = recipe.load("micro-b25")
 TWICE = ("ln_2", "ln_2", "qk", "v", "ln_f", "eot", "bos")
 CONTRADICTIONS = {
     "schedule.order lacks v": lambda: Schedule(start=1, gap=Gaps(), order=("ln_2", "qk", "ln_f", "eot", "bos")),
@@ -19,13 +19,15 @@ CONTRADICTIONS = {
     "schedule.at says when": lambda: Schedule(start=1, gap=Gaps(), tolerance=0.1, at=(1, 2, 3, 4, 5, 6)),
     "schedule.at needs a step for each": lambda: Schedule(start=1, gap=Gaps(), at=(1, 2, 3)),
     "schedule.at needs a step for each entry of": lambda: Schedule(start=1, gap=Gaps(), at=(1, 2, 3, 4, 6, 5)),
-    "kl_weight": lambda: dataclasses.replace(MICRO, kl_weight=1.1),
+    "kl_weight": lambda: dataclasses.replace(B25, kl_weight=1.1),
     "schedule.order names something twice": lambda: Schedule(start=1, gap=Gaps(), order=TWICE),
     "schedule.fade": lambda: Schedule(start=1, gap=Gaps(), fade=0),
     "schedule.start": lambda: Schedule(start=0.9, gap=Gaps()),
     "schedule.gap.qk": lambda: Gaps(qk=-1),
     "text.held_out_fraction": lambda: Text(held_out_fraction=1.0),
     "text.held_out_blocks": lambda: Text(held_out_blocks=0),
+    "text.train_blocks": lambda: Text(train_blocks=0),
+    "text.train_blocks takes": lambda: Text(train_blocks=1, streaming=True),
 }
 CONTRADICTING_FIELDS = {
     "steps": {"steps": 0},
@@ -33,8 +35,8 @@ CONTRADICTING_FIELDS = {
     "micro_batch": {"micro_batch": 0},
     "min_lr": {"min_lr": 1.0},
     "std_decay": {"std_decay": 1.0},
-    "warmup": {"warmup": MICRO.steps},
-    "lr_horizon": {"lr_horizon": MICRO.steps - 1},
+    "warmup": {"warmup": B25.steps},
+    "lr_horizon": {"lr_horizon": B25.steps - 1},
     "schedule.start": {"steps": 8, "warmup": 1},
     "control_from": {"control_from": "runs/earlier", "control": False},
     "log_every": {"log_every": 0},
@@ -44,7 +46,7 @@ CONTRADICTING_FIELDS = {
 
 def write(tmp_path, **fields):
     path = tmp_path / "mine.yaml"
-    path.write_text(recipe.dump(MICRO) + "".join(f"{key}: {value}\n" for key, value in fields.items()))
+    path.write_text(recipe.dump(B25) + "".join(f"{key}: {value}\n" for key, value in fields.items()))
     return path
 
 
@@ -71,7 +73,7 @@ def test_parts_that_contradict_themselves_are_refused(field):
 @pytest.mark.parametrize("field", CONTRADICTING_FIELDS)
 def test_contradictions_are_refused_by_the_field_to_change(field):
     with pytest.raises(RecipeError, match=re.escape(field)):
-        dataclasses.replace(MICRO, **CONTRADICTING_FIELDS[field])
+        dataclasses.replace(B25, **CONTRADICTING_FIELDS[field])
 
 
 @pytest.mark.parametrize("field", CONTRADICTING_FIELDS)
@@ -124,28 +126,28 @@ def test_a_name_that_is_not_shipped_is_answered_with_those_that_are():
 
 def test_a_file_is_called_after_its_name_and_its_numbers_may_lack_the_point(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(recipe.dump(MICRO).replace("name: micro\n", "").replace("0.0003", "6e-4"))
-    assert recipe.load(path) == dataclasses.replace(MICRO, name="mine", lr=6e-4)
+    path.write_text(recipe.dump(B25).replace("name: micro-b25\n", "").replace("0.0003", "6e-4"))
+    assert recipe.load(path) == dataclasses.replace(B25, name="mine", lr=6e-4)
 
 
 def test_scaling_to_the_same_steps_changes_nothing_and_to_none_is_refused():
-    assert MICRO.scaled(MICRO.steps) == MICRO
+    assert B25.scaled(B25.steps) == B25
     h24 = recipe.load("gpt2-h24").scaled(120)
     assert (h24.warmup, h24.lr_horizon, h24.schedule.start, h24.schedule.gap.eot) == (10, 200, 20, 10)
     for steps in (1, 0, -3):
         with pytest.raises(RecipeError, match="steps"):
-            MICRO.scaled(steps)
+            B25.scaled(steps)
 
 
 def test_scaling_scales_fades():
-    faded = dataclasses.replace(MICRO, schedule=dataclasses.replace(MICRO.schedule, fade=6))
+    faded = dataclasses.replace(B25, schedule=dataclasses.replace(B25.schedule, fade=6))
     assert faded.scaled(60).schedule.fade == 3
     assert faded.scaled(8).schedule.fade == 1
 
 
 def test_recipes_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        MICRO.steps = 3
+        B25.steps = 3
 
 
 def test_errors_are_those_that_the_user_can_mend():

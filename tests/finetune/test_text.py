@@ -108,6 +108,19 @@ def test_packing_by_hand(tmp_path, tokenizer):
     assert ids.ravel().tolist() == expected[: ids.size]
 
 
+def test_a_few_blocks_to_train_on_are_spread_through_the_source(tmp_path, tokenizer):
+    source = str(tmp_path / "text.txt")
+    Path(source).write_text("\n".join(f"{i} bottles of beer on the wall" for i in range(200)))
+    whole = load_text(Text(source=source, held_out_fraction=0.1), tokenizer, 16, VOCAB).train.blocks
+    few = load_text(Text(source=source, held_out_fraction=0.1, train_blocks=5), tokenizer, 16, VOCAB).train.blocks
+    rows = [next(i for i, block in enumerate(whole) if (block == row).all()) for row in few]
+    assert rows[0] == 0
+    assert rows[-1] == len(whole) - 1
+    assert np.ptp(np.diff(rows)) <= 1
+    many = load_text(Text(source=source, held_out_fraction=0.1, train_blocks=9999), tokenizer, 16, VOCAB).train
+    np.testing.assert_array_equal(many.blocks, whole)
+
+
 def test_held_out_blocks_are_the_first(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "a.jsonl")
     few, all_ = (
