@@ -34,8 +34,11 @@ def answer(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Answer]:
     """Answer what the tables of a report, by module and grain, have the numbers for."""
     answers = []
     if ("loss", "token") in tables:
-        paid, baseline = _losses_paid(tables["loss", "token"])
-        answers.append(loss_paid(*next(iter(paid.items())), baseline))
+        frame = tables["loss", "token"]
+        baseline = "control" if "control" in set(frame["model"]) else "original"
+        paid, to_original = _losses_paid(frame, baseline), _losses_paid(frame, "original")
+        text = next(iter(paid))
+        answers.append(loss_paid(text, paid[text], baseline, to_original[text]))
         if len(paid) > 1:
             answers.append(loss_elsewhere(paid))
     if ("residual_norms", "point") in tables:
@@ -52,8 +55,11 @@ def answer(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Answer]:
     return answers
 
 
-def loss_paid(text: str, paid: tuple[float, float], baseline: str) -> Answer:
-    """Answer from the loss of the LN-free model less that of `baseline` on a text, with standard error, nats/token."""
+def loss_paid(text: str, paid: tuple[float, float], baseline: str, to_original: tuple[float, float]) -> Answer:
+    """Answer from the loss of the LN-free model less those of `baseline` and of the original on a text.
+
+    Each with its standard error, nats/token.
+    """
     mean, error = paid
     if not abs(mean) > 2 * error:  # so too where the error of a single document is unknown
         sentence = f"On {text} no difference to the {baseline} can be told from chance."
@@ -65,6 +71,8 @@ def loss_paid(text: str, paid: tuple[float, float], baseline: str) -> Answer:
         sentence = f"The LN-free model predicts {text} worse than the {baseline} does."
     if baseline != "control":
         sentence += " Without a control, what fine-tuning did and what losing LN did cannot be told apart."
+    else:
+        sentence += f" Against the original it is {_signed(*to_original)}."
     return Answer(
         "What does losing LN cost?",
         _signed(mean, error),
@@ -96,15 +104,14 @@ def loss_elsewhere(paid: Mapping[str, tuple[float, float]]) -> Answer:
     )
 
 
-def _losses_paid(frame: pd.DataFrame) -> tuple[dict[str, tuple[float, float]], str]:
-    """Return by text the loss of the LN-free model less that of the model it is held against, and which that is."""
-    baseline = "control" if "control" in set(frame["model"]) else "original"
+def _losses_paid(frame: pd.DataFrame, baseline: str) -> dict[str, tuple[float, float]]:
+    """Return by text the loss of the LN-free model less that of `baseline`, with its standard error."""
     paid = {}
     for text, group in frame.groupby("text", sort=False):
         loss = {model: tokens["loss"].to_numpy() for model, tokens in group.groupby("model")}
         documents = group.loc[group["model"] == "ln_free", "document"].to_numpy()
         paid[str(text)] = mean_and_error(loss["ln_free"] - loss[baseline], documents)
-    return paid, baseline
+    return paid
 
 
 def position_0(before: float, after: float, point: str) -> Answer:
@@ -178,16 +185,15 @@ def exact_attribution(before: float, after: float) -> Answer:
 
 def same_model(ln_free: float, control: float | None) -> Answer:
     """Answer from the mean JSD to the original of the LN-free model and of the control, nats/token."""
-    if control is None:
+    if not control:
         number = f"{ln_free:.4f}"
-        sentence = (
-            "This far from the original’s predictions; without a control, what of it is fine-tuning’s is unknown."
-        )
+        without = "without a control" if control is None else "with a control that is the original itself"
+        sentence = f"This far from the original’s predictions; {without}, what of it is fine-tuning’s is unknown."
     else:
         number = f"{ln_free:.4f} / {control:.4f}"
         if ln_free <= control:
             sentence = (
-                "Its predictions are no farther from the original’s than those of the control: losing LN adds nothing."
+                "No farther from the original’s predictions than those of the control, which was fitted to the text."
             )
         elif ln_free < 1.25 * control:
             sentence = "Its predictions are hardly farther from the original’s than those of the control."

@@ -162,7 +162,7 @@ class TestAnswers:
         [((0.07, 0.004), "worse"), ((0.005, 0.001), "Little"), ((0.01, 0.02), "chance"), ((-0.1, 0.01), "better")],
     )
     def test_loss(self, paid, said):
-        answer = answers.loss_paid("books", paid, "control")
+        answer = answers.loss_paid("books", paid, "control", (0.5, 0.1))
         assert said in answer.sentence
         assert "OpenWebText" in answer.published
 
@@ -175,6 +175,7 @@ class TestAnswers:
         ]
         answer, elsewhere = answers.answer({("loss", "token"): pd.concat(frames)})
         assert answer.number == "+0.300 ± 0.000"
+        assert "Against the original it is +0.200 ± 0.000" in answer.sentence
         assert elsewhere.number == "+0.600 ± 0.000"
         assert elsewhere.sentence == "It costs more on peps than on books: +0.600 ± 0.000 against +0.300 ± 0.000."
         alone = pd.concat([frames[0], frames[2]])
@@ -183,7 +184,7 @@ class TestAnswers:
         assert "Without a control" in answer.sentence
 
     def test_loss_of_one_document_has_no_known_error(self):
-        answer = answers.loss_paid("books", (0.07, math.nan), "control")
+        answer = answers.loss_paid("books", (0.07, math.nan), "control", (0.5, 0.1))
         assert answer.number == "+0.070 ± unknown"
         assert "chance" in answer.sentence
 
@@ -257,7 +258,7 @@ class TestAnswers:
 
     @pytest.mark.parametrize(
         ("ln_free", "control", "said"),
-        [(0.04, 0.02, "2.0 times"), (0.022, 0.02, "hardly"), (0.01, 0.02, "adds nothing"), (0.04, None, "unknown")],
+        [(0.04, 0.02, "2.0 times"), (0.022, 0.02, "hardly"), (0.01, 0.02, "No farther"), (0.04, None, "unknown")],
     )
     def test_jsd(self, ln_free, control, said):
         models = {"original": 0.0, "ln_free": ln_free} | ({} if control is None else {"control": control})
