@@ -5,7 +5,7 @@ VENV := .venv
 VENV_TL4 := .venv-tl4
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-tl4 lint benchmark clean
+.PHONY: demo test test-tl4 lint benchmark notebooks clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m finetune run micro
@@ -23,6 +23,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Executes the notebooks in place and draws the README's picture; PNGs need Chrome or Chromium.
+notebooks: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[png]'
+	$(BIN)/python notebooks/execute.py
+	$(BIN)/python notebooks/picture.py
+
 benchmark: $(VENV)/installed
 	$(BIN)/python -m pytest -s tests/benchmarks
 
@@ -31,7 +37,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  || { echo "Python 3.11 to 3.13 is needed; say which with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,logging,eval]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,logging,eval,notebooks]'
 	@touch $@
 
 # Nothing but TransformerLens 4, over the packages of the first environment.

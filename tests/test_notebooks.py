@@ -1,0 +1,95 @@
+"""Every notebook runs from a clean kernel on what ships with the package, and what is stored of it is small."""
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+import analysis
+from finetune.bundled import MODELS
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+LARGEST = 1_000_000
+"""Bytes of a notebook with its outputs."""
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list[Any]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def test_there_are_six():
+    assert len(NOTEBOOKS) == 6
+
+
+@each
+def test_runs_from_a_clean_kernel(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    execute = runpy.run_path(str(FOLDER / "execute.py"))["execute"]
+    executed = execute(path, tmp_path, "plotly_mimetype")  # no browser is needed for these
+    cells = [cell for cell in executed.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in cells)
+    for cell in cells:
+        assert not [output for output in cell.outputs if output.get("name") == "stderr"]
+
+
+@each
+def test_stored_outputs(path: Path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.encode()) <= LARGEST
+    assert not re.search(r"/(?:home|root|tmp|opt|usr|Users|private)/", text)
+    assert str(FOLDER.parent) not in text
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    shown = [output for cell in cells for output in cell.outputs]
+    assert shown
+    assert not [output for output in shown if output.output_type == "error" or output.get("name") == "stderr"]
+    for output in shown:
+        # What pages show without running anything.
+        assert {"text/plain", "image/png"} & {*output.get("data", {"text/plain": output.get("text")})}
+
+
+@each
+def test_opens_with_how_to_run_it_elsewhere(path: Path):
+    first = code_cells(path)[0].source.splitlines()
+    assert first[0].startswith("# %pip install")
+    instead = re.fullmatch(r"# (MODELS?) = (.*?)  # (?:.*)from the Hub instead", first[1])
+    assert instead is not None
+    assert first[2].startswith(f"{instead[1]} = ")
+    here, there = ({*re.findall(r'"([^"]+)"', line)} for line in (first[2], instead[2]))
+    assert here <= {*MODELS}
+    bases = {published.base for published in analysis.PUBLISHED.values()}
+    assert there <= {*analysis.PUBLISHED} | bases
+
+
+@each
+def test_uses_the_public_api_only(path: Path):
+    source = "\n".join(cell.source for cell in code_cells(path))
+    assert not re.search(r"(?:from|import) (?:analysis|finetune)\S* import .*\b_\w|\b\w+\._[a-z]", source)
+
+
+@each
+def test_every_plot_is_explained(path: Path):
+    cells = nbformat.read(path, as_version=4).cells
+    for cell, following in zip(cells, [*cells[1:], None], strict=True):
+        shows = cell.cell_type == "code" and "update_layout(" in cell.source
+        assert not shows or (following is not None and re.search(r"\bplots?\b.* (?:shows?|say)", following.source))
+
+
+def test_the_picture():
+    picture = runpy.run_path(str(FOLDER / "picture.py"))
+    norms, effects = picture["measure"](tokens=512)
+    colours = picture["THEMES"].values()
+    light, dark = (picture["draw"](norms, effects, **theme) for theme in colours)
+    assert len(light.data) == len(dark.data)
+    assert light.layout.font.color != dark.layout.font.color
+    dots = [trace for trace in light.data if trace.mode == "markers"]
+    assert [len(trace.x) for trace in dots] == [len(dots[0].x)] * 2
+    assert list(dots[1].x) == pytest.approx(list(dots[1].y), abs=1e-4)  # LN-free: DLA is the direct effect
+    for theme in picture["THEMES"]:
+        assert (FOLDER / "figures" / f"overview-{theme}.png").read_bytes().startswith(b"\x89PNG")
