@@ -486,7 +486,8 @@ def test_importing_the_package_is_cheap():
 def readme_snippets() -> list[str]:
     text = (Path(__file__).parents[2] / "README.md").read_text()
     section = re.search(r"^## Load an LN-free model\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    return re.findall(r"^```python\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
+    snippets = re.findall(r"^```python\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
+    return [snippet for snippet in snippets if "from analysis" in snippet]
 
 
 @pytest.mark.parametrize("snippet", readme_snippets(), ids=lambda snippet: re.search(r"load_\w+", snippet)[0])
@@ -494,6 +495,5 @@ def test_the_readme_snippets_run(snippet, tmp_path, monkeypatch):
     if TL4 and "load_hooked" in snippet:
         pytest.skip("TransformerLens 4 has no HookedTransformer")
     monkeypatch.chdir(tmp_path)
-    save(ln_free_micro(), "runs/RUN/ln_free", load_tokenizer("micro"))
     Path("snippet.py").write_text(snippet)  # nnsight reads its source back
     runpy.run_path("snippet.py")

@@ -126,7 +126,7 @@ def test_a_name_that_is_not_shipped_is_answered_with_those_that_are():
 
 def test_a_file_is_called_after_its_name_and_its_numbers_may_lack_the_point(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(recipe.dump(B25).replace("name: micro-b25\n", "").replace("0.0003", "6e-4"))
+    path.write_text(recipe.dump(B25).replace("name: micro-b25\n", "").replace("lr: 0.00015", "lr: 6e-4"))
     assert recipe.load(path) == dataclasses.replace(B25, name="mine", lr=6e-4)
 
 
