@@ -169,7 +169,10 @@ def load_nnsight(
     """Load `model` as an nnsight `LanguageModel` over what `load_transformers` returns, with GPT-2's module paths.
 
     Where `hooked`, as what `load_hooked` returns wrapped in `NNsight`, with TransformerLens's module paths. Other
-    arguments and errors are those of `load_hooked`; a `LanguageModel` needs a tokenizer.
+    arguments and errors are those of `load_hooked`.
+
+    Raises:
+        CheckpointError: also where a `LanguageModel` has no tokenizer.
     """
     source, state = _read(model, revision)
     tokenizer = _tokenizer(model, tokenizer, revision)

@@ -271,7 +271,11 @@ class Recipe:
         return self.steps if self.lr_horizon is None else self.lr_horizon
 
     def scaled(self, steps: int) -> "Recipe":
-        """Return the recipe for a run of `steps` steps: schedule, warm-up and LR horizon scaled with it."""
+        """Return the recipe for a run of `steps` steps: schedule, warm-up and LR horizon scaled with it.
+
+        Raises:
+            RecipeError: no run is that long, or so short that the schedule does not hold.
+        """
         if steps < 1:
             raise RecipeError(f"steps is {steps}; at least 1 is needed.")
         factor = steps / self.steps

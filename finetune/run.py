@@ -101,7 +101,11 @@ def start(
     model: GPT2LMHeadModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Run:
-    """Run `recipe`, with the model and tokenizer in memory in place of those that it names, if they are given."""
+    """Run `recipe`, with the model and tokenizer in memory in place of those that it names, if they are given.
+
+    Raises:
+        RecipeError, CheckpointError, TextError, DivergedError, FileExistsError: as `remove_layernorm`.
+    """
     PartialState(cpu=recipe.device == "cpu")  # whoever asks first decides for all
     directory = Path(out) if out is not None else Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(broadcast_object_list([str(directory.absolute())])[0])
