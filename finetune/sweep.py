@@ -24,7 +24,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -203,26 +203,58 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
     )
 
 
+def summarise(results: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Average a table of runs over seeds: a row a setting, which is what was overridden, in the order of the table.
+
+    Columns are setting (`names`, or what was overridden and differs between runs), runs, tokens, seconds; and of
+    `loss` (LN-free less original on `choose`), `gap` (to the control) and `jsd` (to the original), all nats/token, the
+    mean, its standard error over seeds `…_error`, the mean difference to the first setting at the same seeds
+    `…_change` and the standard error of that, `…_change_error`: seeds share their text, so differences say more.
+    """
+    results = results.assign(
+        setting=_settings(results),
+        loss=results["loss_ln_free_choose"] - results["loss_original_choose"],
+        jsd=results["jsd_ln_free"],
+    )
+    groups = [group.set_index("seed") for _, group in results.groupby("setting", sort=False)]
+    rows = []
+    for group, name in zip(groups, names or [group["setting"].iloc[0] for group in groups], strict=True):
+        row = {
+            "setting": name,
+            "runs": len(group),
+            "tokens": group["tokens"].mean(),
+            "seconds": group["seconds"].mean(),
+        }
+        for measure in ("loss", "gap", "jsd"):
+            change = group[measure] - groups[0][measure]
+            row |= {measure: group[measure].mean(), f"{measure}_error": group[measure].sem()}
+            row |= {f"{measure}_change": change.mean(), f"{measure}_change_error": change.sem()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _settings(results: pd.DataFrame) -> list[str]:
+    """Return of each run what was overridden, but for what was in all runs."""
+    said = ["recipe", *(column for column in results if column.startswith("override."))]
+    varied = [column for column in said if results[column].nunique(dropna=False) > 1]
+    return [
+        ", ".join(f"{name.removeprefix('override.')} {row[name]}" for name in varied if row[name] == row[name])
+        for _, row in results.iterrows()
+    ]
+
+
 def plot(results: pd.DataFrame) -> go.Figure:
     """Draw gap to control and JSD to the original, nats/token, against tokens seen: means over seeds ± their error."""
-    overrides = [column for column in results if column.startswith("override.")]
-    varied = [column for column in overrides if results[column].nunique(dropna=False) > 1]
     figure = make_subplots(1, 2, subplot_titles=["Gap to control", "JSD to original"])
-    label = results[varied].apply(
-        lambda row: ", ".join(
-            f"{name.removeprefix('override.')} {row[name]}" for name in varied if row[name] == row[name]
-        ),
-        axis=1,
-    )
-    for name, group in results.groupby(label, sort=False):
-        for column, measure in enumerate(("gap", "jsd_ln_free"), start=1):
+    for _, row in summarise(results).iterrows():
+        for column, measure in enumerate(("gap", "jsd"), start=1):
             figure.add_trace(
                 go.Scatter(
-                    x=[group["tokens"].mean()],
-                    y=[group[measure].mean()],
-                    error_y={"array": [group[measure].sem()]},
-                    name=str(name),
-                    legendgroup=str(name),
+                    x=[row["tokens"]],
+                    y=[row[measure]],
+                    error_y={"array": [row[f"{measure}_error"]]},
+                    name=row["setting"],
+                    legendgroup=row["setting"],
                     showlegend=column == 1,
                 ),
                 row=1,
@@ -230,6 +262,26 @@ def plot(results: pd.DataFrame) -> go.Figure:
             )
     figure.update_xaxes(type="log", title="tokens seen")
     figure.update_yaxes(title="nats/token", rangemode="tozero")
+    return figure
+
+
+def plot_settings(summary: pd.DataFrame) -> go.Figure:
+    """Draw what `summarise` returns, a line a setting: loss above the original and JSD to it ± standard errors."""
+    figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=["Loss above the original", "JSD to original"])
+    for column, measure in enumerate(("loss", "jsd"), start=1):
+        figure.add_trace(
+            go.Scatter(
+                x=summary[measure],
+                y=summary["setting"],
+                error_x={"array": summary[f"{measure}_error"]},
+                mode="markers",
+                showlegend=False,
+            ),
+            row=1,
+            col=column,
+        )
+    figure.update_xaxes(title="nats/token")
+    figure.update_yaxes(autorange="reversed", automargin=True)
     return figure
 
 

@@ -174,3 +174,28 @@ def test_the_figure_has_means_and_errors_over_seeds(done: Path):
     ]
     assert gap.y[0] == pytest.approx(group["gap"].mean())
     assert gap.error_y.array[0] == pytest.approx(group["gap"].std() / np.sqrt(2))
+
+
+def test_the_summary_is_of_seeds_and_pairs_them():
+    loss = {"a": [3.0, 3.5], "b": [3.2, 3.6], "c": [3.1, 3.1]}
+    table = pd.DataFrame(
+        {"recipe": "micro", "override.fixed": 1, "override.lr": lr, "override.how": how, "seed": seed, "tokens": 8}
+        | {"seconds": 2.0, "loss_original_choose": 2.0, "loss_ln_free_choose": loss[name][seed]}
+        | {"gap": loss[name][seed] - 1, "jsd_ln_free": 0.1}
+        for seed in (0, 1)
+        for name, lr, how in (("a", 1e-3, None), ("b", 2e-3, None), ("c", 2e-3, "x"))
+    )
+    summary = sweep.summarise(table)
+    assert summary["setting"].tolist() == ["lr 0.001", "lr 0.002", "lr 0.002, how x"]
+    assert summary["runs"].tolist() == [2, 2, 2]
+    assert summary["loss"].tolist() == pytest.approx([1.25, 1.4, 1.1])
+    assert summary["loss_error"].tolist() == pytest.approx([0.25, 0.2, 0.0])
+    assert summary["loss_change"].tolist() == pytest.approx([0.0, 0.15, -0.15])
+    assert summary["loss_change_error"].tolist() == pytest.approx([0.0, 0.05, 0.25])
+    assert summary["gap_change"].tolist() == pytest.approx(summary["loss_change"].tolist())
+    named = sweep.summarise(table, ["slow", "fast", "other"])
+    left, right = sweep.plot_settings(named).data
+    assert list(left.y) == ["slow", "fast", "other"]
+    assert list(left.x) == pytest.approx([1.25, 1.4, 1.1])
+    assert list(right.x) == pytest.approx([0.1] * 3)
+    assert list(left.error_x.array) == pytest.approx([0.25, 0.2, 0.0])
