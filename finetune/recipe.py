@@ -204,8 +204,9 @@ class Recipe:
     """What the LN-free model is fitted to. 0: the text (cross-entropy); 1: the original's predictions (KL divergence);
     between: (1 − kl_weight) · cross-entropy + kl_weight · KL. The control is always fitted to the text."""
     match_weight: float = 0.0
-    """The weight of the distance between the LN-free model's residual stream and the original's, relative to its norm,
-    averaged over the blocks but the last."""
+    """The weight of the distance between the LN-free model's residual stream and the original's, both as a LayerNorm
+    reads them, averaged over the blocks but the last. It falls with the learning rate: early the streams lead the way,
+    at the end the predictions are what counts."""
     aux_weight: float = 0.0
     """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at `ln_f`."""
     std_decay: float = 0.9

@@ -115,7 +115,8 @@ class RemovalTrainer(Trainer):
         if self.removes and recipe.aux_weight:
             auxiliary = objective.auxiliary_loss(self.sites.norms[-1].live_std, self.sites.classes.index)
         self._record.keep(torch.stack([loss.cross_entropy, loss.kl, distance.detach(), auxiliary.detach()]))
-        return loss.total + recipe.match_weight * distance + recipe.aux_weight * auxiliary
+        match_weight = recipe.match_weight * self.lr_scheduler.get_last_lr()[0] / recipe.lr
+        return loss.total + match_weight * distance + recipe.aux_weight * auxiliary
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch forward and backward, and observe its stds once, recomputed or not."""
