@@ -1,0 +1,44 @@
+"""Does an LN-free model compute as the original does, or only answer as it does? Of the runs of sweeps, as a table.
+
+`python notebooks/sweeps/faithfulness.py FOLDER…` takes sweeps' folders with the runs in them, and writes
+faithfulness.csv beside it: a row a run, with measures of `analysis.faithfulness` on 8,192 tokens of books-report.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from analysis import faithfulness, load_hooked
+from analysis.report import read_text
+
+HERE = Path(__file__).parent
+
+
+def measure(sweep: Path) -> pd.DataFrame:
+    """Return a row a run of `sweep`: means over tokens (jsd, nats), heads, neurons, and streams behind blocks."""
+    rows = []
+    results = pd.read_csv(sweep / "results.csv")
+    for _, run in tqdm(list(results.iterrows()), desc=sweep.name, unit="run"):
+        models = {"original": load_hooked("micro"), "ln_free": load_hooked(sweep / "runs" / run["run"] / "ln_free")}
+        tokens = read_text("books-report", models["original"]).tokens
+        row = run[["recipe", "seed", "tokens", *(name for name in results if name.startswith("override."))]].to_dict()
+        for compare, columns in {
+            faithfulness.measure: ["jsd", "agreement"],
+            faithfulness.measure_layers: ["cosine", "cka"],
+            faithfulness.measure_heads: ["attention_distance", "dla_correlation"],
+            faithfulness.measure_neurons: ["correlation"],
+        }.items():
+            frame = compare(models, tokens)
+            frame = frame[frame["model"] == "ln_free"]
+            if "positions" in frame:
+                frame = frame[frame["positions"] == "after 0"]
+            row |= {column: frame[column].mean() for column in columns}
+        rows.append({"sweep": sweep.name, "run": run["run"]} | row)
+    return pd.DataFrame(rows)
+
+
+if __name__ == "__main__":
+    table = pd.concat([measure(Path(folder)) for folder in sys.argv[1:]], ignore_index=True)
+    table.to_csv(HERE / "faithfulness.csv", index=False)
