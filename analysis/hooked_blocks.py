@@ -66,12 +66,14 @@ class HookedBlocks(HookedRootModule):
                 block.attn.register_buffer("b_O", b, persistent=False)
                 W, _ = _affine(nn.Sequential(block.mlp.proj, block.mlp_gain), self.cfg.d_mlp, model)
                 block.mlp.register_buffer("W_out", W, persistent=False)
-            norm, W_U = model.ln_final, model.unembed.weight.T
-            self.register_buffer("W_U", W_U * getattr(norm, "weight", W_U.new_ones(1))[:, None], persistent=False)
+            norm, W = model.ln_final, model.unembed.weight.T
             bias = getattr(norm, "bias", None)
-            b_U = W_U.new_zeros(config.vocab_size) if bias is None else bias @ W_U
-            self.register_buffer("b_U", b_U, persistent=False)
+            self.register_buffer("b_U", W.new_zeros(W.shape[1]) if bias is None else bias @ W, persistent=False)
+            W = W * getattr(norm, "weight", W.new_ones(1))[:, None]
+            W = W - W.mean(0) if config.final_norm == "ln" else W  # what LN centres it reads centred
+            self.register_buffer("W_U", W, persistent=False)
         self.setup()
+        self.eval()
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Return the logits."""

