@@ -6,11 +6,12 @@ matrix that multiplies the values, α · I + β · pattern − γ · C, is `attn
 
 What the analyses say of which block:
 
-- Loss, residual norms, outlier features, attention (the softmax), faithfulness of predictions, confidence neurons,
-  patching: all.
-- Logit attribution: all but post-norm. Where every skip has a gain of 1 (pre-ln, parallel, op) it is GPT-2's. Without
-  a skip around attention the final residual stream only holds the last block's heads and MLP, or, in v-skipinit and
-  skipless, the last attention times the gain of the MLP's skip, and components before are 0.
+- Loss, residual norms, outlier features, attention (the softmax's), faithfulness, confidence neurons, patching: all;
+  but the faithfulness of heads needs their attribution.
+- Logit attribution: all but post-norm. Where every skip has a gain of 1 (pre-ln, parallel, op) it is as in GPT-2.
+  Without a skip around attention (v-skipinit and the skipless ones) the final residual stream holds only what the last
+  block's heads and MLP write, the heads' times the gain of the MLP's skip: all components before are 0.
+- DLA is the direct effect only where `final_norm` is none. The nine have an LN there: the NMAE says how far it is off.
 """
 
 import copy
@@ -24,6 +25,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformers import PreTrainedTokenizerBase
 
+from finetune import NolnError
 from finetune.blocks import BlocksForCausalLM
 
 
@@ -97,10 +99,10 @@ class HookedBlocks(HookedRootModule):
             attention: whether it is the attention's output instead.
 
         Raises:
-            ValueError: the final residual stream is no sum of what layers write, because norms lie on the way.
+            NolnError: the final residual stream is no sum of what layers write, because norms lie on the way.
         """
         if self.model.config.norm_position == "post":
-            raise ValueError(
+            raise NolnError(
                 "Under post-norm the residual stream goes through norms: it is no sum of components to attribute to."
             )
         product = torch.ones(1, device=self.cfg.device, dtype=self.cfg.dtype)

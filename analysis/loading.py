@@ -5,6 +5,8 @@
    LNs that only centre and divide (`normalization_type` None and "LNPre" in TransformerLens).
 3. The weights are put one by one into an empty model of the tool.
 4. A few tokens are run through it and through the plain transformers model; a difference raises.
+
+A model of `finetune.blocks` is none of these: `load_blocks` puts hooks into a copy of it, and checks that as in 4.
 """
 
 import copy

@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from test_patching import PAIRS, word_level
 from torch import nn
 
 from analysis import (
@@ -15,8 +16,10 @@ from analysis import (
     logit_attribution,
     loss,
     outlier_features,
+    patching,
     residual_norms,
 )
+from finetune import NolnError
 from finetune.blocks import BLOCKS, BlocksForCausalLM, block_config, signals, to_gpt2
 from finetune.checkpoint import CheckpointError, load_tokenizer
 
@@ -177,9 +180,9 @@ def test_direct_effects_are_those_of_taking_out(name, knobs):
 def test_under_post_norm_nothing_is_attributed():
     hooked = load_blocks(make("post-ln"))
     for measure in (logit_attribution.measure, logit_attribution.measure_components):
-        with pytest.raises(ValueError, match="no sum of components"):
+        with pytest.raises(NolnError, match="no sum of components"):
             measure({"m": hooked}, TOKENS)
-    with pytest.raises(ValueError, match="no sum of components"):
+    with pytest.raises(NolnError, match="no sum of components"):
         logit_attribution.measure_prompt({"m": hooked}, TOKENS[0])
 
 
@@ -235,6 +238,27 @@ def ablated(model) -> float:
 
     logits = model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.2.mlp.hook_post", at_mean)])
     return -logits.log_softmax(-1)[:, :-1].gather(-1, TOKENS[:, 1:, None]).mean().item()
+
+
+@torch.no_grad()
+@each_block
+def test_patching(name):
+    hooked, tokenizer = load_blocks(make(name)), word_level("a b c d e f g h i j k l m n o p q r s t u v")
+    frame = patching.measure({"m": hooked}, [PAIRS[0]], tokenizer, hook_points=["attn.hook_z"])
+    row = frame[(frame["layer"] == 1) & (frame["position"] == 4) & (frame["head"] == 2)].iloc[0]
+    clean, corrupt = (torch.tensor([tokenizer.encode(text)]) for text in (PAIRS[0].clean, PAIRS[0].corrupt))
+    correct, wrong = (tokenizer.encode(text)[0] for text in (PAIRS[0].correct, PAIRS[0].wrong))
+    clean_logits, cache = hooked.run_with_cache(clean)
+
+    def patch(activation, hook):
+        activation = activation.clone()
+        activation[:, 4, 2] = cache["blocks.1.attn.hook_z"][:, 4, 2]
+        return activation
+
+    patched = hooked.run_with_hooks(corrupt, fwd_hooks=[("blocks.1.attn.hook_z", patch)])
+    low, found, high = ((x[0, -1, correct] - x[0, -1, wrong]).item() for x in (hooked(corrupt), patched, clean_logits))
+    assert row["activation"] == pytest.approx((found - low) / (high - low))
+    assert frame["attribution"].notna().all()
 
 
 @pytest.mark.parametrize("name", ["pre-ln", "skipless-parallel-nonorm"])
