@@ -16,7 +16,7 @@ test: $(VENV)/installed
 
 # The loading tests again, with TransformerLens 4.
 test-tl4: $(VENV_TL4)/installed
-	$(VENV_TL4)/bin/python -m pytest -n auto tests/analysis/test_loading.py
+	$(VENV_TL4)/bin/python -m pytest -n auto tests/analysis/test_loading.py tests/analysis/test_hooked_blocks.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

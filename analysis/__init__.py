@@ -1,9 +1,10 @@
 """Looks at LN-free models and at what they were made from, in the tools that researchers use.
 
-`load_hooked`, `load_bridge`, `load_nnsight` and `load_transformers` load one model, `load_trio` the original, the
-control and the LN-free model that the analyses compare. An analysis is a module, with `measure(models, tokens)`, which
-returns a table, and `plot(table)`, which returns a figure: `loss`, `residual_norms`, `logit_attribution`,
-`faithfulness`, `attention`, `confidence_neurons`, `patching`, `outlier_features`, `benchmarks`. `report` runs them all.
+`load_hooked`, `load_bridge`, `load_nnsight` and `load_transformers` load one model, `load_blocks` one of
+`finetune.blocks`, `load_trio` the original, the control and the LN-free model that the analyses compare. An analysis is
+a module, with `measure(models, tokens)`, which returns a table, and `plot(table)`, which returns a figure: `loss`,
+`residual_norms`, `logit_attribution`, `faithfulness`, `attention`, `confidence_neurons`, `patching`,
+`outlier_features`, `benchmarks`. `report` runs them all.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from analysis.loading import (
         PUBLISHED,
         Published,
+        load_blocks,
         load_bridge,
         load_hooked,
         load_nnsight,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PUBLISHED",
     "Published",
+    "load_blocks",
     "load_bridge",
     "load_hooked",
     "load_nnsight",

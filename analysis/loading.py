@@ -5,6 +5,8 @@
    LNs that only centre and divide (`normalization_type` None and "LNPre" in TransformerLens).
 3. The weights are put one by one into an empty model of the tool.
 4. A few tokens are run through it and through the plain transformers model; a difference raises.
+
+A model of `finetune.blocks` is none of these: `load_blocks` puts hooks into a copy of it, and checks that as in 4.
 """
 
 import copy
@@ -18,11 +20,14 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from nnsight import LanguageModel, NNsight
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from analysis.hooked_blocks import HookedBlocks
+from finetune.blocks import BlocksForCausalLM
 from finetune.checkpoint import (
     CheckpointError,
     Format,
@@ -142,6 +147,47 @@ def load_bridge(
     return _bridge(source, state, tokenizer, dtype or source.dtype).to(device or source.device, print_details=False)
 
 
+def load_blocks(
+    model: str | Path | BlocksForCausalLM,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> HookedBlocks:
+    """Load a model of `finetune.blocks` with the hook names of `HookedTransformer`, in TransformerLens 3 or 4.
+
+    Args:
+        model: a directory, of which only safetensors are read and no code is run, or a model in memory.
+        tokenizer: that in the directory, if there is one, where None; a model in memory has none of its own.
+        dtype: as for `load_hooked`, as is `device`.
+        device: where to put the result.
+
+    Raises:
+        CheckpointError: nothing there, unreadable, another architecture, or logits that differ from those of `model`.
+    """
+    source: Any = model
+    if not isinstance(model, BlocksForCausalLM):
+        tokenizer = _tokenizer(model, tokenizer, None)
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype or torch.float32, output_loading_info=True, **options
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{model} cannot be read: {error}") from error
+        source, info = loaded
+        if not isinstance(source, BlocksForCausalLM):
+            raise CheckpointError(
+                f"{model} is a {type(source).__name__}, not a model of finetune.blocks: use load_hooked or load_bridge."
+            )
+        if missing := sorted(info["missing_keys"]):
+            raise CheckpointError(f"{model} lacks {len(missing)} weights: {', '.join(missing[:5])}…")
+    source = copy.deepcopy(source).to(device or source.device, dtype or source.dtype)
+    hooked = HookedBlocks(source, tokenizer)
+    _check(hooked, source, source.dtype)
+    return hooked
+
+
 def load_transformers(
     model: Model,
     *,
@@ -228,17 +274,20 @@ def load_trio(
 
 def _read(model: Model, revision: str | None) -> tuple[GPT2LMHeadModel, NormState]:
     """Return the plain model and the state of its norms."""
-    if isinstance(model, nn.Module):
-        state = norm_state(model)
-        assert isinstance(model, GPT2LMHeadModel)
-        return model, state
-    published = PUBLISHED.get(str(model))
-    if published is None:
-        source = load(model, revision)
-        return source, norm_state(source)
-    source = load(published.id, revision or published.revision)
-    state = norm_state(source)
-    if (published.format is None) != (state == "live"):
+    published = None if isinstance(model, nn.Module) else PUBLISHED.get(str(model))
+    try:
+        if isinstance(model, nn.Module):
+            source: Any = model
+        elif published is None:
+            source = load(model, revision)
+        else:
+            source = load(published.id, revision or published.revision)
+        state = norm_state(source)
+    except CheckpointError as error:
+        if BlocksForCausalLM.__name__ in str(error):
+            raise CheckpointError(f"{error} Use analysis.load_blocks.") from error
+        raise
+    if published is not None and (published.format is None) != (state == "live"):
         raise CheckpointError(f"{model} has {state} norms, but its format is to be {published.format}.")
     return source, state
 
@@ -390,7 +439,7 @@ def _finish(made: Any, source: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBa
 
 
 @torch.no_grad()
-def _check(logits: Callable[[Tensor], Tensor], source: GPT2LMHeadModel, dtype: torch.dtype) -> None:
+def _check(logits: Callable[[Tensor], Tensor], source: GPT2LMHeadModel | BlocksForCausalLM, dtype: torch.dtype) -> None:
     """Raise unless `logits` of a few tokens are those of `source`."""
     length = min(16, source.config.n_positions)
     tokens = torch.linspace(0, source.config.vocab_size - 1, length, device=source.device).long()[None]

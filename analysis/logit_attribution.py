@@ -12,7 +12,9 @@ every MLP. The logit of a target is read off it as LN(r) · w + b, w being the t
    et al. 2025, arXiv 2507.02559; their code scores the current token, here it is the next).
 5. No vector r − c is made. With r, c and w centred, logit(r − c) = (r·w − c·w) / σ(r − c) + b, where
    d_model · σ²(r − c) = ‖r‖² − 2 r·c + ‖c‖² + d_model · eps: three dot products a component. That of a head is
-   c = z W_O, so that c·w = z·(W_O w), c·r = z·(W_O r) and ‖c‖² = z (W_O W_Oᵀ) z.
+   c = z W_O, so that c·w = z·(W_O w), c·r = z·(W_O r) and ‖c‖² = z (W_O W_Oᵀ) z. Under RMSNorm nothing is centred.
+6. Where skips have gains, as those of `load_blocks` may, c is what is written times the gains of the skips after it. A
+   layer without a skip lets nothing from before it through but what it reads: those components are 0.
 
 Activations have the model's dtype; from the final residual stream on everything is float64.
 """
@@ -63,12 +65,11 @@ class Readout:
         Raises:
             ValueError: a final norm whose weights are not folded into the unembedding.
         """
-        self._model, self._cache = model, cache
-        self._has_norm = model.cfg.normalization_type is not None
-        if model.cfg.normalization_type not in (None, "LNPre"):
+        self._model, self._cache, self._norm = model, cache, model.cfg.normalization_type
+        if self._norm not in (None, "LNPre", "RMSPre"):
             raise ValueError(
-                f"The final norm is of type {model.cfg.normalization_type}; only a folded LayerNorm (LNPre) or none is "
-                "known: load the model with analysis.load_hooked or analysis.load_bridge."
+                f"The final norm is of type {self._norm}; only a folded LayerNorm (LNPre), a folded RMSNorm (RMSPre) "
+                "or none is known: load the model with analysis.load_hooked, load_bridge or load_blocks."
             )
         self._pair, self._centre_unembedding = pair, centre_unembedding
         self._targets = tokens[:, 1:] if pair is None else torch.full_like(tokens, pair[0])
@@ -90,7 +91,11 @@ class Readout:
 
     def _centre(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         x = x.double()
-        return x - x.mean(-1, keepdim=True) if self._has_norm else x
+        return x - x.mean(-1, keepdim=True) if self._norm == "LNPre" else x
+
+    def _reach(self, layer: int = -1, attention: bool = False) -> Any:
+        """Return by what skips multiply a layer's output on its way to r: 1 in GPT-2."""
+        return self._model.reach(layer, attention) if hasattr(self._model, "reach") else 1
 
     def read(self, normalised: Float[Tensor, "batch all_pos d_model"]) -> Float[Tensor, "batch pos"]:
         """Return the target's logit read off residual vectors that went through the final norm."""
@@ -98,7 +103,7 @@ class Readout:
 
     def _scale(self, square_norm: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return what the final norm divides a centred vector of this squared norm by."""
-        if not self._has_norm:
+        if self._norm is None:
             return torch.ones_like(square_norm)
         return (square_norm.clamp(min=0) / self._model.cfg.d_model + self._model.cfg.eps).sqrt()
 
@@ -145,12 +150,14 @@ class Readout:
 
     def heads(self, layer: int) -> Effects:
         """Return the effects of a layer's heads, without the attention's bias, which is none of theirs."""
-        return self._written(self.cached(f"blocks.{layer}.attn.hook_z"), self._model.blocks[layer].attn.W_O)
+        W_O = self._model.blocks[layer].attn.W_O * self._reach(layer, attention=True)
+        return self._written(self.cached(f"blocks.{layer}.attn.hook_z"), W_O)
 
     def neurons(self, layer: int) -> Effects:
         """Return the effects of the neurons of a layer's MLP."""
         activations = self.cached(f"blocks.{layer}.mlp.hook_post")
-        return self._written(activations.unsqueeze(-1), self._model.blocks[layer].mlp.W_out.unsqueeze(1))
+        W_out = self._model.blocks[layer].mlp.W_out * self._reach(layer)
+        return self._written(activations.unsqueeze(-1), W_out.unsqueeze(1))
 
     def components(
         self, logits: Float[Tensor, "batch all_pos vocab"], neurons: bool = False
@@ -172,12 +179,12 @@ class Readout:
         yield "residue", None, Effects((logit - dla).unsqueeze(-1), (logit - direct_effect).unsqueeze(-1))
 
     def _summands(self) -> Iterator[tuple[str, int | None, Effects]]:
-        yield "embed", None, self._vector(self.cached("hook_embed"))
-        yield "pos_embed", None, self._vector(self.cached("hook_pos_embed"))
+        for name in ("embed", "pos_embed"):
+            yield name, None, self._vector(self.cached(f"hook_{name}") * self._reach())
         for layer, block in enumerate(self._model.blocks):
             yield "head", layer, self.heads(layer)
-            yield "b_O", layer, self._vector(block.attn.b_O)
-            yield "mlp", layer, self._vector(self.cached(f"blocks.{layer}.hook_mlp_out"))
+            yield "b_O", layer, self._vector(block.attn.b_O * self._reach(layer, attention=True))
+            yield "mlp", layer, self._vector(self.cached(f"blocks.{layer}.hook_mlp_out") * self._reach(layer))
 
 
 def measure(

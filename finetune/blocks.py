@@ -51,6 +51,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from finetune import NolnError
+from finetune.features import FeatureSums
 
 NormKind = Literal["ln", "rmsnorm", "none"]
 MatrixInit = Literal["identity", "orthogonal", "normal"]
@@ -700,23 +701,7 @@ def signals(model: BlocksForCausalLM) -> Iterator[dict[str, float]]:
 
 
 def _statistics(x: Float[Tensor, "batch pos d_model"]) -> dict[str, Tensor]:
-    x = x.flatten(0, 1).float()
-    n, d = x.shape
-    square = x.square().mean(0)
-    y = x - x.mean(-1, keepdim=True)
-    y = y / y.square().mean().sqrt()
-    features = y.T @ y / n
-    # Σ over pairs of tokens, without the matrix of tokens by tokens: ‖YYᵀ‖ = ‖YᵀY‖, and its entries add up to |Σy|².
-    norms = y.square().sum(-1)
-    input_sum = (y.sum(0).square().sum() - norms.sum()) / d
-    input_squares = (features.square().sum() * n**2 - norms.square().sum()) / d**2
-    return {
-        "rms": square.mean().sqrt(),
-        "kurtosis": square.square().mean() / square.mean().square(),
-        "max_median_ratio": (x.abs().amax(-1) / x.abs().median(-1).values).mean(),
-        "feature_correlation_rms": (
-            (features.square().sum() - features.diagonal().square().sum()) / (d * (d - 1))
-        ).sqrt(),
-        "input_correlation": input_sum / (n * (n - 1)),
-        "input_correlation_rms": (input_squares / (n * (n - 1))).clamp(min=0).sqrt(),
-    }
+    sums = FeatureSums.of(x, torch.float32)
+    measured = sums.measured()
+    del measured["kurtosis_code"]  # the paper's kurtosis is enough
+    return {"rms": (sums.x_square.mean() / sums.tokens).sqrt(), **measured}

@@ -1,0 +1,125 @@
+"""A model of `finetune.blocks` with the part of `HookedTransformer`'s interface that the analyses use.
+
+The model's own places of hooks have TransformerLens's names; here `HookPoint`s stand in them, and `HookedRootModule`
+brings `run_with_cache`, `run_with_hooks` and `hooks`. `attn.hook_pattern` is the softmax, whose rows add up to 1; the
+matrix that multiplies the values, α · I + β · pattern − γ · C, is `attn.hook_mixing`, a name of ours.
+
+What the analyses say of which block:
+
+- Loss, residual norms, outlier features, attention (the softmax's), faithfulness, confidence neurons, patching: all;
+  but the faithfulness of heads needs their attribution.
+- Logit attribution: all but post-norm. Where every skip has a gain of 1 (pre-ln, parallel, op) it is as in GPT-2.
+  Without a skip around attention (v-skipinit and the skipless ones) the final residual stream holds only what the last
+  block's heads and MLP write, the heads' times the gain of the MLP's skip: all components before are 0.
+- DLA is the direct effect only where `final_norm` is none. The nine have an LN there: the NMAE says how far it is off.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedRootModule import HookedRootModule
+from transformers import PreTrainedTokenizerBase
+
+from finetune import NolnError
+from finetune.blocks import BlocksForCausalLM
+
+
+class HookedBlocks(HookedRootModule):
+    """A copy of `source`, its gains folded into `attn.W_O`, `attn.b_O`, `mlp.W_out`; its final norm into `W_U`, `b_U`.
+
+    They are what the analyses read: changing them changes no logits. Each has the shape that it has in TransformerLens.
+    """
+
+    def __init__(self, source: BlocksForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        super().__init__()
+        model: Any = copy.deepcopy(source).eval()
+        model.set_attn_implementation("eager")  # the others compute no probabilities
+        for name, _ in list(model.named_modules()):
+            if name.rpartition(".")[2].startswith("hook_"):
+                model.set_submodule(name, HookPoint())
+        self.__dict__["model"] = model  # not as a module of this one: its parts are, under TransformerLens's names
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        config = model.config
+        self.cfg = TransformerBridgeConfig(
+            d_model=config.n_embd,
+            d_head=config.n_embd // config.n_head,
+            n_heads=config.n_head,
+            n_layers=config.n_layer,
+            n_ctx=config.n_positions,
+            d_vocab=config.vocab_size,
+            d_mlp=config.n_inner or 4 * config.n_embd,
+            act_fn=config.activation_function,
+            normalization_type={"ln": "LNPre", "rmsnorm": "RMSPre", "none": None}[config.final_norm],
+            eps=config.norm_epsilon,
+            device=str(model.device),
+            dtype=model.dtype,
+        )
+        self.tokenizer = tokenizer
+        with torch.no_grad():
+            for block in model.blocks:
+                W, b = _affine(nn.Sequential(block.attn.o, block.attn_gain), config.n_embd, model)
+                block.attn.register_buffer("W_O", W.unflatten(0, (config.n_head, -1)), persistent=False)
+                block.attn.register_buffer("b_O", b, persistent=False)
+                W, _ = _affine(nn.Sequential(block.mlp.proj, block.mlp_gain), self.cfg.d_mlp, model)
+                block.mlp.register_buffer("W_out", W, persistent=False)
+            norm, W = model.ln_final, model.unembed.weight.T
+            bias = getattr(norm, "bias", None)
+            self.register_buffer("b_U", W.new_zeros(W.shape[1]) if bias is None else bias @ W, persistent=False)
+            W = W * getattr(norm, "weight", W.new_ones(1))[:, None]
+            W = W - W.mean(0) if config.final_norm == "ln" else W  # what LN centres it reads centred
+            self.register_buffer("W_U", W, persistent=False)
+        self.setup()
+        self.eval()
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        """Return the logits."""
+        return self.model(tokens, use_cache=False).logits
+
+    def run_with_cache(self, *args: Any, return_cache_object: bool = False, **kwargs: Any) -> Any:
+        """Run, and return the logits and a dict of activations by hook name.
+
+        Raises:
+            NotImplementedError: `return_cache_object`: what an `ActivationCache` computes does not hold of all blocks.
+        """
+        if return_cache_object:
+            raise NotImplementedError("HookedBlocks has no ActivationCache: take the dict.")
+        return super().run_with_cache(*args, **kwargs)
+
+    def reach(self, layer: int, attention: bool = False) -> Float[Tensor, " 1"]:
+        """Return by what skips multiply a layer's output on its way to the final residual stream: no unit.
+
+        Args:
+            layer: whose MLP's output it is; −1: the embeddings.
+            attention: whether it is the attention's output instead.
+
+        Raises:
+            NolnError: the final residual stream is no sum of what layers write, because norms lie on the way.
+        """
+        if self.model.config.norm_position == "post":
+            raise NolnError(
+                "Under post-norm the residual stream goes through norms: it is no sum of components to attribute to."
+            )
+        product = torch.ones(1, device=self.cfg.device, dtype=self.cfg.dtype)
+        for i, block in enumerate(self.blocks):
+            if not block.parallel and i > layer:
+                product = product * _gain(block.attn_skip_gain)
+            if i > layer or (attention and i == layer and not block.parallel):
+                product = product * _gain(block.mlp_skip_gain)
+        return product
+
+
+def _gain(skip: Any) -> Float[Tensor, " 1"] | float:
+    return 0.0 if skip is None else getattr(skip, "value", 1.0)
+
+
+def _affine(function: nn.Module, width: int, like: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
+    """Return the weight and bias of an affine map."""
+    eye = torch.eye(width, device=like.device, dtype=like.dtype)
+    bias = function(torch.zeros_like(eye[None, :1]))[0, 0]
+    return function(eye[None])[0] - bias, bias
