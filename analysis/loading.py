@@ -32,6 +32,7 @@ from finetune.checkpoint import (
     load,
     load_tokenizer,
     norm_state,
+    require_gpt2,
     to_identity,
 )
 
@@ -226,14 +227,13 @@ def load_trio(
 def _read(model: Model, revision: str | None) -> tuple[GPT2LMHeadModel, NormState]:
     """Return the plain model and the state of its norms."""
     if isinstance(model, nn.Module):
-        state = norm_state(model)
-        assert isinstance(model, GPT2LMHeadModel)
-        return model, state
+        source = require_gpt2(model)
+        return source, norm_state(source)
     published = PUBLISHED.get(str(model))
     if published is None:
-        source = load(model, revision)
+        source = require_gpt2(load(model, revision))
         return source, norm_state(source)
-    source = load(published.id, revision or published.revision)
+    source = require_gpt2(load(published.id, revision or published.revision))
     state = norm_state(source)
     if (published.format is None) != (state == "live"):
         raise CheckpointError(f"{model} has {state} norms, but its format is to be {published.format}.")
