@@ -191,7 +191,7 @@ def to_identity(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     Raises:
         CheckpointError: the LNs are live, or what `norm_state` raises.
     """
-    if norm_state(model) == "live":
+    if norm_state(require_gpt2(model)) == "live":
         raise CheckpointError("The LNs of this model are live: it has no Identity form before they are removed.")
     folded = copy.deepcopy(model)
     for site, (_, weight, bias) in zip(_sites(folded), linear_maps(model), strict=True):
@@ -216,7 +216,7 @@ def convert(model: GPT2LMHeadModel, format: Format) -> GPT2LMHeadModel:
     Raises:
         CheckpointError: the norms are not frozen, or what `norm_state` raises.
     """
-    if (state := norm_state(model)) != "frozen":
+    if (state := norm_state(require_gpt2(model))) != "frozen":
         raise CheckpointError(f"The norms of this model are {state}: only frozen ones can be written as {format}.")
     converted = copy.deepcopy(model)
     if format == "h24":

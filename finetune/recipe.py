@@ -376,6 +376,8 @@ class PretrainRecipe(Training):
                 raise RecipeError(f"{field} is {getattr(self, field)}; at least 1 is needed.")
         if own := sorted(set(self.knobs) & {field.name for field in dataclasses.fields(self)}):
             raise RecipeError(f"knobs holds {', '.join(own)}: say it as a field of the recipe itself.")
+        if self.lr_decay == "linear" and self.min_lr == self.lr:
+            raise RecipeError(f"lr_decay is linear, but min_lr is lr, {self.lr}: lower min_lr.")
         norm = self.knobs.get("norm", "none")
         if norm != "none" and (self.block.endswith("nonorm") or self.block == "op"):
             raise RecipeError(f"block is {self.block}, which has no norms, but knobs.norm is {norm}: choose one.")

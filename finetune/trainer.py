@@ -342,7 +342,7 @@ class Record(TrainerCallback):
             self._copied.synchronize()  # the forward is done; the backward still keeps the device busy
         loss = float(torch.stack(self._on_host)[:, 0].mean())
         self._check(loss, state.global_step)
-        recipe, step = self.trainer.recipe, state.global_step
+        step = state.global_step
         line = {
             "model": self.name,
             "step": step,
