@@ -1,4 +1,4 @@
-"""The command line: `python -m finetune [run] [RECIPE] [FLAGS]`, `pretrain RECIPE`, `resume RUN` and others: see `USAGE`."""
+"""The command line: `python -m finetune [run] [RECIPE] [FLAGS]`, `pretrain RECIPE`, `resume RUN`, …: see `USAGE`."""
 
 import argparse
 import dataclasses

@@ -91,7 +91,8 @@ def require_gpt2(model: nn.Module) -> GPT2LMHeadModel:
     """
     if isinstance(model, BlocksForCausalLM):
         raise CheckpointError(
-            f"{model.name_or_path or 'A model'} is a {type(model).__name__}, no GPT-2: only the LayerNorm of Pre-LN blocks can be removed or folded, and "
+            f"{model.name_or_path or 'A model'} is a {type(model).__name__}, no GPT-2: only the LayerNorm of Pre-LN "
+            "blocks can be removed or folded, and "
             "`python -m finetune pretrain pre-ln` saves these as a GPT2LMHeadModel (`finetune.blocks.to_gpt2`)."
         )
     if not isinstance(model, GPT2LMHeadModel) or model.config.add_cross_attention:
