@@ -235,7 +235,7 @@ def _arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArgu
         torch_compile=recipe.compile,
         activation_checkpointing=recipe.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        use_cpu=recipe.device == "cpu",
+        use_cpu=PartialState().device.type == "cpu",  # the Trainer refuses bf16 on a CPU that it was not told of
         # Statistics are summed over processes; rank 0's buffers are not to be copied over the others'.
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
