@@ -27,7 +27,7 @@ Fine-tune the LayerNorm out of a GPT-2-type model.
   python -m finetune resume RUN               go on with a run of either kind that was cut off
   python -m finetune sweep FILE [FLAGS]       many runs, of what a sweep file overrides, in one table
   python -m finetune list [pretrain]          name the shipped recipes, of `run` or of `pretrain`
-  python -m finetune show [pretrain] RECIPE   print a recipe
+  python -m finetune show RECIPE              print a recipe; one of `pretrain`: show pretrain RECIPE
 
   python -m finetune run [RECIPE] --help      every field of the recipe, as a flag with its default
   python -m finetune pretrain RECIPE --help
@@ -162,7 +162,7 @@ def _show(arguments: list[str]) -> None:
     load: Callable[[str], Training] = recipes.load
     if arguments[:1] == ["pretrain"]:
         load, arguments = recipes.load_pretraining, arguments[1:]
-    print(recipes.dump(load(_only(arguments, "show [pretrain] RECIPE"))), end="")
+    print(recipes.dump(load(_only(arguments, "show RECIPE, or show pretrain RECIPE"))), end="")
 
 
 def _only(arguments: list[str], usage: str) -> str:
