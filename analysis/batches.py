@@ -29,7 +29,7 @@ def forwards(
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], dict[str, Forward]]]:
     """Yield batch after batch of `tokens` with what every model, all on one device, makes of it.
 
-    `models` are what `load_trio` or `load_blocks` returns. Memory does not grow with the number of tokens as long as
+    `models` are what `load_trio` or `load_hooked_blocks` returns. Memory does not grow with the number of tokens as long as
     the caller reduces each batch before it takes the next. On a CPU batches are smaller than `batch_size` where the
     logits are many.
     """

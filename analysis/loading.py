@@ -6,7 +6,7 @@
 3. The weights are put one by one into an empty model of the tool.
 4. A few tokens are run through it and through the plain transformers model; a difference raises.
 
-A model of `finetune.blocks` is none of these: `load_blocks` puts hooks into a copy of it, and checks that as in 4.
+A model of `finetune.blocks` is none of these: `load_hooked_blocks` puts hooks into a copy of it, and checks that as in 4.
 """
 
 import copy
@@ -37,6 +37,7 @@ from finetune.checkpoint import (
     load,
     load_tokenizer,
     norm_state,
+    require_gpt2,
     to_identity,
 )
 
@@ -147,7 +148,7 @@ def load_bridge(
     return _bridge(source, state, tokenizer, dtype or source.dtype).to(device or source.device, print_details=False)
 
 
-def load_blocks(
+def load_hooked_blocks(
     model: str | Path | BlocksForCausalLM,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -275,18 +276,18 @@ def load_trio(
 def _read(model: Model, revision: str | None) -> tuple[GPT2LMHeadModel, NormState]:
     """Return the plain model and the state of its norms."""
     published = None if isinstance(model, nn.Module) else PUBLISHED.get(str(model))
-    try:
-        if isinstance(model, nn.Module):
-            source: Any = model
-        elif published is None:
-            source = load(model, revision)
-        else:
-            source = load(published.id, revision or published.revision)
-        state = norm_state(source)
-    except CheckpointError as error:
-        if BlocksForCausalLM.__name__ in str(error):
-            raise CheckpointError(f"{error} Use analysis.load_blocks.") from error
-        raise
+    if isinstance(model, nn.Module):
+        source: nn.Module = model
+    elif published is None:
+        source = load(model, revision)
+    else:
+        source = load(published.id, revision or published.revision)
+    if isinstance(source, BlocksForCausalLM):
+        raise CheckpointError(
+            f"{source.name_or_path or 'The model'} has blocks of another kind. Use analysis.load_hooked_blocks."
+        )
+    source = require_gpt2(source)
+    state = norm_state(source)
     if published is not None and (published.format is None) != (state == "live"):
         raise CheckpointError(f"{model} has {state} norms, but its format is to be {published.format}.")
     return source, state

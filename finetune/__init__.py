@@ -1,19 +1,31 @@
-"""Fine-tune the LayerNorm out of a GPT-2-type model.
+"""Fine-tune the LayerNorm out of a GPT-2-type model, or train one without it from the start.
 
 `remove_layernorm` does it, a `Recipe` says how, and a `Run` is what it leaves. Beside these, `recipe` reads and writes
 recipes, `text` packs any text, `checkpoint` reads and writes LN-free models, `evaluate` measures models on held-out
-text, `sweep` does many runs, and `blocks` has models that are trained without norms from the start.
+text, `sweep` does many runs, `blocks` has models that need no norms, and `pretrain` trains them: `pretrain.pretrain`
+runs a `PretrainRecipe`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.recipe import Gaps, Layers, Recipe, Schedule, Text
+    from finetune.recipe import Gaps, Layers, PretrainRecipe, Recipe, Schedule, Text
     from finetune.run import Run, remove_layernorm, resume
 
-__all__ = ["Gaps", "Layers", "NolnError", "Recipe", "Run", "Schedule", "Text", "remove_layernorm", "resume"]
+__all__ = [
+    "Gaps",
+    "Layers",
+    "NolnError",
+    "PretrainRecipe",
+    "Recipe",
+    "Run",
+    "Schedule",
+    "Text",
+    "remove_layernorm",
+    "resume",
+]
 
-_HOMES = dict.fromkeys(("Gaps", "Layers", "Recipe", "Schedule", "Text"), "recipe") | dict.fromkeys(
+_HOMES = dict.fromkeys(("Gaps", "Layers", "PretrainRecipe", "Recipe", "Schedule", "Text"), "recipe") | dict.fromkeys(
     ("Run", "remove_layernorm", "resume"), "run"
 )
 

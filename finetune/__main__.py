@@ -1,19 +1,20 @@
-"""The command line: `python -m finetune [run] [RECIPE] [FLAGS]`, `resume RUN`, `sweep FILE`, `list`, `show RECIPE`."""
+"""The command line: `python -m finetune [run] [RECIPE] [FLAGS]`, `pretrain RECIPE`, `resume RUN`, …: see `USAGE`."""
 
 import argparse
+import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
 
 from finetune import NolnError
 from finetune import recipe as recipes
-from finetune.recipe import Recipe
+from finetune.recipe import PretrainRecipe, Recipe, Training
 
 if TYPE_CHECKING:
     from finetune.run import Run
@@ -22,20 +23,25 @@ USAGE = """\
 Fine-tune the LayerNorm out of a GPT-2-type model.
 
   python -m finetune [run] [RECIPE] [FLAGS]   train: RECIPE is a shipped name (default micro) or a YAML file
-  python -m finetune resume RUN               go on with a run that was cut off
+  python -m finetune pretrain RECIPE [FLAGS]  train a model from random weights, its blocks with or without norms
+  python -m finetune resume RUN               go on with a run of either kind that was cut off
   python -m finetune sweep FILE [FLAGS]       many runs, of what a sweep file overrides, in one table
-  python -m finetune list                     name the shipped recipes
-  python -m finetune show RECIPE              print a recipe
+  python -m finetune list [pretrain]          name the shipped recipes, of `run` or of `pretrain`
+  python -m finetune show RECIPE              print a recipe; one of `pretrain`: show pretrain RECIPE
 
   python -m finetune run [RECIPE] --help      every field of the recipe, as a flag with its default
+  python -m finetune pretrain RECIPE --help
 """
 
 
-@dataclass(frozen=True)
-class Options:
-    """Fine-tune the LayerNorm out of a GPT-2-type model, beside a control that keeps it."""
+Trains = TypeVar("Trains", bound=Training)
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+
+@dataclass(frozen=True)
+class Options(Generic[Trains]):
+    """What a run is told."""
+
+    recipe: Annotated[Trains, tyro.conf.arg(name="")]
     steps: int
     """Optimizer steps of the run. Schedule, warm-up and LR horizon are scaled with them."""
     out: Path | None = None
@@ -57,18 +63,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     recipe = recipes.load(arguments.pop(0) if arguments and not arguments[0].startswith("-") else "micro")
-    # Scaled before the other flags are read: what they say holds as it is said.
-    steps_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    steps_only.add_argument("--steps", type=int)
-    steps = steps_only.parse_known_args(arguments)[0].steps
-    if steps is not None:
-        recipe = recipe.scaled(steps)
+    recipe = _scaled(recipe, arguments)
     options = tyro.cli(
-        Options, default=Options(recipe, steps=recipe.steps), args=arguments, prog="python -m finetune run [RECIPE]"
+        Options[Recipe],
+        default=Options(recipe, steps=recipe.steps),
+        args=arguments,
+        prog="python -m finetune run [RECIPE]",
+        description="Fine-tune the LayerNorm out of a GPT-2-type model, beside a control that keeps it.",
     )
 
     run = _import_run()
     _report(run.start(options.recipe, options.out))
+
+
+def _pretrain(arguments: list[str]) -> None:
+    names = ", ".join(recipes.shipped(PretrainRecipe))
+    if not arguments:
+        sys.exit(f"usage: python -m finetune pretrain RECIPE [FLAGS]\nRECIPE is a YAML file or one of {names}")
+    recipe = recipes.load_pretraining("pre-ln" if arguments[0].startswith("-") else arguments.pop(0))
+    recipe = _scaled(recipe, arguments)
+    if _given(arguments, "--text") is not None and _given(arguments, "--text.held-out") is None:
+        # What the recipe holds out goes with the text that it names.
+        recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, held_out=None))
+    options = tyro.cli(
+        Options[PretrainRecipe],
+        default=Options(recipe, steps=recipe.steps),
+        args=arguments,
+        prog="python -m finetune pretrain RECIPE",
+        description=f"Train a GPT-2-shaped model from random weights. RECIPE is a YAML file or one of {names}.",
+    )
+
+    _import_run()
+    from finetune import pretrain
+
+    _report(pretrain.start(options.recipe, options.out))
+
+
+def _scaled(recipe: Trains, arguments: list[str]) -> Trains:
+    """Scale `recipe` before the other flags are read: what they say holds as it is said."""
+    steps = _given(arguments, "--steps", int)
+    return recipe if steps is None else recipe.scaled(steps)
+
+
+def _given(arguments: list[str], flag: str, kind: Callable[[str], Any] = str) -> Any:
+    """Return what `flag` is given, or None where it is not."""
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only.add_argument(flag, flag.replace("-", "_").replace("__", "--"), type=kind, dest="value")
+    return only.parse_known_args(arguments)[0].value
 
 
 def _resume(arguments: list[str]) -> None:
@@ -114,11 +155,14 @@ def _import_run() -> ModuleType:
 
 
 def _list(arguments: list[str]) -> None:
-    print("\n".join(recipes.shipped()))
+    print("\n".join(recipes.shipped(PretrainRecipe if arguments == ["pretrain"] else Recipe)))
 
 
 def _show(arguments: list[str]) -> None:
-    print(recipes.dump(recipes.load(_only(arguments, "show RECIPE"))), end="")
+    load: Callable[[str], Training] = recipes.load
+    if arguments[:1] == ["pretrain"]:
+        load, arguments = recipes.load_pretraining, arguments[1:]
+    print(recipes.dump(load(_only(arguments, "show RECIPE, or show pretrain RECIPE"))), end="")
 
 
 def _only(arguments: list[str], usage: str) -> str:
@@ -136,33 +180,39 @@ def _report(run: "Run") -> None:
 
     if not PartialState().is_main_process:
         return
-    headings = ("model", "loss", "gap to control", "JSD to original", "tokens", "seconds")
+    # Nothing where a model would be compared with itself, or there is no control.
+    measures = {"loss": ("loss", None), "gap": ("gap to control", "control"), "jsd": ("JSD to original", "original")}
+    measures = {measure: of for measure, of in measures.items() if measure in run.results}
+    headings = ["model", *(heading for heading, _ in measures.values()), "tokens", "seconds"]
+    counts = {"parameters": "{:,}", "steps_per_second": "{:.2f}"}
+    counts = {column: number for column, number in counts.items() if column in run.results}
+    headings += [column.replace("_per_", "/") for column in counts]
     table = Table(
         *headings, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )  # fits in 80 columns
     for column in table.columns:
         column.no_wrap = True
     for row in run.results.to_dict("records"):
-        # Nothing where a model would be compared with itself, or there is no control.
-        of = {"loss": None, "gap": "control", "jsd": "original"}
-        measures = [
+        cells = [
             ""
             if row["model"] == other or math.isnan(row[measure])
             else f"{row[measure]:.4f} ± {row[measure + '_error']:.4f}"
-            for measure, other in of.items()
+            for measure, (_, other) in measures.items()
         ]
         trained = [f"{row['trained_tokens']:,}", f"{row['trained_seconds']:.0f}"] if row["trained_tokens"] else []
-        table.add_row(row["model"], *measures, *trained)
+        table.add_row(row["model"], *cells, *trained, *(number.format(row[name]) for name, number in counts.items()))
     console = Console()
     console.print(table)
     console.print(
-        f"Loss, gap and JSD in nats/token over {run.results['tokens'][0]:,} held-out tokens, ± the standard error over "
-        f"their {run.results['documents'][0]} documents; tokens and seconds of training."
+        f"{'Loss, gap and JSD' if 'gap' in measures else 'Loss'} in nats/token over {run.results['tokens'][0]:,} "
+        f"held-out tokens, ± the standard error over their {run.results['documents'][0]} documents; tokens and seconds "
+        "of training."
     )
-    console.print(f"Everything is in {run.directory}; the LN-free model in {run.directory / 'ln_free'}", soft_wrap=True)
+    what, name = ("LN-free model", "ln_free") if "gap" in measures else ("model", "model")
+    console.print(f"Everything is in {run.directory}; the {what} in {run.directory / name}", soft_wrap=True)
 
 
-COMMANDS = {"run": _run, "resume": _resume, "sweep": _sweep, "list": _list, "show": _show}
+COMMANDS = {"run": _run, "pretrain": _pretrain, "resume": _resume, "sweep": _sweep, "list": _list, "show": _show}
 
 if __name__ == "__main__":
     main()

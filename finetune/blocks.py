@@ -616,6 +616,15 @@ _GPT2_NAMES = {
 """Ours by GPT-2's, within a block."""
 
 
+def other_than_gpt2(config: BlocksConfig) -> list[str]:
+    """Return the knobs in which a block is not GPT-2's: none of one that `to_gpt2` takes."""
+    default = BlocksConfig()
+    other = [name for name in _OF_GPT2 if getattr(config, name) != getattr(default, name)]
+    other += ["first_norm"] * (config.first_norm not in (None, "ln"))
+    other += ["negative_slope"] * (config.activation_function == "leaky_relu" and config.negative_slope != 0)
+    return other
+
+
 @torch.no_grad()
 def to_gpt2(model: BlocksForCausalLM) -> GPT2LMHeadModel:
     """Return a Pre-LN model as a `GPT2LMHeadModel` with the same logits, in its dtype and on its device.
@@ -623,11 +632,8 @@ def to_gpt2(model: BlocksForCausalLM) -> GPT2LMHeadModel:
     Raises:
         BlockError: a block that is not GPT-2's.
     """
-    config, default = model.config, BlocksConfig()
-    other = [name for name in _OF_GPT2 if getattr(config, name) != getattr(default, name)]
-    other += ["first_norm"] * (config.first_norm not in (None, "ln"))
-    other += ["negative_slope"] * (config.activation_function == "leaky_relu" and config.negative_slope != 0)
-    if other:
+    config = model.config
+    if other := other_than_gpt2(config):
         raise BlockError(f"GPT-2 has no such {', '.join(other)}: only `pre-ln` blocks with LN can become GPT-2's.")
     same = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "initializer_range", "use_cache"]
     same += ["bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"]

@@ -23,15 +23,23 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from finetune import NolnError
+from finetune.blocks import BlockError, BlocksConfig, BlocksForCausalLM, Norm
 from finetune.bundled import resolve_model
 
+CausalLM = GPT2LMHeadModel | BlocksForCausalLM
+"""What a checkpoint holds: a GPT-2, LN-free or not, or a model of other blocks, which `finetune.pretrain` trains."""
 Format = Literal["b25", "h24"]
 NormState = Literal["live", "frozen", "identity"]
 
@@ -75,24 +83,44 @@ def _sites(model: GPT2LMHeadModel) -> Iterator[_Site]:
     yield _Site("transformer.ln_f", model.transformer.ln_f, "lm_head", model.lm_head)
 
 
-def norm_state(model: nn.Module) -> NormState:
-    """Return whether the LNs of `model` are live, frozen (divide by √eps) or `nn.Identity`.
+def require_gpt2(model: nn.Module) -> GPT2LMHeadModel:
+    """Return `model`, which must be a GPT-2: only its LNs can be removed or folded.
 
-    The modules decide, not the config: they compute the logits.
+    Raises:
+        CheckpointError: another architecture.
+    """
+    if isinstance(model, BlocksForCausalLM):
+        raise CheckpointError(
+            f"{model.name_or_path or 'A model'} is a {type(model).__name__}, no GPT-2: only the LayerNorm of Pre-LN "
+            "blocks can be removed or folded, and "
+            "`python -m finetune pretrain pre-ln` saves these as a GPT2LMHeadModel (`finetune.blocks.to_gpt2`)."
+        )
+    if not isinstance(model, GPT2LMHeadModel) or model.config.add_cross_attention:
+        raise CheckpointError(f"A {type(model).__name__} is not a GPT2LMHeadModel without cross-attention.")
+    return model
+
+
+def norm_state(model: nn.Module) -> NormState:
+    """Return whether the norms of `model` are live, frozen (divide by √eps) or `nn.Identity`.
+
+    The modules decide, not the config: they compute the logits. Those of other blocks than GPT-2's are live where any
+    norm is left, of queries and keys too.
 
     Raises:
         CheckpointError: another architecture, weights that are not finite, a mixture, or the weights of one
             kind of LN under the eps of the other.
     """
-    if not isinstance(model, GPT2LMHeadModel) or model.config.add_cross_attention:
-        raise CheckpointError(f"A {type(model).__name__} is not a GPT2LMHeadModel without cross-attention.")
+    if not isinstance(model, BlocksForCausalLM):
+        require_gpt2(model)
     for name, parameter in model.named_parameters():
         if not torch.stack(parameter.aminmax()).isfinite().all():  # 100 times as fast as asking each value
             raise CheckpointError(
                 f"{name} holds infinities or NaN. LN-free formats have norm weights of about 1e6, which "
                 "do not fit float16: keep them in float32 or bfloat16, and cast to float16 only after `to_identity`."
             )
-    states = {site.name: _state(site.name, site.norm) for site in _sites(model)}
+    if isinstance(model, BlocksForCausalLM):
+        return "live" if any(isinstance(module, Norm) for module in model.modules()) else "identity"
+    states = {site.name: _state(site.name, site.norm) for site in _sites(require_gpt2(model))}
     groups = {state: [name for name in states if states[name] == state] for state in set(states.values())}
     if len(groups) > 1:
         raise CheckpointError(f"The norms are a mixture, neither LN-free nor an ordinary model's: {groups}.")
@@ -164,7 +192,7 @@ def to_identity(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     Raises:
         CheckpointError: the LNs are live, or what `norm_state` raises.
     """
-    if norm_state(model) == "live":
+    if norm_state(require_gpt2(model)) == "live":
         raise CheckpointError("The LNs of this model are live: it has no Identity form before they are removed.")
     folded = copy.deepcopy(model)
     for site, (_, weight, bias) in zip(_sites(folded), linear_maps(model), strict=True):
@@ -189,7 +217,7 @@ def convert(model: GPT2LMHeadModel, format: Format) -> GPT2LMHeadModel:
     Raises:
         CheckpointError: the norms are not frozen, or what `norm_state` raises.
     """
-    if (state := norm_state(model)) != "frozen":
+    if (state := norm_state(require_gpt2(model))) != "frozen":
         raise CheckpointError(f"The norms of this model are {state}: only frozen ones can be written as {format}.")
     converted = copy.deepcopy(model)
     if format == "h24":
@@ -203,7 +231,7 @@ def convert(model: GPT2LMHeadModel, format: Format) -> GPT2LMHeadModel:
 
 
 def save(
-    model: GPT2LMHeadModel,
+    model: CausalLM,
     directory: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
@@ -217,9 +245,10 @@ def save(
     directory = Path(directory)
     if directory.exists():
         raise CheckpointError(f"{directory} exists and is not written over: move it away or name another.")
-    if norm_state(model) == "identity":
+    state = norm_state(model)
+    if state == "identity" and isinstance(model, GPT2LMHeadModel):
         raise CheckpointError("The Identity form cannot be loaded again: save the model that it was made from.")
-    for site in _sites(model):
+    for site in _sites(model) if isinstance(model, GPT2LMHeadModel) else ():
         if site.norm.eps != model.config.layer_norm_epsilon:
             raise CheckpointError(
                 f"{site.name} has an eps of {site.norm.eps:g}, but what is saved would be loaded with that "
@@ -239,8 +268,8 @@ def save(
         raise CheckpointError(f"{directory} cannot be written: {error}. Make room, or name another.") from error
 
 
-def load_config(name_or_path: str | Path, revision: str | None = None) -> GPT2Config:
-    """Read the config of a GPT-2: a bundled name, a directory or a Hub id, whose weights are not fetched.
+def load_config(name_or_path: str | Path, revision: str | None = None) -> GPT2Config | BlocksConfig:
+    """Read the config of a GPT-2 or of other blocks: a bundled name, a directory or a Hub id; no weights are fetched.
 
     Raises:
         CheckpointError: nothing there, unreadable, or another architecture.
@@ -250,17 +279,24 @@ def load_config(name_or_path: str | Path, revision: str | None = None) -> GPT2Co
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"The config.json of {name_or_path} cannot be read: {error}.") from error
+    if config.get("model_type") == BlocksConfig.model_type:
+        try:
+            return BlocksConfig.from_dict(config)
+        except (BlockError, StrictDataclassError) as error:
+            raise CheckpointError(f"The config.json of {name_or_path} does not hold: {error}") from error
     architectures = config.get("architectures") or ["GPT2LMHeadModel"]
     if config.get("model_type") != "gpt2" or "GPT2LMHeadModel" not in architectures:
         raise CheckpointError(
             f"{name_or_path} is a {', '.join(architectures)} of type {config.get('model_type')}; only "
-            "GPT2LMHeadModel of type gpt2 can be loaded."
+            f"GPT2LMHeadModel of type gpt2 and BlocksForCausalLM of type {BlocksConfig.model_type} can be loaded."
         )
     return GPT2Config.from_dict(config)
 
 
-def load(name_or_path: str | Path, revision: str | None = None, dtype: torch.dtype | None = None) -> GPT2LMHeadModel:
-    """Load a GPT-2, LN-free or not, from a bundled name, a directory or the Hub, on the CPU, for evaluation.
+def load(name_or_path: str | Path, revision: str | None = None, dtype: torch.dtype | None = None) -> CausalLM:
+    """Load a GPT-2, LN-free or not, or a model of other blocks, on the CPU, for evaluation.
+
+    It is called by a bundled name, a directory or a Hub id.
 
     Only safetensors are read, and no remote code is run. From a directory nothing is looked up. The weights
     are float32 unless `dtype` says otherwise, whatever the files hold.
@@ -269,12 +305,13 @@ def load(name_or_path: str | Path, revision: str | None = None, dtype: torch.dty
         CheckpointError: nothing there, files missing or corrupt, another architecture, or what `norm_state`
             raises.
     """
-    load_config(name_or_path, revision)
+    config = load_config(name_or_path, revision)
+    kind: Any = BlocksForCausalLM if isinstance(config, BlocksConfig) else GPT2LMHeadModel
     directory = _local(name_or_path, revision, _CONFIG_FILES + _WEIGHT_FILES)
-    model: GPT2LMHeadModel
+    model: CausalLM
     info: dict[str, Any]
     try:
-        model, info = GPT2LMHeadModel.from_pretrained(  # type: ignore[misc]
+        model, info = kind.from_pretrained(
             directory,
             dtype=dtype or torch.float32,
             local_files_only=True,

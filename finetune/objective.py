@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.fake_layernorm import CLASSES
@@ -26,6 +26,18 @@ class Head(NamedTuple):
     residual: Float[Tensor, "batch pos d"]
     """The last site's output."""
     unembedding: Float[Tensor, "vocab d"]
+
+
+class DeferredUnembedding(nn.Module):
+    """Stands in for a model's unembedding: owns its weight, and does nothing."""
+
+    def __init__(self, unembedding: nn.Linear) -> None:
+        super().__init__()
+        self.weight = unembedding.weight
+
+    def forward(self, residual: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        """Return the residual, for a `Head`."""
+        return residual
 
 
 class NextTokenLoss(NamedTuple):

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import pydantic
 import tyro
@@ -167,8 +167,8 @@ class Schedule:
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)
-class Recipe:
-    """Everything that a run needs. Steps count from 0."""
+class Training:
+    """What every run needs, whatever it trains. Steps count from 0."""
 
     name: Annotated[str, tyro.conf.Suppress]
     """What the run directory is called after."""
@@ -181,25 +181,94 @@ class Recipe:
     lr: float
     """The highest learning rate, after the warm-up."""
     min_lr: float
-    """The learning rate at `lr_horizon`, where the cosine ends."""
+    """The learning rate at `lr_horizon`, to which it falls on a cosine."""
     warmup: int
     """Steps over which the learning rate rises from 0."""
-    schedule: Schedule
-    """When the LNs go."""
     text: Annotated[Text, tyro.conf.arg(name="text")] = Text()
     """Where the text comes from."""
-    model: str = "micro"
-    """The model to take the LNs from: a bundled name (micro), a local directory, or a name on the Hub."""
-    revision: str | None = None
-    """The revision of a model on the Hub."""
     lr_horizon: int | None = None
-    """The step at which the cosine ends. None: the last step. A later one leaves the end of the cosine away."""
+    """The step at which the learning rate has fallen to `min_lr`. None: the last step. A later one leaves the end of
+    the fall away."""
     weight_decay: float = 0.01
     """AdamW's decay of matrices; vectors (biases, gains) have none."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     clip: float = 1.0
     """The largest norm of the gradient; larger ones are scaled down to it. 0: no limit."""
+    max_rise: float = 3.0
+    """The run stops when a step's loss exceeds the mean of the first ten by more than this, in nats/token."""
+    seed: int = 0
+    """Of the order of the text, and of whatever else is drawn."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train. auto: the accelerator, if there is one."""
+    bf16: bool | None = None
+    """Matrix products in bfloat16, weights in float32. None: on CUDA devices that have it."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third slower."""
+    log_every: int = 10
+    """Steps from one record of the stds or signals, and one report to `report_to`, to the next."""
+    save_every: int = 50
+    """Steps from one checkpoint to the next; the newest two are kept."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where to report the losses, beside the run's log."""
+    push_to_hub: str | None = None
+    """The Hub repository to push the model to, when it is done."""
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch", "micro_batch", "log_every", "save_every"):
+            if getattr(self, field) < 1:
+                raise RecipeError(f"{field} is {getattr(self, field)}; at least 1 is needed.")
+        if self.batch % self.micro_batch:
+            raise RecipeError(f"batch is {self.batch}, no multiple of micro_batch, {self.micro_batch}: change either.")
+        if not 0 <= self.min_lr <= self.lr or self.lr == 0:
+            raise RecipeError(f"min_lr is {self.min_lr} and lr {self.lr}; 0 <= min_lr <= lr and lr > 0 are needed.")
+        self._check_not_negative("clip", "weight_decay", "max_rise")
+        if not 0 <= self.warmup < self.steps:
+            raise RecipeError(f"warmup is {self.warmup} steps, not shorter than the run of {self.steps} steps.")
+        if self.horizon < self.steps:
+            raise RecipeError(f"lr_horizon is {self.horizon}, before the end of the run at {self.steps} steps.")
+
+    def _check_not_negative(self, *fields: str) -> None:
+        for field in fields:
+            if getattr(self, field) < 0:
+                raise RecipeError(f"{field} is {getattr(self, field)}; it must not be negative.")
+
+    @property
+    def horizon(self) -> int:
+        """The step at which the learning rate has fallen to `min_lr`."""
+        return self.steps if self.lr_horizon is None else self.lr_horizon
+
+    def scaled(self, steps: int) -> Self:
+        """Return the recipe for a run of `steps` steps: warm-up, LR horizon and schedule, if any, scaled with it.
+
+        Raises:
+            RecipeError: no run is that long, or so short that the recipe does not hold.
+        """
+        if steps < 1:
+            raise RecipeError(f"steps is {steps}; at least 1 is needed.")
+        return dataclasses.replace(self, **self._scaled(steps))
+
+    def _scaled(self, steps: int) -> dict[str, Any]:
+        factor = steps / self.steps
+        return {
+            "steps": steps,
+            "lr_horizon": None if self.lr_horizon is None else max(steps, round(self.lr_horizon * factor)),
+            "warmup": round(self.warmup * factor),
+        }
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+class Recipe(Training):
+    """Everything that a run needs which removes LayerNorm."""
+
+    schedule: Schedule = dataclasses.field(kw_only=True)
+    """When the LNs go."""
+    model: str = "micro"
+    """The model to take the LNs from: a bundled name (micro), a local directory, or a name on the Hub."""
+    revision: str | None = None
+    """The revision of a model on the Hub."""
     kl_weight: float = 0.0
     """What the LN-free model is fitted to. 0: the text (cross-entropy); 1: the original's predictions (KL divergence);
     between: (1 − kl_weight) · cross-entropy + kl_weight · KL. The control is always fitted to the text."""
@@ -213,52 +282,20 @@ class Recipe:
     """How much of the running means of the stds is kept at each optimizer step."""
     std_mean: StdMean = "arithmetic"
     """What the running means are of: σ, log σ, or 1/σ."""
-    max_rise: float = 3.0
-    """The run stops when a step's loss exceeds the mean of the first ten by more than this, in nats/token."""
     control: bool = True
     """Also fine-tune with LayerNorm kept, to tell what fine-tuning did from what losing LayerNorm did."""
     control_from: str | None = None
     """The directory of a control that an earlier run made, used instead of training one."""
-    seed: int = 0
-    """Of the order of the text, and of whatever else is drawn."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train. auto: the accelerator, if there is one."""
-    bf16: bool | None = None
-    """Matrix products in bfloat16, weights in float32. None: on CUDA devices that have it."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third slower."""
-    log_every: int = 10
-    """Steps from one record of the stds, and one report to `report_to`, to the next."""
-    save_every: int = 50
-    """Steps from one checkpoint to the next; the newest two are kept."""
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where to report the losses, beside the run's log."""
     export_format: Literal["b25", "h24"] = "b25"
     """The format of the LN-free checkpoint: every LN with its γ and β, or these folded into the next weights."""
-    push_to_hub: str | None = None
-    """The Hub repository to push the LN-free model to, when it is done."""
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch", "micro_batch", "log_every", "save_every"):
-            if getattr(self, field) < 1:
-                raise RecipeError(f"{field} is {getattr(self, field)}; at least 1 is needed.")
-        if self.batch % self.micro_batch:
-            raise RecipeError(f"batch is {self.batch}, no multiple of micro_batch, {self.micro_batch}: change either.")
-        if not 0 <= self.min_lr <= self.lr or self.lr == 0:
-            raise RecipeError(f"min_lr is {self.min_lr} and lr {self.lr}; 0 <= min_lr <= lr and lr > 0 are needed.")
-        for field in ("clip", "match_weight", "aux_weight", "weight_decay", "max_rise"):
-            if getattr(self, field) < 0:
-                raise RecipeError(f"{field} is {getattr(self, field)}; it must not be negative.")
+        super().__post_init__()
+        self._check_not_negative("match_weight", "aux_weight")
         if not 0 <= self.kl_weight <= 1:
             raise RecipeError(f"kl_weight is {self.kl_weight}; it must lie between 0, the text, and 1, the original.")
         if not 0 <= self.std_decay < 1:
             raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
-        if not 0 <= self.warmup < self.steps:
-            raise RecipeError(f"warmup is {self.warmup} steps, not shorter than the run of {self.steps} steps.")
-        if self.horizon < self.steps:
-            raise RecipeError(f"lr_horizon is {self.horizon}, before the end of the run at {self.steps} steps.")
         if self.schedule.start >= self.steps:
             raise RecipeError(
                 f"schedule.start is {self.schedule.start}: nothing would freeze in the {self.steps} steps of the run."
@@ -266,19 +303,7 @@ class Recipe:
         if self.control_from is not None and not self.control:
             raise RecipeError(f"control_from names {self.control_from}, but control is switched off: choose one.")
 
-    @property
-    def horizon(self) -> int:
-        """The step at which the cosine ends."""
-        return self.steps if self.lr_horizon is None else self.lr_horizon
-
-    def scaled(self, steps: int) -> "Recipe":
-        """Return the recipe for a run of `steps` steps: schedule, warm-up and LR horizon scaled with it.
-
-        Raises:
-            RecipeError: no run is that long, or so short that the schedule does not hold.
-        """
-        if steps < 1:
-            raise RecipeError(f"steps is {steps}; at least 1 is needed.")
+    def _scaled(self, steps: int) -> dict[str, Any]:
         factor = steps / self.steps
         start = max(1.0, self.schedule.start * factor)
         # `factor` too, unless the start could not fall as far: what follows it is fitted into the steps left.
@@ -291,18 +316,85 @@ class Recipe:
             max_gap=max(1.0, self.schedule.max_gap * after_start),
             at=tuple(max(1, int(step * factor + 1e-6)) for step in self.schedule.at),
         )
-        return dataclasses.replace(
-            self,
-            steps=steps,
-            lr_horizon=None if self.lr_horizon is None else max(steps, round(self.lr_horizon * factor)),
-            warmup=round(self.warmup * factor),
-            schedule=schedule,
-        )
+        return super()._scaled(steps) | {"schedule": schedule}
 
 
-def shipped() -> list[str]:
-    """Return the names of the recipes that ship with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+Block = Literal[
+    "pre-ln",
+    "post-ln",
+    "parallel",
+    "v-skipinit",
+    "skipless",
+    "skipless-parallel",
+    "skipless-nonorm",
+    "skipless-parallel-nonorm",
+    "op",
+]
+"""The blocks of `finetune.blocks`."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+class PretrainRecipe(Training):
+    """Everything that a run needs which trains from random weights. The defaults: 3 M tokens, the shape of `micro`."""
+
+    steps: Annotated[int, tyro.conf.Suppress] = 366
+    """Optimizer steps of the run."""
+    batch: int = 32
+    """Sequences a step, over all processes and micro-batches. A sequence is as long as the model's context."""
+    micro_batch: int = 8
+    """Sequences in one forward of one process; the batch is made up by accumulating gradients."""
+    lr: float = 2e-3
+    """The highest learning rate, after the warm-up."""
+    min_lr: float = 2e-4
+    """The learning rate at `lr_horizon`, to which it falls."""
+    warmup: int = 13
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices; vectors (biases, gains) have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    text: Annotated[Text, tyro.conf.arg(name="text")] = Text(held_out="books-validation")
+    """Where the text comes from."""
+    lr_decay: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls."""
+    block: Block = "pre-ln"
+    """The blocks of the model: see `finetune/blocks.py`."""
+    n_layer: int = 6
+    """Blocks."""
+    n_embd: int = 192
+    """Width of the residual stream."""
+    n_head: int = 6
+    """Heads of a block."""
+    n_positions: int = 256
+    """Context, in tokens: the length of a sequence."""
+    vocab_size: int | None = None
+    """Tokens of the vocabulary. None: as many as the tokenizer has."""
+    knobs: dict[str, bool | int | float | str | None] = dataclasses.field(default_factory=dict)
+    """Other fields of `finetune.blocks.BlocksConfig`, in place of what `block` says."""
+    tokenizer: str = "micro"
+    """The model whose tokenizer to use: a bundled name (micro), a local directory, or a name on the Hub."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("n_layer", "n_embd", "n_head", "n_positions"):
+            if getattr(self, field) < 1:
+                raise RecipeError(f"{field} is {getattr(self, field)}; at least 1 is needed.")
+        if own := sorted(set(self.knobs) & {field.name for field in dataclasses.fields(self)}):
+            raise RecipeError(f"knobs holds {', '.join(own)}: say it as a field of the recipe itself.")
+        if self.lr_decay == "linear" and self.min_lr == self.lr:
+            raise RecipeError(f"lr_decay is linear, but min_lr is lr, {self.lr}: lower min_lr.")
+        norm = self.knobs.get("norm", "none")
+        if norm != "none" and (self.block.endswith("nonorm") or self.block == "op"):
+            raise RecipeError(f"block is {self.block}, which has no norms, but knobs.norm is {norm}: choose one.")
+
+
+_Training = TypeVar("_Training", bound=Training)
+_FOLDERS: dict[type[Training], Path] = {Recipe: RECIPES, PretrainRecipe: RECIPES / "pretrain"}
+
+
+def shipped(kind: type[Training] = Recipe) -> list[str]:
+    """Return the names of the recipes of a kind that ship with the package."""
+    return sorted(path.stem for path in _FOLDERS[kind].glob("*.yaml"))
 
 
 def load(name_or_path: str | Path) -> Recipe:
@@ -311,12 +403,40 @@ def load(name_or_path: str | Path) -> Recipe:
     Raises:
         RecipeError: there is none, it is no YAML, a field is unknown or of the wrong type, or fields contradict.
     """
-    if str(name_or_path) not in shipped() and not Path(name_or_path).exists():
-        raise RecipeError(f"No recipe {name_or_path}: name a YAML file or one of {', '.join(shipped())}.")
-    path = RECIPES / f"{name_or_path}.yaml" if str(name_or_path) in shipped() else Path(name_or_path)
+    return _load(name_or_path, Recipe)
+
+
+def load_pretraining(name_or_path: str | Path) -> PretrainRecipe:
+    """Read a recipe of pretraining, as `load` does."""
+    return _load(name_or_path, PretrainRecipe)
+
+
+def load_run(directory: Path) -> Recipe | PretrainRecipe:
+    """Read the recipe of a run, of whichever kind it is.
+
+    Raises:
+        RecipeError: as `load`, or `directory` is no run directory.
+    """
+    path = directory / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(f"{directory} is no run directory: it holds no recipe.yaml.")
+    return load_pretraining(path) if "block" in read_yaml(path, "recipe") else load(path)
+
+
+def _load(name_or_path: str | Path, kind: type[_Training]) -> _Training:
+    names = shipped(kind)
+    if str(name_or_path) not in names and not Path(name_or_path).exists():
+        raise RecipeError(f"No recipe {name_or_path}: name a YAML file or one of {', '.join(names)}.")
+    path = _FOLDERS[kind] / f"{name_or_path}.yaml" if str(name_or_path) in names else Path(name_or_path)
     content = {"name": path.stem, **read_yaml(path, "recipe")}
     content.pop("run", None)  # what `dump` says of a run, which changes nothing
-    return validate(Recipe, content, f"recipe {path}")
+    if kind is Recipe and "block" in content:
+        raise RecipeError(
+            f"The recipe {path} trains a block from random weights: `python -m finetune pretrain` takes it."
+        )
+    if kind is PretrainRecipe and "schedule" in content:
+        raise RecipeError(f"The recipe {path} removes LayerNorm on a schedule: `python -m finetune run` takes it.")
+    return validate(kind, content, f"recipe {path}")
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
@@ -371,7 +491,7 @@ def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
     return validate(Recipe, content, what)
 
 
-def dump(recipe: Recipe, run: dict[str, Any] | None = None) -> str:
+def dump(recipe: Training, run: dict[str, Any] | None = None) -> str:
     """Return `recipe` as YAML that `load` reads, with what there is to say of a run of it."""
     content = dataclasses.asdict(recipe) | ({} if run is None else {"run": run})
     return yaml.safe_dump(_plain(content), sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""A run: set up, fit, export, compare, and leave a run directory.
+"""A run that removes LayerNorm: set up, fit, export, compare, and leave a run directory; and what all runs share.
 
 RUN/recipe.yaml    what was run, replayable; with versions, git state and command
 RUN/replay.yaml    of an adaptive schedule: the recipe with the steps that it came to
@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import pandas as pd
@@ -37,11 +37,14 @@ from transformers.activations import NewGELUActivation
 from finetune import checkpoint, evaluate, schedule
 from finetune import recipe as recipes
 from finetune.bundled import MODELS, TEXTS
-from finetune.recipe import Recipe, RecipeError, Text
+from finetune.checkpoint import CausalLM
+from finetune.recipe import PretrainRecipe, Recipe, RecipeError, Text, Training
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import TextSplits, load_text
 from finetune.trainer import RemovalTrainer, checkpoints
+
+Trains = TypeVar("Trains", bound=Training)
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,15 @@ class Run:
     directory: Path
     """The run directory."""
     results: pd.DataFrame
-    """A row a model (original, control, ln_free): see `evaluate.compare`; and trained_tokens and seconds of its fit."""
+    """A row a model (original, control, ln_free): see `evaluate.compare`; and trained_tokens and seconds of its fit.
+    Of pretraining one row (model): see `pretrain.conclude`."""
 
-    def load(self, name: str) -> GPT2LMHeadModel:
-        """Return the model called `name`: ln_free, control or original."""
+    def load(self, name: str) -> CausalLM:
+        """Return the model called `name`: ln_free, control or original; of pretraining model."""
         named = _recipe_of(self.directory)
-        if name == "original":
+        if name == "original" and isinstance(named, Recipe):
             return checkpoint.load(named.model, named.revision)
-        if name == "control" and named.control_from is not None:
+        if name == "control" and isinstance(named, Recipe) and named.control_from is not None:
             return checkpoint.load(named.control_from)
         return checkpoint.load(self.directory / name)
 
@@ -84,15 +88,17 @@ def remove_layernorm(
         DivergedError: the loss exploded; the last good checkpoint is in the run directory.
         FileExistsError: `out` exists.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = recipes.load(recipe)
-    if isinstance(text, str | Path):
-        text = dataclasses.replace(recipe.text, source=str(text), held_out=None)
-    if text is not None:
-        recipe = dataclasses.replace(recipe, text=text)
+    recipe = with_text(recipe if isinstance(recipe, Recipe) else recipes.load(recipe), text)
     if isinstance(model, str | Path):
         recipe = dataclasses.replace(recipe, model=str(model), revision=None)
     return start(recipe, out, model if isinstance(model, GPT2LMHeadModel) else None, tokenizer)
+
+
+def with_text(recipe: Trains, text: str | Path | Text | None) -> Trains:
+    """Return `recipe` with another text: a source, of which a part is held out, or a whole `Text`. None: its own."""
+    if isinstance(text, str | Path):
+        text = dataclasses.replace(recipe.text, source=str(text), held_out=None)
+    return recipe if text is None else dataclasses.replace(recipe, text=text)
 
 
 def start(
@@ -106,11 +112,7 @@ def start(
     Raises:
         RecipeError, CheckpointError, TextError, DivergedError, FileExistsError: as `remove_layernorm`.
     """
-    PartialState(cpu=recipe.device == "cpu")  # whoever asks first decides for all
-    directory = Path(out) if out is not None else Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = Path(broadcast_object_list([str(directory.absolute())])[0])
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists, and a run writes over nothing: name another with --out.")
+    directory = new_directory(recipe, out)
     setup = set_up(recipe, model, tokenizer)
     if PartialState().is_main_process:
         directory.mkdir(parents=True)
@@ -118,28 +120,47 @@ def start(
             # A run is replayed and resumed from files alone.
             checkpoint.save(setup.model, directory / "original", setup.tokenizer)
             recipe = dataclasses.replace(setup.recipe, model=str(directory / "original"), revision=None)
-        _write(directory / "recipe.yaml", recipes.dump(_absolute(recipe), _provenance()))
+        write_recipe(recipe, directory)
     PartialState().wait_for_everyone()
     return _complete(setup, directory)
 
 
+def new_directory(recipe: Training, out: str | Path | None) -> Path:
+    """Return the run directory that is to be made, the same in all processes.
+
+    Raises:
+        FileExistsError: it exists.
+    """
+    PartialState(cpu=recipe.device == "cpu")  # whoever asks first decides for all
+    directory = Path(out) if out is not None else Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(broadcast_object_list([str(directory.absolute())])[0])
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists, and a run writes over nothing: name another with --out.")
+    return directory
+
+
 def resume(directory: str | Path) -> Run:
-    """Take up a run where its newest complete checkpoint is; one that is complete is only compared again.
+    """Take up a run of either kind where its newest complete checkpoint is; a complete one is only measured again.
 
     Raises:
         RecipeError, CheckpointError, TextError, DivergedError: as `remove_layernorm`.
     """
     directory = Path(directory).absolute()
-    return _complete(set_up(_recipe_of(directory)), directory)
+    recipe = _recipe_of(directory)
+    if isinstance(recipe, Recipe):
+        return _complete(set_up(recipe), directory)
+    from finetune import pretrain  # which is built on this module
+
+    return pretrain.complete(pretrain.set_up(recipe), directory)
 
 
-def _recipe_of(directory: Path) -> Recipe:
-    if not (directory / "recipe.yaml").is_file():
-        raise RecipeError(f"{directory} is no run directory: it holds no recipe.yaml.")
-    recipe = recipes.load(directory / "recipe.yaml")
+def _recipe_of(directory: Path) -> Recipe | PretrainRecipe:
+    recipe = recipes.load_run(directory)
     # What was a model in memory moves with the run directory.
     original = directory / "original"
-    return dataclasses.replace(recipe, model=str(original)) if original.is_dir() else recipe
+    if isinstance(recipe, Recipe) and original.is_dir():
+        return dataclasses.replace(recipe, model=str(original))
+    return recipe
 
 
 @dataclass(frozen=True)
@@ -161,14 +182,7 @@ def set_up(
     Raises:
         RecipeError, CheckpointError, TextError: they do not do, or not together.
     """
-    state = PartialState(cpu=recipe.device == "cpu")
-    if recipe.device not in ("auto", state.device.type):
-        raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
-    if recipe.batch % (recipe.micro_batch * state.num_processes):
-        raise RecipeError(
-            f"A batch of {recipe.batch} cannot be shared by {state.num_processes} processes in micro-batches of "
-            f"{recipe.micro_batch}: change micro_batch, batch or the number of processes."
-        )
+    check_processes(recipe)
     config = checkpoint.load_config(recipe.model, recipe.revision) if model is None else model.config
     events = schedule.resolve(recipe.schedule, config.n_layer, recipe.steps)
     if recipe.control_from is not None:
@@ -178,13 +192,32 @@ def set_up(
             raise checkpoint.CheckpointError("A model in memory needs its tokenizer: pass it as `tokenizer`.")
         tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
     # A model in memory stays as it is, on its device and in its mode.
-    model = checkpoint.load(recipe.model, recipe.revision) if model is None else copy.deepcopy(model).float()
+    if model is None:
+        model = checkpoint.require_gpt2(checkpoint.load(recipe.model, recipe.revision))
+    else:
+        model = copy.deepcopy(model).float()
     if (norms := checkpoint.norm_state(model)) != "live":
         raise checkpoint.CheckpointError(
             f"The norms of {recipe.model} are {norms}: there is no LayerNorm left to remove."
         )
     text = load_text(recipe.text, tokenizer, config.n_positions, config.vocab_size, seed=recipe.seed)
     return Setup(recipe, model, tokenizer, events, text)
+
+
+def check_processes(recipe: Training) -> None:
+    """Check that the device is there, and that the processes can share a batch.
+
+    Raises:
+        RecipeError: it is not, or they cannot.
+    """
+    state = PartialState(cpu=recipe.device == "cpu")
+    if recipe.device not in ("auto", state.device.type):
+        raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
+    if recipe.batch % (recipe.micro_batch * state.num_processes):
+        raise RecipeError(
+            f"A batch of {recipe.batch} cannot be shared by {state.num_processes} processes in micro-batches of "
+            f"{recipe.micro_batch}: change micro_batch, batch or the number of processes."
+        )
 
 
 def _complete(setup: Setup, directory: Path) -> Run:
@@ -216,7 +249,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> No
     trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
     if PartialState().is_main_process:
         if trainer.pacing is not None:
-            _write(directory / "replay.yaml", recipes.dump(_replay(recipe, trainer.events)))
+            write(directory / "replay.yaml", recipes.dump(_replay(recipe, trainer.events)))
         plain = sites.to_plain()
         if events:
             plain = checkpoint.convert(plain, recipe.export_format)
@@ -240,11 +273,16 @@ def _ready(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    block: Any
-    for block in model.transformer.h:
-        if isinstance(block.mlp.act, NewGELUActivation):
-            block.mlp.act = nn.GELU(approximate="tanh")  # in one kernel and not in seven
+    fuse_gelu(model)
     return model
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """Compute GPT-2's activation function in one kernel and not in seven."""
+    module: Any
+    for module in model.modules():
+        if isinstance(getattr(module, "act", None), NewGELUActivation):
+            module.act = nn.GELU(approximate="tanh")
 
 
 def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
@@ -252,7 +290,7 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
     state = PartialState()
     if state.is_main_process:
         recipe = setup.recipe
-        models = {"original": setup.model}
+        models: dict[str, CausalLM] = {"original": setup.model}
         if recipe.control:
             models["control"] = checkpoint.load(recipe.control_from or directory / "control")
         models["ln_free"] = checkpoint.load(directory / "ln_free")
@@ -264,23 +302,19 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
         spent = {line["model"]: line for line in log}
         for column in ("tokens", "seconds"):
             results[f"trained_{column}"] = [spent.get(name, {}).get(column, 0) for name in results["model"]]
-        _write(directory / "documents.csv", documents.to_csv(index=False))
-        _write(directory / "results.csv", results.to_csv(index=False))
+        write(directory / "documents.csv", documents.to_csv(index=False))
+        write(directory / "results.csv", results.to_csv(index=False))
         for name in ("control", "ln_free"):
             if (directory / name).is_dir():
-                _write(directory / name / "README.md", _card(setup, name, results, log))
-        if recipe.push_to_hub is not None:
-            HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
-            HfApi().upload_folder(repo_id=recipe.push_to_hub, folder_path=directory / "ln_free")
+                write(directory / name / "README.md", _card(setup, name, results, log))
+        push(recipe, directory / "ln_free")
     state.wait_for_everyone()
     return pd.read_csv(directory / "results.csv")
 
 
 def _card(setup: Setup, name: str, results: pd.DataFrame, log: list[dict[str, Any]]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("finetune", ""), trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template("model_card.md.jinja").render(
+    return render(
+        "model_card.md.jinja",
         name=name,
         base=Path(setup.recipe.model).name,
         recipe=setup.recipe,
@@ -291,28 +325,45 @@ def _card(setup: Setup, name: str, results: pd.DataFrame, log: list[dict[str, An
     )
 
 
-def _write(path: Path, content: str) -> None:
+def render(template: str, **fields: Any) -> str:
+    """Return a template of the package, filled in."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("finetune", ""), trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(**fields)
+
+
+def push(recipe: Training, model: Path) -> None:
+    """Push a model's directory to the Hub, if the recipe says so."""
+    if recipe.push_to_hub is not None:
+        HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
+        HfApi().upload_folder(repo_id=recipe.push_to_hub, folder_path=model)
+
+
+def write_recipe(recipe: Training, directory: Path) -> None:
+    """Write what is going to be run, with what there is to know of it."""
+    write(directory / "recipe.yaml", recipes.dump(_absolute(recipe), _provenance()))
+
+
+def write(path: Path, content: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(content, encoding="utf-8")
     partial.replace(path)
 
 
-def _absolute(recipe: Recipe) -> Recipe:
+def _absolute(recipe: Trains) -> Trains:
     """Return `recipe` with local paths made absolute, so that it can be replayed from anywhere."""
 
-    def absolute(fields: dict[str, str | None]) -> dict[str, Any]:
+    def absolute(part: Any, *fields: str) -> dict[str, Any]:
+        names = {field: getattr(part, field) for field in fields if hasattr(part, field)}
         return {
             field: str(Path(name).absolute()) if name and name not in MODELS | TEXTS and Path(name).exists() else name
-            for field, name in fields.items()
+            for field, name in names.items()
         }
 
-    text = dataclasses.replace(
-        recipe.text, **absolute({"source": recipe.text.source, "held_out": recipe.text.held_out})
-    )
-    return dataclasses.replace(
-        recipe, **absolute({"model": recipe.model, "control_from": recipe.control_from}), text=text
-    )
+    text = dataclasses.replace(recipe.text, **absolute(recipe.text, "source", "held_out"))
+    return dataclasses.replace(recipe, **absolute(recipe, "model", "control_from", "tokenizer"), text=text)
 
 
 def _provenance() -> dict[str, Any]:

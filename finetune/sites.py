@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from finetune.checkpoint import FROZEN_EPS, CheckpointError, norm_state
+from finetune.checkpoint import FROZEN_EPS, CheckpointError, norm_state, require_gpt2
 from finetune.fake_layernorm import CLASSES, STD_MEANS, FakeLayerNorm, NormedConv1D, Site, TokenClasses
+from finetune.objective import DeferredUnembedding
 from finetune.recipe import StdMean, TokenClass
 from finetune.schedule import Event
 
@@ -43,7 +44,7 @@ class Sites:
         Raises:
             CheckpointError: not a GPT-2, or its LNs are frozen or gone already.
         """
-        if (state := norm_state(model)) != "live":
+        if (state := norm_state(require_gpt2(model))) != "live":
             raise CheckpointError(
                 f"The norms of this model are {state} already, there is no LayerNorm to remove: name the model that it "
                 "was made from, or any other GPT-2 with LayerNorm."
@@ -82,7 +83,7 @@ class Sites:
 
     def defer_unembedding(self) -> None:
         """Have the model return the last site's output in place of logits, for a loss that takes them in pieces."""
-        self.model.lm_head = _DeferredUnembedding(self.model.lm_head)
+        self.model.lm_head = DeferredUnembedding(self.model.lm_head)
 
     def _classify(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         past = kwargs.get("past_key_values")
@@ -207,14 +208,3 @@ class Sites:
             scale(f"{block}.attn.c_attn.weight", torch.where(is_value, ratio, 1.0))
             scale(f"{block}.ln_1.weight", root / std(f"h.{i}.qk"))
             scale(f"{block}.ln_2.weight", root / std(f"h.{i}.ln_2"))
-
-
-class _DeferredUnembedding(nn.Module):
-    """Stands in for `lm_head`: owns its weight, and does nothing."""
-
-    def __init__(self, lm_head: nn.Linear) -> None:
-        super().__init__()
-        self.weight = lm_head.weight
-
-    def forward(self, residual: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        return residual

@@ -1,6 +1,6 @@
-"""`transformers.Trainer` with the schedule as a callback, a log of every step, and checkpoints that are whole.
+"""`transformers.Trainer` with a log of every step and checkpoints that are whole, and the schedule as a callback.
 
-An optimizer step, in order:
+An optimizer step of the removal, in order:
 1. Sites are brought to where the schedule has them (`Sites.advance`).
 2. For each micro-batch: forward, loss, backward; the live stds of the forward are kept (`Sites.observe`).
 3. The losses, copied to the host since the forward, are checked before the weights move.
@@ -27,6 +27,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import (
     GPT2LMHeadModel,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -37,7 +38,7 @@ from transformers import (
 
 from finetune import NolnError, objective, schedule
 from finetune.objective import Head
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, Training
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import Blocks
@@ -51,78 +52,35 @@ class NotSavedError(NolnError):
     """A checkpoint could not be written: a full disk, or a directory that is not to be written to."""
 
 
-class RemovalTrainer(Trainer):
-    """Trains a model with `Sites` in it through a schedule; with no events it is the control.
+class RunTrainer(Trainer):
+    """Trains as a recipe says, with a log of every step and checkpoints that are whole.
 
-    `directory` takes the checkpoints, `log_path` one line of JSON a step: model (`name`), step, tokens seen so far,
-    means over the step of loss (cross-entropy, nats/token), of kl and distance to the teacher (0 without one) and of
-    aux (the auxiliary loss), lr, grad_norm, frozen (what froze at this step) and seconds; with a teacher
-    teacher_seconds, of its forward but for the unembedding; every `log_every` steps std, for each site the live and the
-    frozen stds by class of token.
+    A subclass returns the loss, a mean over equally long micro-batches, and hands its parts to its `record`.
     """
 
     def __init__(
         self,
-        sites: Sites,
-        recipe: Recipe,
-        events: Sequence[Event],
+        model: PreTrainedModel,
+        recipe: Training,
         text: Dataset[dict[str, Tensor]],
         directory: Path,
-        log_path: Path,
-        name: str,
-        teacher: GPT2LMHeadModel | None = None,
+        record: "Record",
+        **arguments: Any,
     ) -> None:
-        self.sites, self.recipe, self.removes = sites, recipe, bool(events)
-        adaptive = self.removes and recipe.schedule.tolerance is not None
-        self.pacing = schedule.Pacing(events, recipe.schedule, recipe.steps) if adaptive else None
-        self.events = [] if adaptive else list(events)  # with a pacing, those that have begun
-        sites.defer_unembedding()
-        self.directory = directory
+        self.recipe, self.directory = recipe, directory
+        self.tokens_a_step: int = recipe.batch * model.config.n_positions
         self._partial: Path | None = None
-        self._record = _Record(self, log_path, name)
+        self._record = record
         super().__init__(
-            model=sites.model,
-            args=_arguments(recipe, directory),
+            model=model,
+            args=_arguments(recipe, directory, **arguments),
             train_dataset=_in_order(text, recipe),
-            callbacks=[self._record],
+            callbacks=[record],
         )
         self.remove_callback(PrinterCallback)
         self._dtype = torch.bfloat16 if self.args.bf16 else None
-        self.teacher = teacher
-        if teacher is not None:
-            teacher.requires_grad_(False).to(device=self.args.device, dtype=self._dtype)  # type: ignore[call-arg]
-        self._matches = teacher is not None and recipe.match_weight > 0
         # Mean losses of equally long micro-batches: the Trainer divides by their number, `forward` knows nothing of it.
         self.model_accepts_loss_kwargs = False
-
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
-        """Return the loss of the next token, plus the auxiliary loss where a schedule is run."""
-        input_ids, recipe = inputs["input_ids"], self.recipe
-        own = model(input_ids=input_ids, use_cache=False, output_hidden_states=self._matches)
-        head, teacher = Head(own.logits, self.sites.model.lm_head.weight), None
-        auxiliary = distance = own.logits.new_zeros(())
-        if self.teacher is not None:
-            with self._record.teacher_clock(input_ids.device), torch.no_grad():
-                original = self.teacher.transformer(
-                    input_ids=input_ids, use_cache=False, output_hidden_states=self._matches
-                )
-            teacher = Head(original.last_hidden_state, self.teacher.lm_head.weight)
-            if self._matches:
-                # The first is the embeddings, the last is behind `ln_f`: what it unembeds to is matched by KL.
-                distance = objective.residual_distance(own.hidden_states[1:-1], original.hidden_states[1:-1])
-        kl_weight = recipe.kl_weight if teacher else 0.0
-        loss = objective.next_token_loss(head, input_ids, teacher, kl_weight, self._dtype)
-        if self.removes and recipe.aux_weight:
-            auxiliary = objective.auxiliary_loss(self.sites.norms[-1].live_std, self.sites.classes.index)
-        self._record.keep(torch.stack([loss.cross_entropy, loss.kl, distance.detach(), auxiliary.detach()]))
-        match_weight = recipe.match_weight * self.lr_scheduler.get_last_lr()[0] / recipe.lr
-        return loss.total + match_weight * distance + recipe.aux_weight * auxiliary
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a micro-batch forward and backward, and observe its stds once, recomputed or not."""
-        loss = super().training_step(*args, **kwargs)
-        self.sites.observe()
-        return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and leave the line of the progress bar, however it ends."""
@@ -140,7 +98,7 @@ class RemovalTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, *args: Any, **kwargs: Any
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Let the cosine end at the recipe's horizon, which may lie beyond the run."""
+        """Let the learning rate fall until the recipe's horizon, which may lie beyond the run."""
         return super().create_scheduler(self.recipe.horizon, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -180,6 +138,73 @@ class RemovalTrainer(Trainer):
         self._partial = None
 
 
+class RemovalTrainer(RunTrainer):
+    """Trains a model with `Sites` in it through a schedule; with no events it is the control.
+
+    `directory` takes the checkpoints, `log_path` one line of JSON a step: model (`name`), step, tokens seen so far,
+    means over the step of loss (cross-entropy, nats/token), of kl and distance to the teacher (0 without one) and of
+    aux (the auxiliary loss), lr, grad_norm, frozen (what froze at this step) and seconds; with a teacher
+    teacher_seconds, of its forward but for the unembedding; every `log_every` steps std, for each site the live and the
+    frozen stds by class of token.
+    """
+
+    recipe: Recipe
+    _record: "_RemovalRecord"
+
+    def __init__(
+        self,
+        sites: Sites,
+        recipe: Recipe,
+        events: Sequence[Event],
+        text: Dataset[dict[str, Tensor]],
+        directory: Path,
+        log_path: Path,
+        name: str,
+        teacher: GPT2LMHeadModel | None = None,
+    ) -> None:
+        self.sites, self.removes = sites, bool(events)
+        adaptive = self.removes and recipe.schedule.tolerance is not None
+        self.pacing = schedule.Pacing(events, recipe.schedule, recipe.steps) if adaptive else None
+        self.events = [] if adaptive else list(events)  # with a pacing, those that have begun
+        sites.defer_unembedding()
+        super().__init__(sites.model, recipe, text, directory, _RemovalRecord(self, log_path, name))
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.requires_grad_(False).to(device=self.args.device, dtype=self._dtype)  # type: ignore[call-arg]
+        self._matches = teacher is not None and recipe.match_weight > 0
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        """Return the loss of the next token, plus the auxiliary loss where a schedule is run."""
+        input_ids, recipe = inputs["input_ids"], self.recipe
+        own = model(input_ids=input_ids, use_cache=False, output_hidden_states=self._matches)
+        head, teacher = Head(own.logits, self.sites.model.lm_head.weight), None
+        auxiliary = distance = own.logits.new_zeros(())
+        if self.teacher is not None:
+            with self._record.teacher_clock(input_ids.device), torch.no_grad():
+                original = self.teacher.transformer(
+                    input_ids=input_ids, use_cache=False, output_hidden_states=self._matches
+                )
+            teacher = Head(original.last_hidden_state, self.teacher.lm_head.weight)
+            if self._matches:
+                # The first is the embeddings, the last is behind `ln_f`: what it unembeds to is matched by KL.
+                distance = objective.residual_distance(own.hidden_states[1:-1], original.hidden_states[1:-1])
+        kl_weight = recipe.kl_weight if teacher else 0.0
+        loss = objective.next_token_loss(head, input_ids, teacher, kl_weight, self._dtype)
+        if self.removes and recipe.aux_weight:
+            auxiliary = objective.auxiliary_loss(self.sites.norms[-1].live_std, self.sites.classes.index)
+        self._record.keep(torch.stack([loss.cross_entropy, loss.kl, distance.detach(), auxiliary.detach()]))
+        if self._matches:
+            assert self.lr_scheduler is not None
+            distance = distance * recipe.match_weight * self.lr_scheduler.get_last_lr()[0] / recipe.lr
+        return loss.total + distance + recipe.aux_weight * auxiliary
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a micro-batch forward and backward, and observe its stds once, recomputed or not."""
+        loss = super().training_step(*args, **kwargs)
+        self.sites.observe()
+        return loss
+
+
 def checkpoints(directory: Path) -> list[Path]:
     """Return the complete checkpoints in `directory`, oldest first."""
     complete = (path.parent for path in directory.glob("checkpoint-*/trainer_state.json"))
@@ -190,7 +215,7 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
+def _arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArguments:
     bf16 = recipe.bf16
     if bf16 is None:
         bf16 = recipe.device in ("auto", "cuda") and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -203,8 +228,6 @@ def _arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         learning_rate=recipe.lr,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr": recipe.min_lr},
         warmup_steps=recipe.warmup,
         optim="adamw_torch_fused",
         weight_decay=recipe.weight_decay,
@@ -215,7 +238,7 @@ def _arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         torch_compile=recipe.compile,
         activation_checkpointing=recipe.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        use_cpu=recipe.device == "cpu",
+        use_cpu=PartialState().device.type == "cpu",  # the Trainer refuses bf16 on a CPU that it was not told of
         # Statistics are summed over processes; rank 0's buffers are not to be copied over the others'.
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
@@ -226,6 +249,7 @@ def _arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         save_steps=recipe.save_every,
         report_to=list(recipe.report_to),
         disable_tqdm=True,
+        **{"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": recipe.min_lr}} | others,
     )
     if recipe.compile and recipe.gradient_checkpointing:
         # No need to keep live stds again when a forward is recomputed. (Without it, or before torch has it: as many
@@ -238,7 +262,7 @@ def _arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
     return arguments
 
 
-def _in_order(text: Dataset[dict[str, Tensor]], recipe: Recipe) -> Dataset[dict[str, Tensor]]:
+def _in_order(text: Dataset[dict[str, Tensor]], recipe: Training) -> Dataset[dict[str, Tensor]]:
     """Return the sequences of the whole run, pass after shuffled pass: their order depends on the seed alone."""
     if isinstance(text, IterableDataset):
         return text
@@ -254,15 +278,18 @@ class _Step(NamedTuple):
 
     line: dict[str, Any]
     numbers: Float[Tensor, " number"]
-    """On the device: cross-entropy, KL, distance, auxiliary loss, gradient norm; at the interval the stds too."""
-    teacher: list[Callable[[], float]]
-    """Clocks of the teacher's forwards, seconds."""
+    """On the device: the parts of the loss, the gradient norm, and what `Record.measure` returned."""
 
 
-class _Record(TrainerCallback):
-    """Runs the schedule, checks the losses, writes the log and moves the progress bar."""
+class Record(TrainerCallback):
+    """Checks the losses, writes the log and moves the progress bar."""
 
-    def __init__(self, trainer: RemovalTrainer, path: Path, name: str) -> None:
+    parts: tuple[str, ...] = ("loss",)
+    """What `keep` is given of each micro-batch; the first is the cross-entropy, nats/token."""
+    advice = "A lower lr and a longer warmup make training steadier."
+    """What to do where the loss has diverged."""
+
+    def __init__(self, trainer: RunTrainer, path: Path, name: str) -> None:
         self.trainer, self.path, self.name = trainer, path, name
         self.bar = tqdm(disable=True)
         self.grad_norm: Tensor
@@ -270,29 +297,24 @@ class _Record(TrainerCallback):
         self._on_host: list[Tensor] = []
         self._copied: torch.cuda.Event | None = None
         self._steps: list[_Step] = []
-        self._teacher: list[Callable[[], float]] = []
 
-    @contextlib.contextmanager
-    def teacher_clock(self, device: torch.device) -> Iterator[None]:
-        """Time what the teacher does; on CUDA on the device's own clock, which is read when the log is written."""
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._teacher.append(lambda: begin.elapsed_time(end) / 1000)
-        else:
-            before = time.perf_counter()
-            yield
-            seconds = time.perf_counter() - before
-            self._teacher.append(lambda: seconds)
-
-    def keep(self, losses: Float[Tensor, "4"]) -> None:
+    def keep(self, losses: Float[Tensor, " part"]) -> None:
         """Keep the parts of a micro-batch's loss, and start to copy them to the host."""
         self._losses.append(losses)
         self._on_host.append(losses.to("cpu", non_blocking=losses.is_cuda))
         if losses.is_cuda:
             self._copied = torch.cuda.current_stream().record_event()
+
+    def replay(self, log: list[dict[str, Any]], step: int) -> None:
+        """Take in the log of a run that is taken up at `step`."""
+
+    def measure(self, line: dict[str, Any], losses: Float[Tensor, " part"]) -> list[Tensor]:
+        """Add to a step's line what is known of it; return what is to be copied to the host with its losses."""
+        return []
+
+    def status(self) -> dict[str, str]:
+        """Return what the progress bar says beside the loss."""
+        return {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Cut the log back to where the run stands."""
@@ -302,11 +324,7 @@ class _Record(TrainerCallback):
         own = [line for line in lines if line["model"] == self.name]
         self._first = [line["loss"] for line in own[:10]]
         self._begin = time.monotonic() - (own[-1]["seconds"] if own else 0)
-        for line in own:
-            self._begin_events(line["step"])
-            self._observe(line["loss"], line["kl"])
-        begun = [event.name for event in self.trainer.events if event.step < state.global_step]
-        self._frozen = begun[-1] if begun else "none"
+        self.replay(own, state.global_step)
         if args.should_save:
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -319,27 +337,6 @@ class _Record(TrainerCallback):
             disable=not state.is_local_process_zero,
         )
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Bring the sites to where the schedule has them."""
-        self._begin_events(state.global_step)
-        sites = self.trainer.sites
-        constant = sites.constant
-        self._begun = [event.name for event in sites.advance(self.trainer.events, state.global_step)]
-        if self._begun:
-            self._frozen = self._begun[-1]
-        if sites.constant and not constant:
-            compiling = ", the compiled model is compiled once more" if args.torch_compile else ""
-            self.bar.write(f"Step {state.global_step}: every norm is a constant from here on{compiling}.")
-
-    def _begin_events(self, step: int) -> None:
-        if self.trainer.pacing is not None:
-            self.trainer.events += self.trainer.pacing.begin(step)
-
-    def _observe(self, cross_entropy: float, kl: float) -> None:
-        if self.trainer.pacing is not None:
-            kl_weight = self.trainer.recipe.kl_weight
-            self.trainer.pacing.observe((1 - kl_weight) * cross_entropy + kl_weight * kl)
-
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -348,27 +345,20 @@ class _Record(TrainerCallback):
             self._copied.synchronize()  # the forward is done; the backward still keeps the device busy
         loss = float(torch.stack(self._on_host)[:, 0].mean())
         self._check(loss, state.global_step)
-        live = self.trainer.sites.update(self.trainer.recipe.std_decay)
-        recipe, step = self.trainer.recipe, state.global_step
+        step = state.global_step
         line = {
             "model": self.name,
             "step": step,
-            "tokens": (step + 1) * recipe.batch * self.trainer.sites.model.config.n_positions,
+            "tokens": (step + 1) * self.trainer.tokens_a_step,
             "lr": kwargs["lr_scheduler"].get_last_lr()[0],
-            "frozen": self._begun,
             "seconds": round(time.monotonic() - self._begin, 3),
         }
         losses = self.trainer.accelerator.reduce(torch.stack(self._losses).mean(0), "mean")
-        if self.trainer.pacing is not None:
-            self._observe(*losses[:2].tolist())  # waits for the device; rounded as in the log, to be replayed from it
-        values = [losses, self.grad_norm.reshape(1)]
-        if step % recipe.log_every == 0:
-            values += [live.flatten(), self.trainer.sites.constants().flatten()]
-        self._steps.append(_Step(line, torch.cat([value.to(losses) for value in values]), self._teacher))
-        self._teacher = []
+        values = [losses, self.grad_norm.reshape(1), *self.measure(line, losses)]
+        self._steps.append(_Step(line, torch.cat([value.to(losses) for value in values])))
         self._losses.clear()
         self._on_host.clear()
-        self.bar.set_postfix(loss=f"{loss:.3f}", frozen=self._frozen, refresh=False)
+        self.bar.set_postfix({"loss": f"{loss:.3f}", **self.status()}, refresh=False)
 
     def _check(self, loss: float, step: int) -> None:
         usual = sum(self._first) / len(self._first) if self._first else math.inf
@@ -377,17 +367,17 @@ class _Record(TrainerCallback):
                 self._first.append(loss)
             return
         self.write()
-        raise self._diverged(
+        raise self.diverged(
             f"the loss is {loss:.3f} nats/token at step {step}, more than max_rise={self.trainer.recipe.max_rise:g} "
             "above that of the first steps"
         )
 
-    def _diverged(self, what: str) -> DivergedError:
+    def diverged(self, what: str) -> DivergedError:
+        """Return the error that says what has happened, from where to go on, and what to change."""
         saved = checkpoints(self.trainer.directory)
         return DivergedError(
-            f"{self.name}: {what}; the last to freeze was {self._frozen}. "
-            f"The last good checkpoint is {saved[-1] if saved else 'none, the run had just begun'}. Larger gaps in "
-            "the schedule, a lower lr and a higher min_lr make the removal steadier."
+            f"{self.name}: {what}. "
+            f"The last good checkpoint is {saved[-1] if saved else 'none, the run had just begun'}. {self.advice}"
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -412,26 +402,105 @@ class _Record(TrainerCallback):
         if self.trainer.args.should_save:
             with self.path.open("a") as file:
                 for step, numbers in zip(self._steps, split, strict=True):
-                    line = step.line | self._named(numbers, step.line["step"])
-                    if self.trainer.teacher is not None:
-                        line["teacher_seconds"] = round(sum(clock() for clock in step.teacher), 4)
-                    file.write(json.dumps(line) + "\n")
+                    file.write(json.dumps(step.line | self.named(numbers, step.line)) + "\n")
         spoilt = [
             step.line["step"]
-            for step, (_, _, _, _, grad_norm, *_) in zip(self._steps, split, strict=True)
-            if not grad_norm.isfinite()
+            for step, numbers in zip(self._steps, split, strict=True)
+            if not numbers[len(self.parts)].isfinite()
         ]
         self._steps.clear()
         if spoilt:
-            raise self._diverged(f"the gradient is not finite at step {spoilt[0]}")
+            raise self.diverged(f"the gradient is not finite at step {spoilt[0]}")
 
-    def _named(self, numbers: Float[Tensor, " number"], step: int) -> dict[str, Any]:
-        loss, kl, distance, aux, grad_norm, *stds = numbers.tolist()
-        named: dict[str, Any] = {"loss": loss, "kl": kl, "distance": distance, "aux": aux, "grad_norm": grad_norm}
-        if stds:
+    def named(self, numbers: Float[Tensor, " number"], line: dict[str, Any]) -> dict[str, Any]:
+        """Return the numbers of a step, brought to the host, by name."""
+        return dict(zip((*self.parts, "grad_norm"), numbers.tolist(), strict=False))
+
+
+class _RemovalRecord(Record):
+    """Runs the schedule too, and logs what froze, the stds and the teacher's time."""
+
+    trainer: RemovalTrainer
+    parts = ("loss", "kl", "distance", "aux")
+    advice = "Larger gaps in the schedule, a lower lr and a higher min_lr make the removal steadier."
+
+    def __init__(self, trainer: RemovalTrainer, path: Path, name: str) -> None:
+        super().__init__(trainer, path, name)
+        self._teacher: list[Callable[[], float]] = []
+
+    @contextlib.contextmanager
+    def teacher_clock(self, device: torch.device) -> Iterator[None]:
+        """Time what the teacher does; on CUDA on the device's own clock, which is read when the log is written."""
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._teacher.append(lambda: begin.elapsed_time(end) / 1000)
+        else:
+            before = time.perf_counter()
+            yield
+            seconds = time.perf_counter() - before
+            self._teacher.append(lambda: seconds)
+
+    def replay(self, log: list[dict[str, Any]], step: int) -> None:
+        """Take the decisions of an adaptive schedule once more."""
+        for line in log:
+            self._begin_events(line["step"])
+            self._observe(line["loss"], line["kl"])
+        begun = [event.name for event in self.trainer.events if event.step < step]
+        self._frozen = begun[-1] if begun else "none"
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Bring the sites to where the schedule has them."""
+        self._begin_events(state.global_step)
+        sites = self.trainer.sites
+        constant = sites.constant
+        self._begun = [event.name for event in sites.advance(self.trainer.events, state.global_step)]
+        if self._begun:
+            self._frozen = self._begun[-1]
+        if sites.constant and not constant:
+            compiling = ", the compiled model is compiled once more" if args.torch_compile else ""
+            self.bar.write(f"Step {state.global_step}: every norm is a constant from here on{compiling}.")
+
+    def _begin_events(self, step: int) -> None:
+        if self.trainer.pacing is not None:
+            self.trainer.events += self.trainer.pacing.begin(step)
+
+    def _observe(self, cross_entropy: float, kl: float) -> None:
+        if self.trainer.pacing is not None:
+            kl_weight = self.trainer.recipe.kl_weight
+            self.trainer.pacing.observe((1 - kl_weight) * cross_entropy + kl_weight * kl)
+
+    def measure(self, line: dict[str, Any], losses: Float[Tensor, " part"]) -> list[Tensor]:
+        """Update the running stds; at the interval return live and frozen ones."""
+        recipe, sites = self.trainer.recipe, self.trainer.sites
+        live = sites.update(recipe.std_decay)
+        line["frozen"] = self._begun
+        if self.trainer.teacher is not None:
+            line["teacher_seconds"], self._teacher = self._teacher, []
+        if self.trainer.pacing is not None:
+            self._observe(*losses[:2].tolist())  # waits for the device; rounded as in the log, to be replayed from it
+        return [live.flatten(), sites.constants().flatten()] if line["step"] % recipe.log_every == 0 else []
+
+    def status(self) -> dict[str, str]:
+        """Return what froze last."""
+        return {"frozen": self._frozen}
+
+    def diverged(self, what: str) -> DivergedError:
+        """Say what froze last, too."""
+        return super().diverged(f"{what}; the last to freeze was {self._frozen}")
+
+    def named(self, numbers: Float[Tensor, " number"], line: dict[str, Any]) -> dict[str, Any]:
+        """Return the stds by site, and read the teacher's clocks, too."""
+        named = super().named(numbers, line)
+        if "teacher_seconds" in line:
+            named["teacher_seconds"] = round(sum(clock() for clock in line["teacher_seconds"]), 4)
+        stds = numbers[len(self.parts) + 1 :]
+        if len(stds):
             sites = list(self.trainer.sites)
-            live, constants = torch.tensor(stds).view(2, len(sites), -1)
-            begun = {event.name for event in self.trainer.events if event.step <= step}
+            live, constants = stds.view(2, len(sites), -1)
+            begun = {event.name for event in self.trainer.events if event.step <= line["step"]}
             named["std"] = {
                 site: {
                     "live": [None if math.isnan(std) else std for std in live[i].tolist()],

@@ -10,7 +10,7 @@ from analysis import (
     attention,
     confidence_neurons,
     faithfulness,
-    load_blocks,
+    load_hooked_blocks,
     load_bridge,
     load_hooked,
     logit_attribution,
@@ -58,7 +58,7 @@ def plain(model: BlocksForCausalLM, patches: dict[str, torch.Tensor] | None = No
 @each_block
 def test_logits_and_activations_are_the_sources(name):
     source = make(name)
-    hooked = load_blocks(source)
+    hooked = load_hooked_blocks(source)
     expected, activations = plain(source)
     torch.testing.assert_close(expected, source(TOKENS).logits)
     logits, cache = hooked.run_with_cache(TOKENS, return_cache_object=False)
@@ -76,7 +76,7 @@ def test_logits_and_activations_are_the_sources(name):
 @each_block
 def test_a_patch_does_what_it_does_in_the_source(name):
     source = make(name)
-    hooked = load_blocks(source)
+    hooked = load_hooked_blocks(source)
     clean, activations = plain(source)
     for hook in ("hook_resid_pre", "hook_resid_mid", "attn.hook_pattern", "attn.hook_z", "hook_mlp_out"):
         at = f"blocks.1.{hook}"
@@ -94,7 +94,7 @@ def test_a_patch_does_what_it_does_in_the_source(name):
 )
 @each_block
 def test_weights_have_the_gains_in_them(name, knobs):
-    hooked = load_blocks(make(name, **knobs))
+    hooked = load_hooked_blocks(make(name, **knobs))
     logits, cache = hooked.run_with_cache(TOKENS)
     for layer, block in enumerate(hooked.blocks):
         z = cache[f"blocks.{layer}.attn.hook_z"]
@@ -128,7 +128,7 @@ CASES = [
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "knobs"), CASES)
 def test_attributions_add_up_to_the_logits(name, knobs):
-    hooked = load_blocks(make(name, **knobs))
+    hooked = load_hooked_blocks(make(name, **knobs))
     frame = logit_attribution.measure_components({"m": hooked}, TOKENS, neurons=True).set_index("label")
     assert frame.loc["logit", "dla_max"] > 0.5
     assert frame.loc["residue", "dla_max"] < 1e-9
@@ -149,7 +149,7 @@ def test_attributions_add_up_to_the_logits(name, knobs):
 @pytest.mark.parametrize(("name", "knobs"), CASES)
 def test_direct_effects_are_those_of_taking_out(name, knobs):
     """A component is taken out where it is written, and all that other layers write is held as it was."""
-    hooked = load_blocks(make(name, **knobs))
+    hooked = load_hooked_blocks(make(name, **knobs))
     clean, cache = hooked.run_with_cache(TOKENS)
     frozen = {f"blocks.{layer}.hook_{part}_out" for layer in range(3) for part in ("attn", "mlp")}
     effects = {
@@ -178,7 +178,7 @@ def test_direct_effects_are_those_of_taking_out(name, knobs):
 
 
 def test_under_post_norm_nothing_is_attributed():
-    hooked = load_blocks(make("post-ln"))
+    hooked = load_hooked_blocks(make("post-ln"))
     for measure in (logit_attribution.measure, logit_attribution.measure_components):
         with pytest.raises(NolnError, match="no sum of components"):
             measure({"m": hooked}, TOKENS)
@@ -191,13 +191,13 @@ def test_outlier_features_are_the_signals_of_training(name):
     source = make(name)
     with signals(source) as expected, torch.no_grad():
         source(TOKENS)
-    frame = outlier_features.measure({"m": load_blocks(source)}, TOKENS, batch_size=2)
+    frame = outlier_features.measure({"m": load_hooked_blocks(source)}, TOKENS, batch_size=2)
     frame = frame[frame["token_class"] == "all"].set_index("point")
     columns = ["kurtosis", "max_median_ratio", *(f"{x}_correlation_rms" for x in ("feature", "input"))]
     for point in ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre", "blocks.2.hook_resid_post"]:
         for column in [*columns, "input_correlation"]:
             assert frame.loc[point, column] == pytest.approx(expected[f"{point}.{column}"], rel=1e-4, abs=1e-6), column
-    heads = attention.measure_heads({"m": load_blocks(source)}, TOKENS).groupby("layer")["entropy"].mean()
+    heads = attention.measure_heads({"m": load_hooked_blocks(source)}, TOKENS).groupby("layer")["entropy"].mean()
     for layer in range(3):  # of the queries after the first, whose entropy is 0
         assert heads[layer] * 10 / 11 == pytest.approx(expected[f"blocks.{layer}.attn.entropy"])
 
@@ -205,7 +205,7 @@ def test_outlier_features_are_the_signals_of_training(name):
 @each_block
 def test_analyses_that_read_activations_take_every_block(name):
     source = make(name)
-    models = {"original": load_blocks(source), "other": load_blocks(make(name, seed=1))}
+    models = {"original": load_hooked_blocks(source), "other": load_hooked_blocks(make(name, seed=1))}
     with torch.no_grad():
         log_probs, activations = plain(source)
     expected = -log_probs.log_softmax(-1)[:, :-1].gather(-1, TOKENS[:, 1:, None]).mean().item()
@@ -243,7 +243,7 @@ def ablated(model) -> float:
 @torch.no_grad()
 @each_block
 def test_patching(name):
-    hooked, tokenizer = load_blocks(make(name)), word_level("a b c d e f g h i j k l m n o p q r s t u v")
+    hooked, tokenizer = load_hooked_blocks(make(name)), word_level("a b c d e f g h i j k l m n o p q r s t u v")
     frame = patching.measure({"m": hooked}, [PAIRS[0]], tokenizer, hook_points=["attn.hook_z"])
     row = frame[(frame["layer"] == 1) & (frame["position"] == 4) & (frame["head"] == 2)].iloc[0]
     clean, corrupt = (torch.tensor([tokenizer.encode(text)]) for text in (PAIRS[0].clean, PAIRS[0].corrupt))
@@ -266,35 +266,35 @@ def test_a_directory_is_loaded_with_its_tokenizer(name, tmp_path, monkeypatch):
     source, tokenizer = make(name, vocab_size=4096).float(), load_tokenizer("micro")
     source.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    hooked = load_blocks(tmp_path / "model")
+    hooked = load_hooked_blocks(tmp_path / "model")
     assert hooked.tokenizer("A").input_ids == tokenizer("A").input_ids
     with torch.no_grad():
         torch.testing.assert_close(hooked(TOKENS), source(TOKENS).logits, rtol=1e-4, atol=1e-4)
-    half = load_blocks(str(tmp_path / "model"), dtype=torch.bfloat16)
+    half = load_hooked_blocks(str(tmp_path / "model"), dtype=torch.bfloat16)
     assert (half.cfg.dtype, half.W_U.dtype, half(TOKENS).dtype) == (torch.bfloat16,) * 3
     for loader in (load_hooked, load_bridge):
         for model in (source, tmp_path / "model"):
-            with pytest.raises(CheckpointError, match=r"Use analysis\.load_blocks"):
+            with pytest.raises(CheckpointError, match=r"Use analysis\.load_hooked_blocks"):
                 loader(model)
 
 
 def test_what_is_no_model_of_blocks_is_refused(tmp_path):
     to_gpt2(make("pre-ln").float()).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(CheckpointError, match=r"is a GPT2LMHeadModel, .* use load_hooked"):
-        load_blocks(tmp_path / "gpt2")
+        load_hooked_blocks(tmp_path / "gpt2")
     assert load_bridge(tmp_path / "gpt2").cfg.n_layers == 3
     with pytest.raises(CheckpointError, match="no directory"):
-        load_blocks(tmp_path / "missing")
+        load_hooked_blocks(tmp_path / "missing")
     make("op").save_pretrained(tmp_path / "op")
     (tmp_path / "op" / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_blocks(tmp_path / "op")
+        load_hooked_blocks(tmp_path / "op")
 
 
 def test_a_model_in_memory_stays_as_it_is():
     source = make("skipless").train()
     before = copy.deepcopy(source.state_dict())
-    hooked = load_blocks(source, dtype=torch.float32)
+    hooked = load_hooked_blocks(source, dtype=torch.float32)
     assert (source.training, source.dtype, source.config._attn_implementation) == (True, torch.float64, "sdpa")
     assert isinstance(source.blocks[0].hook_resid_pre, nn.Identity)
     assert all(torch.equal(tensor, before[name]) for name, tensor in source.state_dict().items())
