@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from analysis.loading import (
         PUBLISHED,
         Published,
-        load_hooked_blocks,
         load_bridge,
         load_hooked,
+        load_hooked_blocks,
         load_nnsight,
         load_transformers,
         load_trio,
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 __all__ = [
     "PUBLISHED",
     "Published",
-    "load_hooked_blocks",
     "load_bridge",
     "load_hooked",
+    "load_hooked_blocks",
     "load_nnsight",
     "load_transformers",
     "load_trio",

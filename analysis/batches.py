@@ -29,9 +29,9 @@ def forwards(
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], dict[str, Forward]]]:
     """Yield batch after batch of `tokens` with what every model, all on one device, makes of it.
 
-    `models` are what `load_trio` or `load_hooked_blocks` returns. Memory does not grow with the number of tokens as long as
-    the caller reduces each batch before it takes the next. On a CPU batches are smaller than `batch_size` where the
-    logits are many.
+    `models` are what `load_trio` or `load_hooked_blocks` returns. Memory does not grow with the number of tokens as
+    long as the caller reduces each batch before it takes the next. On a CPU batches are smaller than `batch_size` where
+    the logits are many.
     """
     cfg = next(iter(models.values())).cfg
     device = cfg.device

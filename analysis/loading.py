@@ -6,7 +6,7 @@
 3. The weights are put one by one into an empty model of the tool.
 4. A few tokens are run through it and through the plain transformers model; a difference raises.
 
-A model of `finetune.blocks` is none of these: `load_hooked_blocks` puts hooks into a copy of it, and checks that as in 4.
+A model of `finetune.blocks` is none of these: `load_hooked_blocks` puts hooks into a copy of it, and checks it too.
 """
 
 import copy

@@ -13,8 +13,8 @@ every MLP. The logit of a target is read off it as LN(r) · w + b, w being the t
 5. No vector r − c is made. With r, c and w centred, logit(r − c) = (r·w − c·w) / σ(r − c) + b, where
    d_model · σ²(r − c) = ‖r‖² − 2 r·c + ‖c‖² + d_model · eps: three dot products a component. That of a head is
    c = z W_O, so that c·w = z·(W_O w), c·r = z·(W_O r) and ‖c‖² = z (W_O W_Oᵀ) z. Under RMSNorm nothing is centred.
-6. Where skips have gains, as those of `load_hooked_blocks` may, c is what is written times the gains of the skips after it. A
-   layer without a skip lets nothing from before it through but what it reads: those components are 0.
+6. Where skips have gains, as those of `load_hooked_blocks` may, c is what is written times the gains of the skips after
+   it. A layer without a skip lets nothing from before it through but what it reads: those components are 0.
 
 Activations have the model's dtype; from the final residual stream on everything is float64.
 """
