@@ -77,7 +77,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch):
         assert sweep.load(path, "runs")
         raise Reached
 
-    for work in ("finetune.run.start", "finetune.run.resume", "analysis.report.run"):
+    for work in ("finetune.run.start", "finetune.run.resume", "finetune.pretrain.start", "analysis.report.run"):
         monkeypatch.setattr(work, reach)
     monkeypatch.setattr("finetune.sweep.run", read_sweep)
     monkeypatch.chdir(ROOT)
