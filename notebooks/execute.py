@@ -13,6 +13,8 @@ from nbclient import NotebookClient
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
+SWEEPS = sorted(Path(__file__).parent.glob("sweeps/*.ipynb"))
+"""These read the tables beside them."""
 
 
 def execute(path: Path, directory: str | Path, renderer: str) -> nbformat.NotebookNode:
@@ -36,8 +38,8 @@ def execute(path: Path, directory: str | Path, renderer: str) -> nbformat.Notebo
 
 
 if __name__ == "__main__":
-    for path in [Path(argument) for argument in sys.argv[1:]] or NOTEBOOKS:
+    for path in [Path(argument).absolute() for argument in sys.argv[1:]] or NOTEBOOKS + SWEEPS:
         print(path.name, flush=True)
         with tempfile.TemporaryDirectory() as directory:
-            executed = execute(path, directory, "png")
+            executed = execute(path, path.parent if path in SWEEPS else directory, "png")
         nbformat.write(executed, path)

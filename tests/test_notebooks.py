@@ -6,32 +6,37 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 
 import analysis
+from finetune import sweep
 from finetune.bundled import MODELS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SWEEPS = sorted(FOLDER.glob("sweeps/*.ipynb"))
 LARGEST = 1_000_000
 """Bytes of a notebook with its outputs."""
 
-each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each = pytest.mark.parametrize("path", NOTEBOOKS + SWEEPS, ids=lambda path: path.stem)
 
 
 def code_cells(path: Path) -> list[Any]:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def test_there_are_six():
+def test_there_are_six_and_one_a_question_of_the_sweeps():
     assert len(NOTEBOOKS) == 6
+    assert {path.stem for path in SWEEPS} == {"best", "data", "objective", "order", "pace"}
 
 
 @each
 def test_runs_from_a_clean_kernel(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     execute = runpy.run_path(str(FOLDER / "execute.py"))["execute"]
-    executed = execute(path, tmp_path, "plotly_mimetype")  # no browser is needed for these
+    directory = path.parent if path in SWEEPS else tmp_path
+    executed = execute(path, directory, "plotly_mimetype")  # no browser is needed for these
     cells = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
     for cell in cells:
@@ -54,7 +59,7 @@ def test_stored_outputs(path: Path):
         assert {"text/plain", "image/png"} & {*output.get("data", {"text/plain": output.get("text")})}
 
 
-@each
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_opens_with_how_to_run_it_elsewhere(path: Path):
     first = code_cells(path)[0].source.splitlines()
     assert first[0].startswith("# %pip install")
@@ -93,3 +98,14 @@ def test_the_picture():
     assert list(dots[1].x) == pytest.approx(list(dots[1].y), abs=1e-4)  # LN-free: DLA is the direct effect
     for theme in picture["THEMES"]:
         assert (FOLDER / "figures" / f"overview-{theme}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_its_table_is_that_of_its_sweep(path: Path):
+    """No run is missing, and none is left of a sweep that was another."""
+    for folder in {*re.findall(r"(\w[\w-]*)/sweep\.yaml", path.read_text(encoding="utf-8"))}:
+        jobs = sweep.load(path.parent / folder / "sweep.yaml", path.parent / folder)
+        table = pd.read_csv(path.parent / folder / "results.csv")
+        assert sorted(table["run"]) == sorted(job.name for job in jobs)
+        documents = pd.read_csv(path.parent / folder / "documents.csv")
+        assert {*documents["run"]} == {*table["run"]}
