@@ -282,6 +282,7 @@ def plot_settings(summary: pd.DataFrame) -> go.Figure:
         )
     figure.update_xaxes(title="nats/token")
     figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_layout(colorway=["#D55E00"], margin={"t": 40, "b": 50, "r": 20})  # one model in both
     return figure
 
 

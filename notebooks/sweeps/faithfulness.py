@@ -1,7 +1,8 @@
 """Does an LN-free model compute as the original does, or only answer as it does? Of the runs of sweeps, as a table.
 
 `python notebooks/sweeps/faithfulness.py FOLDER…` takes sweeps' folders with the runs in them, and writes
-faithfulness.csv beside it: a row a run, with measures of `analysis.faithfulness` on 8,192 tokens of books-report.
+faithfulness.csv beside it: a row for each of the longest runs, with measures of `analysis.faithfulness` on 8,192 tokens
+of books-report.
 """
 
 import sys
@@ -20,10 +21,11 @@ def measure(sweep: Path) -> pd.DataFrame:
     """Return a row a run of `sweep`: means over tokens (jsd, nats), heads, neurons, and streams behind blocks."""
     rows = []
     results = pd.read_csv(sweep / "results.csv")
+    results = results[results["tokens"] == results["tokens"].max()]
     for _, run in tqdm(list(results.iterrows()), desc=sweep.name, unit="run"):
         models = {"original": load_hooked("micro"), "ln_free": load_hooked(sweep / "runs" / run["run"] / "ln_free")}
         tokens = read_text("books-report", models["original"]).tokens
-        row = run[["recipe", "seed", "tokens", *(name for name in results if name.startswith("override."))]].to_dict()
+        row = run[["recipe", "seed", "tokens"]].to_dict()
         for compare, columns in {
             faithfulness.measure: ["jsd", "agreement"],
             faithfulness.measure_layers: ["cosine", "cka"],
@@ -35,7 +37,7 @@ def measure(sweep: Path) -> pd.DataFrame:
             if "positions" in frame:
                 frame = frame[frame["positions"] == "after 0"]
             row |= {column: frame[column].mean() for column in columns}
-        rows.append({"sweep": sweep.name, "run": run["run"]} | row)
+        rows.append({"run": run["run"]} | row)
     return pd.DataFrame(rows)
 
 
