@@ -138,10 +138,11 @@ def product_seconds(config: GPT2Config, sequences: int, dtype: torch.dtype, devi
         forward += [(queries, keys.mT), (scores, values)]
         backward += [(gradient, values.mT), (scores.mT, gradient), (scores, keys), (scores.mT, queries)]
     linear(d, config.vocab_size)
-    results = {
-        (*one.shape[:-1], other.shape[-1]): random(*one.shape[:-1], other.shape[-1])
-        for one, other in (*forward, *backward)
-    }
+    results: dict[tuple[int, ...], Tensor] = {}
+    for one, other in (*forward, *backward):
+        shape = (*one.shape[:-1], other.shape[-1])
+        if shape not in results:
+            results[shape] = random(*shape)
 
     def seconds(products: list[tuple[Tensor, Tensor]]) -> float:
         clock = Clock(device)

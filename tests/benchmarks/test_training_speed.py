@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from finetune import checkpoint, objective, recipe, schedule, trainer
 from finetune.run import fuse_gelu
@@ -122,7 +123,9 @@ def _publish(model: GPT2LMHeadModel) -> "_PublishedNorm":
     return last
 
 
-class _Marks(TrainerCallback):
+class Marks(TrainerCallback):
+    """Marks the end of every step."""
+
     def __init__(self, clock: machine.Clock) -> None:
         self.clock = clock
 
@@ -144,7 +147,7 @@ def make_model(size: Size, fused: bool = True) -> GPT2LMHeadModel:
 
 
 def make_recipe(size: Size, steps: int, compile: bool = False) -> recipe.Recipe:
-    """Return the recipe micro for `steps` steps and a warm-up, without checkpoints."""
+    """Return the recipe micro for `steps` steps and a warm-up."""
     return dataclasses.replace(
         recipe.load("micro"),
         steps=WARM_UP + steps,
@@ -153,7 +156,6 @@ def make_recipe(size: Size, steps: int, compile: bool = False) -> recipe.Recipe:
         warmup=0,
         max_rise=math.inf,
         compile=compile,
-        save_every=10**6,
     )
 
 
@@ -179,7 +181,7 @@ def make_trainer(variant: str, size: Size, settings: recipe.Recipe, directory: P
     if variant in ("plain", "published"):
         settings = dataclasses.replace(settings, compile=settings.compile and variant == "plain")
         last = _publish(model) if variant == "published" else None
-        train = _PlainTrainer(
+        train: Any = _PlainTrainer(
             model=model,
             args=trainer.training_arguments(settings, directory),
             train_dataset=trainer.in_order(text, settings),
@@ -187,11 +189,13 @@ def make_trainer(variant: str, size: Size, settings: recipe.Recipe, directory: P
         train.published = last
         train.model_accepts_loss_kwargs = False
         train.remove_callback(PrinterCallback)
-        return train
-    events = make_events(variant, model.config.n_layer, settings.steps)
-    teacher = make_model(size) if variant == "kl" else None
-    log = directory / "log.jsonl"
-    return trainer.RemovalTrainer(Sites(model, 0), settings, events, text, directory, log, variant, teacher)
+    else:
+        events = make_events(variant, model.config.n_layer, settings.steps)
+        teacher = make_model(size) if variant == "kl" else None
+        log = directory / "log.jsonl"
+        train = trainer.RemovalTrainer(Sites(model, 0), settings, events, text, directory, log, variant, teacher)
+    train.args.save_strategy = SaveStrategy.NO
+    return train
 
 
 def _train_bare(size: Size, settings: recipe.Recipe, bf16: bool, clock: machine.Clock) -> None:
@@ -221,10 +225,7 @@ def _train_bare(size: Size, settings: recipe.Recipe, bf16: bool, clock: machine.
 
 
 def _measure(variant: str, size: Size, compile: bool) -> dict[str, float]:
-    """Return the median seconds of a step, peak memory in MiB, and how many graphs were compiled; of the products what
-
-    a forward of them takes, too.
-    """
+    """Return seconds a step (the median), peak MiB, and how many graphs were compiled; of products a forward's, too."""
     settings, clock = make_recipe(size, size.steps, compile), machine.Clock(DEVICE)
     with tempfile.TemporaryDirectory() as directory:
         bf16 = trainer.training_arguments(settings, Path(directory)).bf16
@@ -238,7 +239,7 @@ def _measure(variant: str, size: Size, compile: bool) -> dict[str, float]:
             _train_bare(size, settings, bf16, clock)
         else:
             train = make_trainer(variant, size, settings, Path(directory))
-            train.add_callback(_Marks(clock))
+            train.add_callback(Marks(clock))
             train.train()
     return {
         "seconds a step": statistics.median(clock.seconds()[WARM_UP - 1 :]),
