@@ -37,6 +37,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
@@ -298,6 +299,19 @@ def main() -> None:
 
 def test_training_speed() -> None:
     subprocess.run([sys.executable, __file__], check=True)
+
+
+def test_the_products_are_the_operations_that_are_counted() -> None:
+    """By torch's own count: of the products, and of a model's step, whose attention it counts without causality."""
+    config = GPT2Config(n_embd=24, n_layer=2, n_head=3, n_positions=16, vocab_size=50, attn_implementation="eager")
+    expected, attention = 2 * 16 * machine.flops_per_token(config), 2 * 16 * 6 * 2 * 24 * 16
+    with FlopCounterMode(display=False) as counted:
+        machine.product_seconds(config, 2, torch.float32, "cpu")
+    assert counted.get_total_flops() == expected * (machine.REPEATS + 2)
+    model, input_ids = GPT2LMHeadModel(config), torch.zeros(2, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as counted:
+        model(input_ids=input_ids).logits.sum().backward()
+    assert counted.get_total_flops() == expected + attention
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
