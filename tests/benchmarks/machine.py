@@ -37,7 +37,7 @@ def describe(device: str, threads: int | None = None) -> str:
         info = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
         threads = torch.get_num_threads() if threads is None else threads
-        hardware = f"{model[1] if model else platform.processor()}, {threads} threads of {os.cpu_count()} cores"
+        hardware = f"{model[1] if model else platform.processor()}, threads: {threads}, cores: {os.cpu_count()}"
     packages = ("torch", "transformers", "accelerate", "tokenizers", "datasets")
     versions = ", ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
