@@ -34,7 +34,7 @@ from finetune.text import load_blocks
 
 ROWS = ("tokenizer", "load_blocks", "again", "blocks")
 DOCUMENT = 3000
-"""Characters of a document."""
+"""Characters of a document, at the most."""
 CONTEXT = 256
 
 
@@ -46,8 +46,9 @@ def _documents(characters: int) -> Iterator[str]:
             for start in range(0, len(book), DOCUMENT):
                 if characters <= 0:
                     return
-                yield book[start : start + DOCUMENT]
-                characters -= DOCUMENT
+                document = book[start : start + DOCUMENT]
+                characters -= len(document)
+                yield document
 
 
 def _measure(row: str, path: Path) -> dict[str, float]:
