@@ -263,7 +263,8 @@ def training_arguments(recipe: Training, directory: Path, **others: Any) -> Trai
 def _has_bf16(device: str) -> bool:
     """Whether a device is made for matrix products in bfloat16: of CPUs, those with AMX."""
     if device == "cpu":
-        return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # older torch does not tell
+        # Older versions of torch do not tell.
+        return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
     return device == "cuda" and torch.cuda.is_bf16_supported()
 
 
