@@ -202,7 +202,7 @@ class Training:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train. auto: the accelerator, if there is one."""
     bf16: bool | None = None
-    """Matrix products in bfloat16, weights in float32. None: on CUDA devices that have it."""
+    """Matrix products in bfloat16, weights in float32. None: on CUDA devices that have it, and CPUs with AMX."""
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False

@@ -73,8 +73,8 @@ class RunTrainer(Trainer):
         self._record = record
         super().__init__(
             model=model,
-            args=_arguments(recipe, directory, **arguments),
-            train_dataset=_in_order(text, recipe),
+            args=training_arguments(recipe, directory, **arguments),
+            train_dataset=in_order(text, recipe),
             callbacks=[record],
         )
         self.remove_callback(PrinterCallback)
@@ -215,10 +215,8 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArguments:
-    bf16 = recipe.bf16
-    if bf16 is None:
-        bf16 = recipe.device in ("auto", "cuda") and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+def training_arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArguments:
+    """Return what the Trainer is told of `recipe`; `others` are more of its arguments, or others in place of these."""
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=recipe.steps,
@@ -234,7 +232,7 @@ def _arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArgu
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
         max_grad_norm=recipe.clip,
-        bf16=bf16,
+        bf16=_has_bf16(PartialState().device.type) if recipe.bf16 is None else recipe.bf16,
         torch_compile=recipe.compile,
         activation_checkpointing=recipe.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
@@ -262,7 +260,15 @@ def _arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArgu
     return arguments
 
 
-def _in_order(text: Dataset[dict[str, Tensor]], recipe: Training) -> Dataset[dict[str, Tensor]]:
+def _has_bf16(device: str) -> bool:
+    """Whether a device is made for matrix products in bfloat16: of CPUs, those with AMX."""
+    if device == "cpu":
+        # Older versions of torch do not tell.
+        return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return device == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def in_order(text: Dataset[dict[str, Tensor]], recipe: Training) -> Dataset[dict[str, Tensor]]:
     """Return the sequences of the whole run, pass after shuffled pass: their order depends on the seed alone."""
     if isinstance(text, IterableDataset):
         return text

@@ -7,13 +7,13 @@ other numbers of tokens.
 """
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import machine
 import pandas as pd
 import pytest
 import torch
@@ -24,11 +24,6 @@ from finetune import checkpoint
 TOKENS = 10_000, 50_000
 ROW_BYTES = 3 * 500
 """What the tables with a row a token and model may hold of a token, and the copies that are made of them."""
-
-
-def _peak() -> float:
-    """Return the peak in MiB; not ru_maxrss, which a process inherits from the one that started it."""
-    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**10
 
 
 def _trio() -> dict[str, Any]:
@@ -47,10 +42,11 @@ def _measure(name: str, tokens: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(models["original"].cfg.d_vocab, (tokens // 256, 256), generator=generator)
     sample = report.Sample(blocks, (torch.arange(blocks.numel()) // 1000).view_as(blocks).numpy(), "random tokens")
-    before = _peak()
+    before = machine.peak("cpu")
     with tempfile.TemporaryDirectory() as directory:
         report.write(models, {"random": sample}, Path(directory) / "report", only=[name])
-    return {"rise": _peak() - before, "peak": _peak()}
+    peak = machine.peak("cpu")
+    return {"rise": peak - before, "peak": peak}
 
 
 def measure(tokens: tuple[int, ...]) -> pd.DataFrame:
@@ -67,7 +63,7 @@ def measure(tokens: tuple[int, ...]) -> pd.DataFrame:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_tokens() -> None:
     table = measure(TOKENS)
-    print(f"\nMiB, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"\nMiB; {machine.describe('cpu')}")
     print(table.round(0).to_string())
     few, many = TOKENS
     allowed = 100 + ROW_BYTES * (many - few) / 2**20

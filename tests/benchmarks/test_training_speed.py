@@ -1,122 +1,323 @@
-"""Seconds a step and peak memory of fine-tuning with our norms, against the same Trainer on the untouched model.
+"""Seconds a step, tokens a second, use of the machine's matrix rate and peak memory of fine-tuning, by what is trained.
 
 Each variant runs in a process of its own, all of them in turn and then again, so that drift of the machine falls on
-all alike. On a CPU the model is `micro`; on CUDA it is a GPT-2 small of random weights at context 1,024, in bfloat16.
+all alike; ratios are taken within a round, and the table has the medians of the rounds. On a CPU the model is `micro`,
+with the batch of its recipe; on CUDA a GPT-2 of random weights at context 1,024, in bfloat16. Tokens are random.
 
-    plain      transformers.Trainer on the untouched model
+    products   the step's matrix products alone: what the machine could do (see machine.py)
+    plain      transformers.Trainer on the untouched model, with the model's own loss
+    bare       the same model in a loop of PyTorch alone: fused AdamW, F.cross_entropy, clipping, no log
+    published  a re-implementation of the published step, from its description: see `_publish`
     live       our norms, nothing frozen yet: also what the control costs
     frozen     every site frozen, position 0 not merged yet
     constant   everything frozen and merged: the norms are constants
+    kl         constant, with the recipe micro's objective: a teacher, its predictions and its residual stream
+
+MFU is the seconds that the step's products take alone over the seconds of the step; `kl` counts its teacher's forward.
+All but `published` have the activation function that a run puts in. No dropout anywhere. `published` is never compiled.
+
+`python tests/benchmarks/test_training_speed.py --help` has sizes, variants and lengths to choose from.
 """
 
+import argparse
 import dataclasses
 import json
-import re
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from finetune import checkpoint, objective, recipe, schedule, trainer
+from finetune.run import fuse_gelu
 from finetune.sites import Sites
 from finetune.text import Blocks
 
-VARIANTS = ("plain", "live", "frozen", "constant")
-WARM_UP, STEPS, ROUNDS = 6, 10, 3
+VARIANTS = ("products", "plain", "bare", "published", "live", "frozen", "constant", "kl")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WARM_UP = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model, and how much of it is measured."""
+
+    shape: dict[str, int] | None
+    """Of a GPT-2 of random weights; None: the bundled model micro."""
+    batch: int
+    micro_batch: int
+    """Sequences in a step, and in one forward."""
+    steps: int = 10
+    rounds: int = 3
+
+
+SIZES = {
+    "micro": Size(None, batch=4, micro_batch=4, steps=20),
+    "small": Size({"n_embd": 768, "n_layer": 12, "n_head": 12}, batch=64, micro_batch=32),
+    "medium": Size({"n_embd": 1024, "n_layer": 24, "n_head": 16}, batch=64, micro_batch=16),
+    "xl": Size({"n_embd": 1600, "n_layer": 48, "n_head": 25}, batch=32, micro_batch=4, steps=4, rounds=1),
+}
 
 
 class _PlainTrainer(Trainer):
-    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
-        return model(input_ids=inputs["input_ids"], labels=inputs["input_ids"], use_cache=False).loss
+    published: "_PublishedNorm | None" = None
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        input_ids = inputs["input_ids"]
+        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        if self.published is None:
+            return loss
+        special = (input_ids == 0).long()
+        special[:, 0] = 1
+        return loss + 0.1 * objective.auxiliary_loss(self.published.std.squeeze(-1), special)
 
 
-class _Clock(TrainerCallback):
-    def __init__(self) -> None:
-        self.times: list[float] = []
+class _PublishedNorm(nn.Module):
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.running = norm.weight, norm.bias, norm.eps, 0.0
+        self.std: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        self.std = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        self.running = 0.9 * self.running + 0.1 * self.std.mean().item()
+        return centred / self.std * self.weight + self.bias
+
+
+class _PublishedQKV(nn.Module):
+    def __init__(self, norm: nn.LayerNorm, c_attn: nn.Module) -> None:
+        super().__init__()
+        self.qk, self.v, self.c_attn = _PublishedNorm(norm), _PublishedNorm(norm), c_attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        qk, v = self.c_attn(self.qk(x)), self.c_attn(self.v(x))
+        return torch.cat([qk[..., : 2 * x.shape[-1]], v[..., 2 * x.shape[-1] :]], dim=-1)
+
+
+def _publish(model: GPT2LMHeadModel) -> "_PublishedNorm":
+    """Put in what the published code is said to do at each step before the first freeze; return the last norm.
+
+    Every norm is a module of torch operations that keeps a running mean of its std, read on the host at each forward;
+    the QKV product is taken twice, once for each path of `ln_1`; the loss is the model's own, of all logits, and the
+    auxiliary loss. Attention itself stays torch's.
+    """
+    block: Any
+    for block in model.transformer.h:
+        block.attn.c_attn, block.ln_1 = _PublishedQKV(block.ln_1, block.attn.c_attn), nn.Identity()
+        block.ln_2 = _PublishedNorm(block.ln_2)
+    last = _PublishedNorm(model.transformer.ln_f)
+    model.transformer.ln_f = last  # type: ignore[assignment]
+    return last
+
+
+class Marks(TrainerCallback):
+    """Marks the end of every step."""
+
+    def __init__(self, clock: machine.Clock) -> None:
+        self.clock = clock
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        self.clock.mark()
 
 
-def _events(variant: str, n_layer: int, steps: int) -> list[schedule.Event]:
+def make_model(size: Size, fused: bool = True) -> GPT2LMHeadModel:
+    """Return the untouched model, without dropout and with the activation function in one kernel, if `fused`."""
+    if size.shape is None:
+        model = checkpoint.require_gpt2(checkpoint.load("micro"))
+    else:
+        with torch.device(DEVICE):
+            model = GPT2LMHeadModel(GPT2Config(**size.shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    model.config.use_cache = False
+    if fused:
+        fuse_gelu(model)
+    return model
+
+
+def make_recipe(size: Size, steps: int, compile: bool = False) -> recipe.Recipe:
+    """Return the recipe micro for `steps` steps and a warm-up."""
+    return dataclasses.replace(
+        recipe.load("micro"),
+        steps=WARM_UP + steps,
+        batch=size.batch,
+        micro_batch=size.micro_batch,
+        warmup=0,
+        max_rise=math.inf,
+        compile=compile,
+    )
+
+
+def make_text(config: GPT2Config, batch: int) -> Blocks:
+    """Return random tokens, enough for four steps."""
+    ids = np.random.default_rng(0).integers(config.vocab_size, size=4 * batch * config.n_positions)
+    return Blocks(ids.astype(np.uint16), config.n_positions)
+
+
+def make_events(variant: str, n_layer: int, steps: int) -> list[schedule.Event]:
     """Return a schedule that is over before the warm-up is, but for what the variant leaves out."""
     begin = recipe.Schedule(start=1, gap=recipe.Gaps())
     events = schedule.resolve(begin, n_layer, steps)
     if variant == "frozen":
         return [*events[:-1], dataclasses.replace(events[-1], step=steps)]
-    return events if variant == "constant" else []
+    return events if variant in ("constant", "kl") else []
 
 
-def _measure(variant: str, compile: bool) -> dict[str, float]:
-    """Return the median seconds of a step, tokens a second, peak memory in MiB, and how many graphs were compiled."""
-    cuda = torch.cuda.is_available()
-    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)) if cuda else checkpoint.load("micro")
-    config = model.config
-    settings = dataclasses.replace(
-        recipe.load("micro"), steps=WARM_UP + STEPS, warmup=0, compile=compile, save_every=10**6, device="auto"
-    )
-    ids = np.random.default_rng(0).integers(config.vocab_size, size=settings.batch * config.n_positions * 4)
-    text = Blocks(ids.astype(np.uint16), config.n_positions)
-    clock = _Clock()
+def make_trainer(variant: str, size: Size, settings: recipe.Recipe, directory: Path) -> Trainer:
+    """Return what trains a variant, of those that a Trainer trains."""
+    model = make_model(size, fused=variant != "published")
+    text = make_text(model.config, settings.batch)
+    if variant in ("plain", "published"):
+        settings = dataclasses.replace(settings, compile=settings.compile and variant == "plain")
+        last = _publish(model) if variant == "published" else None
+        train: Any = _PlainTrainer(
+            model=model,
+            args=trainer.training_arguments(settings, directory),
+            train_dataset=trainer.in_order(text, settings),
+        )
+        train.published = last
+        train.model_accepts_loss_kwargs = False
+        train.remove_callback(PrinterCallback)
+    else:
+        events = make_events(variant, model.config.n_layer, settings.steps)
+        teacher = make_model(size) if variant == "kl" else None
+        log = directory / "log.jsonl"
+        train = trainer.RemovalTrainer(Sites(model, 0), settings, events, text, directory, log, variant, teacher)
+    train.args.save_strategy = SaveStrategy.NO
+    return train
+
+
+def _train_bare(size: Size, settings: recipe.Recipe, bf16: bool, clock: machine.Clock) -> None:
+    model: Any = make_model(size).to(DEVICE).train()
+    text = make_text(model.config, settings.batch)
+    blocks = torch.from_numpy(text.blocks.astype(np.int64)).to(DEVICE).split(settings.micro_batch)
+    accumulated = settings.batch // settings.micro_batch
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, settings.lr, settings.betas, fused=True)
+    if settings.compile:
+        model = torch.compile(model)
+    for step in range(settings.steps):
+        for i in range(accumulated):
+            input_ids = blocks[(step * accumulated + i) % len(blocks)]
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+                logits = model(input_ids=input_ids, use_cache=False).logits
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+            (loss / accumulated).backward()
+        nn.utils.clip_grad_norm_(parameters, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.mark()
+
+
+def _measure(variant: str, size: Size, compile: bool) -> dict[str, float]:
+    """Return seconds a step (the median), peak MiB, and how many graphs were compiled; of products a forward's, too."""
+    settings, clock = make_recipe(size, size.steps, compile), machine.Clock(DEVICE)
     with tempfile.TemporaryDirectory() as directory:
-        if variant == "plain":
-            train: Trainer = _PlainTrainer(
-                model=model,
-                args=trainer._arguments(settings, Path(directory)),
-                train_dataset=trainer._in_order(text, settings),
-            )
-            train.model_accepts_loss_kwargs = False
-            train.remove_callback(PrinterCallback)
+        bf16 = trainer.training_arguments(settings, Path(directory)).bf16
+        if variant == "products":
+            config = checkpoint.load_config("micro") if size.shape is None else GPT2Config(**size.shape)
+            dtype = torch.bfloat16 if bf16 else torch.float32
+            forward, backward = machine.product_seconds(config, size.micro_batch, dtype, DEVICE)
+            accumulated = size.batch // size.micro_batch
+            return {"seconds a step": accumulated * (forward + backward), "forward": accumulated * forward}
+        if variant == "bare":
+            _train_bare(size, settings, bf16, clock)
         else:
-            events = _events(variant, config.n_layer, settings.steps)
-            log = Path(directory) / "log.jsonl"
-            train = trainer.RemovalTrainer(Sites(model, 0), settings, events, text, Path(directory), log, variant)
-        train.add_callback(clock)
-        train.train()
-    seconds = statistics.median(np.diff(clock.times)[WARM_UP:])
-    if cuda:
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:  # not ru_maxrss, which a process inherits from the one that started it
-        peak = int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**10
+            train = make_trainer(variant, size, settings, Path(directory))
+            train.add_callback(Marks(clock))
+            train.train()
     return {
-        "seconds a step": seconds,
-        "tokens a second": settings.batch * config.n_positions / seconds,
-        "peak MiB": peak,
+        "seconds a step": statistics.median(clock.seconds()[WARM_UP - 1 :]),
+        "peak MiB": machine.peak(DEVICE),
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
     }
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_training_speed(compile: bool) -> None:
-    command = [sys.executable, __file__, str(int(compile))]
-    rows = []
-    for _ in range(ROUNDS):
-        for variant in VARIANTS:
-            done = subprocess.run([*command, variant], stdout=subprocess.PIPE, text=True, check=True)
-            rows.append({"variant": variant} | json.loads(done.stdout.splitlines()[-1]))
-    table = pd.DataFrame(rows).groupby("variant", sort=False).median()
-    table.insert(1, "ratio", table["seconds a step"] / table["seconds a step"]["plain"])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{'compiled' if compile else 'eager'}, {device}, torch {torch.__version__}, median of {ROUNDS} rounds")
-    print(table.to_string(float_format=lambda number: f"{number:.3f}"))
-    assert list(table.index) == list(VARIANTS)
+def _round(command: list[str], variants: list[str], size: Size) -> pd.DataFrame:
+    """Measure every variant once; return a row a variant."""
+    table = pd.DataFrame({variant: machine.alone(*command, "--alone", variant) for variant in variants}).T
+    seconds = table["seconds a step"]
+    config = checkpoint.load_config("micro") if size.shape is None else GPT2Config(**size.shape)
+    tokens = size.batch * config.n_positions
+    found = pd.DataFrame({"seconds a step": seconds})
+    for other in ("plain", "bare"):
+        found[f"over {other}"] = seconds / seconds.get(other, math.nan)
+    found["tokens a second"] = tokens / seconds
+    passes = pd.Series(3.0, found.index).where(found.index != "kl", 4.0)
+    found["GFLOP/s"] = passes * machine.flops_per_token(config, passes=1) * tokens / seconds / 1e9
+    if "products" in variants:
+        alone = pd.Series(seconds["products"], found.index)
+        found["MFU"] = (alone + table.loc["products", "forward"] * (passes - 3)) / seconds
+    return found.join(table.reindex(columns=["peak MiB", "graphs"]))
+
+
+def main() -> None:
+    usual = ["micro"] if DEVICE == "cpu" else ["small", "medium", "xl"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=usual)
+    parser.add_argument("--mode", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    for field in ("batch", "micro_batch", "steps", "rounds"):
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, help="in place of the size's own")
+    parser.add_argument("--alone", choices=VARIANTS, help="measure one variant in this process, and print JSON")
+    options = parser.parse_args()
+    own = {name: getattr(options, name) for name in ("batch", "micro_batch", "steps", "rounds")}
+    changed = {name: value for name, value in own.items() if value is not None}
+    for name in options.size:
+        size = dataclasses.replace(SIZES[name], **changed)
+        for mode in options.mode:
+            if options.alone:
+                print(json.dumps(_measure(options.alone, size, mode == "compiled")))
+                continue
+            numbers = [part for key, value in changed.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+            command = [__file__, "--size", name, "--mode", mode, *numbers]
+            rounds = [_round(command, options.variant, size) for _ in range(size.rounds)]
+            table = pd.concat(rounds).groupby(level=0, sort=False).median()
+            print(f"\n{machine.describe(DEVICE)}")
+            print(
+                f"{name}, {mode}, batch {size.batch}, micro-batch {size.micro_batch}, {size.steps} steps, "
+                f"{size.rounds} rounds"
+            )
+            print(machine.markdown(table, "variant"), flush=True)
+
+
+def test_training_speed() -> None:
+    subprocess.run([sys.executable, __file__], check=True)
+
+
+def test_the_products_are_the_operations_that_are_counted() -> None:
+    """By torch's own count: of the products, and of a model's step, whose attention it counts without causality."""
+    config = GPT2Config(n_embd=24, n_layer=2, n_head=3, n_positions=16, vocab_size=50, attn_implementation="eager")
+    expected, attention = 2 * 16 * machine.flops_per_token(config), 2 * 16 * 6 * 2 * 24 * 16
+    with FlopCounterMode(display=False) as counted:
+        machine.product_seconds(config, 2, torch.float32, "cpu")
+    assert counted.get_total_flops() == expected * (machine.REPEATS + 2)
+    model, input_ids = GPT2LMHeadModel(config), torch.zeros(2, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as counted:
+        model(input_ids=input_ids).logits.sum().backward()
+    assert counted.get_total_flops() == expected + attention
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_no_step_waits_for_the_device() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).cuda()
-    sites, events = Sites(model, 0), _events("constant", n_layer=2, steps=9)
+    sites, events = Sites(model, 0), make_events("constant", n_layer=2, steps=9)
     sites.defer_unembedding()
     input_ids = torch.randint(1000, (2, 32)).cuda()
     try:
@@ -132,4 +333,4 @@ def test_no_step_waits_for_the_device() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(sys.argv[2], compile=bool(int(sys.argv[1])))))
+    main()

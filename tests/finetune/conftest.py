@@ -52,6 +52,7 @@ def recipe(tiny: Path, text: Path) -> Recipe:
         save_every=5,
         log_every=4,
         device="cpu",
+        bf16=False,
     )
 
 

@@ -53,6 +53,7 @@ def recipe(text: Path) -> PretrainRecipe:
         save_every=5,
         log_every=4,
         device="cpu",
+        bf16=False,
     )
 
 

@@ -108,6 +108,11 @@ def test_packing_by_hand(tmp_path, tokenizer):
     assert ids.ravel().tolist() == expected[: ids.size]
 
 
+def test_blocks_are_a_view_of_the_tokens():
+    tokens = np.arange(100, dtype=np.uint16)
+    assert np.shares_memory(Blocks(tokens, 16).blocks, tokens)
+
+
 def test_a_few_blocks_to_train_on_are_spread_through_the_source(tmp_path, tokenizer):
     source = str(tmp_path / "text.txt")
     Path(source).write_text("\n".join(f"{i} bottles of beer on the wall" for i in range(200)))

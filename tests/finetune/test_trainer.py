@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from helpers import Finished, finetune, read_log, run_all_forked, run_forked, tiny_gpt2
 from safetensors.torch import load_file
 from torch import nn
@@ -26,7 +27,7 @@ from finetune.objective import NextTokenLoss, next_token_loss
 from finetune.recipe import Recipe, Text
 from finetune.run import Run, fit, set_up
 from finetune.sites import Sites
-from finetune.trainer import DivergedError, RemovalTrainer, checkpoints
+from finetune.trainer import DivergedError, RemovalTrainer, checkpoints, training_arguments
 
 
 def fitted(recipe: Recipe, directory: Path, name: str = "ln_free") -> dict[str, torch.Tensor]:
@@ -243,6 +244,25 @@ class TestSameWeights:
         assert all((tensor != tensor.bfloat16()).any() for name, tensor in state.items() if "std_sum" in name)
         assert losses(tmp_path) != losses(run.directory)
         np.testing.assert_allclose(losses(tmp_path), losses(run.directory), rtol=5e-3)
+
+    @pytest.mark.parametrize(
+        ("given", "amx", "expected"), [(None, True, True), (None, False, False), (False, True, False)]
+    )
+    def test_bf16_where_the_processor_is_made_for_it(
+        self,
+        short: Recipe,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        given: bool | None,
+        amx: bool,
+        expected: bool,
+    ):
+        """AVX512-BF16 alone does not count."""
+        capabilities = {"amx_bf16": amx, "avx512_bf16": True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        PartialState(cpu=True)
+
+        assert training_arguments(replace(short, bf16=given), tmp_path).bf16 is expected
 
 
 def free_port() -> str:
