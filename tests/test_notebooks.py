@@ -26,9 +26,9 @@ def code_cells(path: Path) -> list[Any]:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def test_there_are_six_and_one_a_question_of_the_sweeps():
+def test_there_are_six_and_those_of_the_sweeps():
     assert len(NOTEBOOKS) == 6
-    assert {path.stem for path in SWEEPS} == {"best", "data", "objective", "order", "pace"}
+    assert {path.stem for path in SWEEPS} == {"best", "objective", "order", "pace"}
 
 
 @each
