@@ -108,7 +108,8 @@ def _scaled(recipe: Trains, arguments: list[str]) -> Trains:
 def _given(arguments: list[str], flag: str, kind: Callable[[str], Any] = str) -> Any:
     """Return what `flag` is given, or None where it is not."""
     only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only.add_argument(flag, flag.replace("-", "_").replace("__", "--"), type=kind, dest="value")
+    underscored = f"--{flag.removeprefix('--').replace('-', '_')}"  # tyro takes either
+    only.add_argument(flag, underscored, type=kind, dest="value")
     return only.parse_known_args(arguments)[0].value
 
 

@@ -130,7 +130,9 @@ def run(path: str | Path, out: str | Path, processes: int = 1) -> pd.DataFrame:
                 _write(documents, out / "documents.csv")
                 bar.update()
     order = {job.name: i for i, job in enumerate(jobs)}
-    rows = rows[rows["run"].isin(order)].sort_values("run", key=lambda names: names.map(order), ignore_index=True)
+    rows = rows.sort_values("run", key=lambda names: names.map(order), ignore_index=True)
+    _write(rows, out / "results.csv")  # as the file has them, and no longer as they came to be done
+    rows = rows[rows["run"].isin(order)]
     plot(rows).write_html(out / "figure.html")
     return rows
 

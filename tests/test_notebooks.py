@@ -100,12 +100,11 @@ def test_the_picture():
         assert (FOLDER / "figures" / f"overview-{theme}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_its_table_is_that_of_its_sweep(path: Path):
-    """No run is missing, and none is left of a sweep that was another."""
-    for folder in {*re.findall(r"(\w[\w-]*)/sweep\.yaml", path.read_text(encoding="utf-8"))}:
-        jobs = sweep.load(path.parent / folder / "sweep.yaml", path.parent / folder)
-        table = pd.read_csv(path.parent / folder / "results.csv")
-        assert sorted(table["run"]) == sorted(job.name for job in jobs)
-        documents = pd.read_csv(path.parent / folder / "documents.csv")
-        assert {*documents["run"]} == {*table["run"]}
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("sweeps/*/results.csv")), ids=lambda path: path.parent.name)
+def test_a_table_is_that_of_its_sweep(path: Path):
+    """No run is missing, none is left of a sweep that was another, and notebooks may name settings in their order."""
+    jobs = sweep.load(path.with_name("sweep.yaml"), path.parent)
+    table = pd.read_csv(path)
+    assert table["run"].tolist() == [job.name for job in jobs]
+    documents = pd.read_csv(path.with_name("documents.csv"))
+    assert {*documents["run"]} == {*table["run"]}
