@@ -58,6 +58,7 @@ def test_every_override_at_every_point_of_the_grid_and_every_seed(file: Path, re
 
 def test_a_row_a_run_with_what_its_directory_holds(file: Path, done: Path):
     table = pd.read_csv(done / "results.csv")
+    assert table["run"].tolist() == [job.name for job in sweep.load(file, done)]
     assert list(table.columns[: len(COLUMNS)]) == COLUMNS
     assert {"override.kl_weight", "override.schedule.fade", "override.lr", "override.text.held_out_blocks"} == {
         column for column in table if column.startswith("override.")
