@@ -1,15 +1,17 @@
-"""Peak memory of each analysis of a report, by the number of tokens: it must not grow with them.
+"""Tokens a second and peak memory of each analysis of a report, by the number of tokens: memory must not grow with them.
 
 Each measurement is a process of its own, with three models (`micro`, itself as its own control, and itself with its LNs
-frozen). Counted is what comes on top of the models and the text. What a table has a row a token of does grow:
-`loss` and `faithfulness`, by what their tables hold. `python tests/benchmarks/test_report_memory.py 10000 200000` takes
-other numbers of tokens.
+frozen), all of which see each token. Timed is all that a report of this analysis alone takes once the models are
+loaded, its figures and its page too. `rise` is the memory on top of models and text, in MiB. What a table has a row a
+token of does grow: `loss` and `faithfulness`, by what their tables hold.
+`python tests/benchmarks/test_report_cost.py 10000 200000` takes other numbers of tokens.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +39,16 @@ def _trio() -> dict[str, Any]:
 
 
 def _measure(name: str, tokens: int) -> dict[str, float]:
-    """Return by how many MiB an analysis raises the peak, and the peak."""
+    """Return by how many MiB an analysis raises the peak, the peak, and tokens a second."""
     models = _trio()
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(models["original"].cfg.d_vocab, (tokens // 256, 256), generator=generator)
     sample = report.Sample(blocks, (torch.arange(blocks.numel()) // 1000).view_as(blocks).numpy(), "random tokens")
-    before = machine.peak("cpu")
+    before, begin = machine.peak("cpu"), time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         report.write(models, {"random": sample}, Path(directory) / "report", only=[name])
     peak = machine.peak("cpu")
-    return {"rise": peak - before, "peak": peak}
+    return {"rise": peak - before, "peak": peak, "tokens a second": tokens / (time.perf_counter() - begin)}
 
 
 def measure(tokens: tuple[int, ...]) -> pd.DataFrame:
@@ -57,13 +59,13 @@ def measure(tokens: tuple[int, ...]) -> pd.DataFrame:
             run = [sys.executable, __file__, analysis.name, str(count)]
             done = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
             rows.append({"analysis": analysis.name, "tokens": count, **json.loads(done.stdout.splitlines()[-1])})
-    return pd.DataFrame(rows).pivot(index="analysis", columns="tokens", values=["rise", "peak"])
+    return pd.DataFrame(rows).pivot(index="analysis", columns="tokens", values=["tokens a second", "rise", "peak"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_tokens() -> None:
     table = measure(TOKENS)
-    print(f"\nMiB; {machine.describe('cpu')}")
+    print(f"\n{machine.describe('cpu')}")
     print(table.round(0).to_string())
     few, many = TOKENS
     allowed = 100 + ROW_BYTES * (many - few) / 2**20
