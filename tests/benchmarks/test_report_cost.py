@@ -1,4 +1,4 @@
-"""Tokens a second and peak memory of each analysis of a report, by the number of tokens: memory must not grow with them.
+"""Tokens a second and peak memory of each analysis of a report: memory must not grow with the tokens.
 
 Each measurement is a process of its own, with three models (`micro`, itself as its own control, and itself with its LNs
 frozen), all of which see each token. Timed is all that a report of this analysis alone takes once the models are
