@@ -279,9 +279,9 @@ def in_two_processes(function: Callable[[], None], cwd: Path) -> list[Finished]:
 
 class TestTwoProcesses:
     def test_equal_one_that_accumulates(self, short: Recipe, tmp_path: Path):
-        """Weights, constants and log, with the auxiliary loss and every class of token; both read other text."""
-        recipe = replace(short, aux_weight=0.3, std_decay=0.5)
-        alone = fitted(recipe, tmp_path / "alone")
+        """Weights, constants and log of both models, with a teacher, the auxiliary loss and every class of token."""
+        recipe = replace(short, control=True, kl_weight=0.5, match_weight=2.0, aux_weight=0.3, std_decay=0.5)
+        alone = {name: fitted(recipe, tmp_path / "alone", name) for name in ("ln_free", "control")}
         file = tmp_path / "tiny.yaml"
         file.write_text(recipes.dump(recipe))
 
@@ -289,12 +289,17 @@ class TestTwoProcesses:
 
         assert [end.code for end in ends] == [0, 0], ends
         assert sum("Everything is in" in end.output for end in ends) == 1
-        assert_close(last_state(tmp_path / "two"), alone, 1e-6)
-        logs = [read_log(tmp_path / name) for name in ("alone", "two")]
-        for ours, theirs in zip(*logs, strict=True):
-            assert (ours["tokens"], ours["frozen"], ours["lr"]) == (theirs["tokens"], theirs["frozen"], theirs["lr"])
-            for key in ("loss", "aux", "grad_norm"):
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
+        for name, state in alone.items():
+            assert_close(last_state(tmp_path / "two", name), state, 1e-6)
+            logs = [read_log(tmp_path / run, name) for run in ("alone", "two")]
+            for ours, theirs in zip(*logs, strict=True):
+                assert (ours["tokens"], ours["frozen"], ours["lr"]) == (
+                    theirs["tokens"],
+                    theirs["frozen"],
+                    theirs["lr"],
+                )
+                for key in ("loss", "kl", "distance", "aux", "grad_norm"):
+                    assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6)
         assert (tmp_path / "two/results.csv").exists()
 
     def test_statistics_are_summed_not_copied(self, tmp_path: Path):
