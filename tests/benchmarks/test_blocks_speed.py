@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--csv", help="write the table there, too")
     options = parser.parse_args()
     input_ids = torch.randint(block_config("pre-ln").vocab_size, (options.batch, 256), device=DEVICE)
     models = {name: BlocksForCausalLM(block_config(name)).to(DEVICE).train() for name in options.blocks}
@@ -50,6 +51,8 @@ def main() -> None:
             "tokens a second": input_ids.numel() / step,
         }
     ).loc[step.index]
+    if options.csv:
+        table.to_csv(options.csv, index_label="block")
     print(machine.describe(DEVICE))
     print(machine.markdown(table, "block"))
 
