@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.recipe import Gaps, Layers, PretrainRecipe, Recipe, Schedule, Text
-    from finetune.run import Run, remove_layernorm, resume
+    from finetune.run import remove_layernorm, resume
+    from finetune.run_directory import Run
 
 __all__ = [
     "Gaps",
@@ -25,9 +26,11 @@ __all__ = [
     "resume",
 ]
 
-_HOMES = dict.fromkeys(("Gaps", "Layers", "PretrainRecipe", "Recipe", "Schedule", "Text"), "recipe") | dict.fromkeys(
-    ("Run", "remove_layernorm", "resume"), "run"
-)
+_HOMES = dict.fromkeys(("Gaps", "Layers", "PretrainRecipe", "Recipe", "Schedule", "Text"), "recipe") | {
+    "Run": "run_directory",
+    "remove_layernorm": "run",
+    "resume": "run",
+}
 
 
 class NolnError(Exception):

@@ -17,7 +17,7 @@ from finetune import recipe as recipes
 from finetune.recipe import PretrainRecipe, Recipe, Training
 
 if TYPE_CHECKING:
-    from finetune.run import Run
+    from finetune.run_directory import Run
 
 USAGE = """\
 Fine-tune the LayerNorm out of a GPT-2-type model.

@@ -26,19 +26,9 @@ from finetune import recipe as recipes
 from finetune.blocks import BlocksConfig, BlocksForCausalLM
 from finetune.objective import DeferredUnembedding, Head
 from finetune.recipe import PretrainRecipe, Text
-from finetune.run import (
-    Run,
-    check_processes,
-    fuse_gelu,
-    new_directory,
-    push,
-    render,
-    with_text,
-    write,
-    write_recipe,
-)
+from finetune.run_directory import Run, new_directory, push, render, with_text, write, write_recipe
 from finetune.text import TextSplits, load_text
-from finetune.trainer import Record, RunTrainer, checkpoints
+from finetune.trainer import Record, RunTrainer, check_processes, checkpoints, fuse_gelu
 
 _WATCHED_TOKENS = 2048
 

@@ -1,4 +1,4 @@
-"""A run that removes LayerNorm: set up, fit, export, compare, and leave a run directory; and what all runs share.
+"""A run that removes LayerNorm: set up, fit, export, compare, and leave a run directory.
 
 RUN/recipe.yaml    what was run, replayable; with versions, git state and command
 RUN/replay.yaml    of an adaptive schedule: the recipe with the steps that it came to
@@ -12,59 +12,27 @@ RUN/results.csv    the same on all of it
 
 import copy
 import dataclasses
-import importlib.metadata
 import json
 import math
-import platform
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import jinja2
 import pandas as pd
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from huggingface_hub import HfApi
 from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
-from transformers.activations import NewGELUActivation
 
-from finetune import checkpoint, evaluate, schedule
+from finetune import checkpoint, evaluate, pretrain, schedule
 from finetune import recipe as recipes
-from finetune.bundled import MODELS, TEXTS
 from finetune.checkpoint import CausalLM
-from finetune.recipe import PretrainRecipe, Recipe, RecipeError, Text, Training
+from finetune.recipe import Recipe, Text
+from finetune.run_directory import Run, new_directory, push, recipe_of, render, with_text, write, write_recipe
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import TextSplits, load_text
-from finetune.trainer import RemovalTrainer, checkpoints
-
-Trains = TypeVar("Trains", bound=Training)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run leaves."""
-
-    directory: Path
-    """The run directory."""
-    results: pd.DataFrame
-    """A row a model (original, control, ln_free): see `evaluate.compare`; and trained_tokens and seconds of its fit.
-    Of pretraining one row (model): see `pretrain.conclude`."""
-
-    def load(self, name: str) -> CausalLM:
-        """Return the model called `name`: ln_free, control or original; of pretraining model."""
-        named = _recipe_of(self.directory)
-        if name == "original" and isinstance(named, Recipe):
-            return checkpoint.load(named.model, named.revision)
-        if name == "control" and isinstance(named, Recipe) and named.control_from is not None:
-            return checkpoint.load(named.control_from)
-        return checkpoint.load(self.directory / name)
+from finetune.trainer import RemovalTrainer, check_processes, checkpoints, fuse_gelu
 
 
 def remove_layernorm(
@@ -94,13 +62,6 @@ def remove_layernorm(
     return start(recipe, out, model if isinstance(model, GPT2LMHeadModel) else None, tokenizer)
 
 
-def with_text(recipe: Trains, text: str | Path | Text | None) -> Trains:
-    """Return `recipe` with another text: a source, of which a part is held out, or a whole `Text`. None: its own."""
-    if isinstance(text, str | Path):
-        text = dataclasses.replace(recipe.text, source=str(text), held_out=None)
-    return recipe if text is None else dataclasses.replace(recipe, text=text)
-
-
 def start(
     recipe: Recipe,
     out: str | Path | None = None,
@@ -125,20 +86,6 @@ def start(
     return _complete(setup, directory)
 
 
-def new_directory(recipe: Training, out: str | Path | None) -> Path:
-    """Return the run directory that is to be made, the same in all processes.
-
-    Raises:
-        FileExistsError: it exists.
-    """
-    PartialState(cpu=recipe.device == "cpu")  # whoever asks first decides for all
-    directory = Path(out) if out is not None else Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = Path(broadcast_object_list([str(directory.absolute())])[0])
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists, and a run writes over nothing: name another with --out.")
-    return directory
-
-
 def resume(directory: str | Path) -> Run:
     """Take up a run of either kind where its newest complete checkpoint is; a complete one is only measured again.
 
@@ -146,21 +93,10 @@ def resume(directory: str | Path) -> Run:
         RecipeError, CheckpointError, TextError, DivergedError: as `remove_layernorm`.
     """
     directory = Path(directory).absolute()
-    recipe = _recipe_of(directory)
+    recipe = recipe_of(directory)
     if isinstance(recipe, Recipe):
         return _complete(set_up(recipe), directory)
-    from finetune import pretrain  # which is built on this module
-
     return pretrain.complete(pretrain.set_up(recipe), directory)
-
-
-def _recipe_of(directory: Path) -> Recipe | PretrainRecipe:
-    recipe = recipes.load_run(directory)
-    # What was a model in memory moves with the run directory.
-    original = directory / "original"
-    if isinstance(recipe, Recipe) and original.is_dir():
-        return dataclasses.replace(recipe, model=str(original))
-    return recipe
 
 
 @dataclass(frozen=True)
@@ -202,22 +138,6 @@ def set_up(
         )
     text = load_text(recipe.text, tokenizer, config.n_positions, config.vocab_size, seed=recipe.seed)
     return Setup(recipe, model, tokenizer, events, text)
-
-
-def check_processes(recipe: Training) -> None:
-    """Check that the device is there, and that the processes can share a batch.
-
-    Raises:
-        RecipeError: it is not, or they cannot.
-    """
-    state = PartialState(cpu=recipe.device == "cpu")
-    if recipe.device not in ("auto", state.device.type):
-        raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
-    if recipe.batch % (recipe.micro_batch * state.num_processes):
-        raise RecipeError(
-            f"A batch of {recipe.batch} cannot be shared by {state.num_processes} processes in micro-batches of "
-            f"{recipe.micro_batch}: change micro_batch, batch or the number of processes."
-        )
 
 
 def _complete(setup: Setup, directory: Path) -> Run:
@@ -277,14 +197,6 @@ def _ready(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     return model
 
 
-def fuse_gelu(model: nn.Module) -> None:
-    """Compute GPT-2's activation function in one kernel and not in seven."""
-    module: Any
-    for module in model.modules():
-        if isinstance(getattr(module, "act", None), NewGELUActivation):
-            module.act = nn.GELU(approximate="tanh")
-
-
 def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
     """Compare the models on held-out text, and write the table and the model cards."""
     state = PartialState()
@@ -323,65 +235,3 @@ def _card(setup: Setup, name: str, results: pd.DataFrame, log: list[dict[str, An
         tokens=setup.recipe.steps * setup.recipe.batch * setup.model.config.n_positions,
         results=results.to_dict("records"),
     )
-
-
-def render(template: str, **fields: Any) -> str:
-    """Return a template of the package, filled in."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("finetune", ""), trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template(template).render(**fields)
-
-
-def push(recipe: Training, model: Path) -> None:
-    """Push a model's directory to the Hub, if the recipe says so."""
-    if recipe.push_to_hub is not None:
-        HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
-        HfApi().upload_folder(repo_id=recipe.push_to_hub, folder_path=model)
-
-
-def write_recipe(recipe: Training, directory: Path) -> None:
-    """Write what is going to be run, with what there is to know of it."""
-    write(directory / "recipe.yaml", recipes.dump(_absolute(recipe), _provenance()))
-
-
-def write(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
-
-
-def _absolute(recipe: Trains) -> Trains:
-    """Return `recipe` with local paths made absolute, so that it can be replayed from anywhere."""
-
-    def absolute(part: Any, *fields: str) -> dict[str, Any]:
-        names = {field: getattr(part, field) for field in fields if hasattr(part, field)}
-        return {
-            field: str(Path(name).absolute()) if name and name not in MODELS | TEXTS and Path(name).exists() else name
-            for field, name in names.items()
-        }
-
-    text = dataclasses.replace(recipe.text, **absolute(recipe.text, "source", "held_out"))
-    return dataclasses.replace(recipe, **absolute(recipe, "model", "control_from", "tokenizer"), text=text)
-
-
-def _provenance() -> dict[str, Any]:
-    """Return what else there is to know of a run: its time, command, versions, git state and processes."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    packages = ("noln", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
-    return {
-        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(sys.argv),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "git": git.stdout.strip() or None,
-        "processes": PartialState().num_processes,
-        "device": str(PartialState().device),
-    }

@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from jaxtyping import Float
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import (
@@ -35,10 +35,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.activations import NewGELUActivation
 
 from finetune import NolnError, objective, schedule
 from finetune.objective import Head
-from finetune.recipe import Recipe, Training
+from finetune.recipe import Recipe, RecipeError, Training
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import Blocks
@@ -203,6 +204,30 @@ class RemovalTrainer(RunTrainer):
         loss = super().training_step(*args, **kwargs)
         self.sites.observe()
         return loss
+
+
+def check_processes(recipe: Training) -> None:
+    """Check that the device is there, and that the processes can share a batch.
+
+    Raises:
+        RecipeError: it is not, or they cannot.
+    """
+    state = PartialState(cpu=recipe.device == "cpu")
+    if recipe.device not in ("auto", state.device.type):
+        raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
+    if recipe.batch % (recipe.micro_batch * state.num_processes):
+        raise RecipeError(
+            f"A batch of {recipe.batch} cannot be shared by {state.num_processes} processes in micro-batches of "
+            f"{recipe.micro_batch}: change micro_batch, batch or the number of processes."
+        )
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """Compute GPT-2's activation function in one kernel and not in seven."""
+    module: Any
+    for module in model.modules():
+        if isinstance(getattr(module, "act", None), NewGELUActivation):
+            module.act = nn.GELU(approximate="tanh")
 
 
 def checkpoints(directory: Path) -> list[Path]:

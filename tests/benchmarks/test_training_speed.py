@@ -42,7 +42,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, 
 from transformers.trainer_utils import SaveStrategy
 
 from finetune import checkpoint, objective, recipe, schedule, trainer
-from finetune.run import fuse_gelu
 from finetune.sites import Sites
 from finetune.text import Blocks
 
@@ -143,7 +142,7 @@ def make_model(size: Size, fused: bool = True) -> GPT2LMHeadModel:
             model = GPT2LMHeadModel(GPT2Config(**size.shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
     model.config.use_cache = False
     if fused:
-        fuse_gelu(model)
+        trainer.fuse_gelu(model)
     return model
 
 

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from finetune.bundled import MODELS, TEXTS
 from finetune.recipe import Gaps, Recipe, Schedule, Text
-from finetune.run import Run, remove_layernorm
+from finetune.run import remove_layernorm
+from finetune.run_directory import Run
 
 
 @pytest.fixture(scope="session")

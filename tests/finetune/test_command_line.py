@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from finetune import recipe as recipes
 from finetune.__main__ import main
 from finetune.recipe import Recipe
-from finetune.run import Run
+from finetune.run_directory import Run
 
 
 @pytest.fixture(autouse=True)

@@ -26,8 +26,9 @@ from finetune.bundled import MODELS
 from finetune.objective import NextTokenLoss, next_token_loss
 from finetune.pretrain import pretrain, set_up
 from finetune.recipe import PretrainRecipe, RecipeError, Text
-from finetune.run import Run, resume
+from finetune.run import resume
 from finetune.run import set_up as set_up_removal
+from finetune.run_directory import Run
 from finetune.trainer import DivergedError
 
 SHIPPED = recipes.shipped(PretrainRecipe)

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from finetune import checkpoint
 from finetune import recipe as recipes
 from finetune.recipe import Recipe
-from finetune.run import Run, remove_layernorm, resume
+from finetune.run import remove_layernorm, resume
+from finetune.run_directory import Run
 from finetune.sites import Sites
 from finetune.text import load_text
 
@@ -248,7 +249,7 @@ for i, path in enumerate(sys.argv[1:]):
 
     def test_pushes_the_ln_free_model(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         hub = mock.Mock()
-        monkeypatch.setattr("finetune.run.HfApi", lambda: hub)
+        monkeypatch.setattr("finetune.run_directory.HfApi", lambda: hub)
         directory = shutil.copytree(run.directory, tmp_path / "run")
         file = directory / "recipe.yaml"
         file.write_text(file.read_text().replace("push_to_hub: null", "push_to_hub: someone/model"))
@@ -314,8 +315,9 @@ class TestPython:
 
 def test_batch_that_cannot_be_shared(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     three = mock.Mock(num_processes=3, device=torch.device("cpu"))
-    monkeypatch.setattr("finetune.run.PartialState", lambda **_: three)
-    monkeypatch.setattr("finetune.run.broadcast_object_list", lambda objects: objects)
+    for module in ("run_directory", "trainer"):
+        monkeypatch.setattr(f"finetune.{module}.PartialState", lambda **_: three)
+    monkeypatch.setattr("finetune.run_directory.broadcast_object_list", lambda objects: objects)
 
     with pytest.raises(recipes.RecipeError, match="3 processes"):
         remove_layernorm(recipe=recipe, out=tmp_path / "run")

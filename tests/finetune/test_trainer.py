@@ -25,7 +25,8 @@ from transformers import GPT2LMHeadModel, TrainingArguments
 from finetune import recipe as recipes
 from finetune.objective import NextTokenLoss, next_token_loss
 from finetune.recipe import Recipe, Text
-from finetune.run import Run, fit, set_up
+from finetune.run import fit, set_up
+from finetune.run_directory import Run
 from finetune.sites import Sites
 from finetune.trainer import DivergedError, RemovalTrainer, checkpoints, training_arguments
 

@@ -1,0 +1,146 @@
+"""A run's directory, whatever the run trains: making it, writing into it, and finding what it holds.
+
+What is in it, `run` and `pretrain` say, which are built on this.
+"""
+
+import dataclasses
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+import pandas as pd
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
+
+from finetune import checkpoint
+from finetune import recipe as recipes
+from finetune.bundled import MODELS, TEXTS
+from finetune.checkpoint import CausalLM
+from finetune.recipe import PretrainRecipe, Recipe, Text, Training
+
+Trains = TypeVar("Trains", bound=Training)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run leaves."""
+
+    directory: Path
+    """The run directory."""
+    results: pd.DataFrame
+    """A row a model (original, control, ln_free): see `evaluate.compare`; and trained_tokens and seconds of its fit.
+    Of pretraining one row (model): see `pretrain.conclude`."""
+
+    def load(self, name: str) -> CausalLM:
+        """Return the model called `name`: ln_free, control or original; of pretraining model."""
+        named = recipe_of(self.directory)
+        if name == "original" and isinstance(named, Recipe):
+            return checkpoint.load(named.model, named.revision)
+        if name == "control" and isinstance(named, Recipe) and named.control_from is not None:
+            return checkpoint.load(named.control_from)
+        return checkpoint.load(self.directory / name)
+
+
+def recipe_of(directory: Path) -> Recipe | PretrainRecipe:
+    """Return the recipe of a run, which may have moved.
+
+    Raises:
+        RecipeError: `directory` is no run directory, or its recipe cannot be read.
+    """
+    recipe = recipes.load_run(directory)
+    # What was a model in memory moves with the run directory.
+    original = directory / "original"
+    if isinstance(recipe, Recipe) and original.is_dir():
+        return dataclasses.replace(recipe, model=str(original))
+    return recipe
+
+
+def with_text(recipe: Trains, text: str | Path | Text | None) -> Trains:
+    """Return `recipe` with another text: a source, of which a part is held out, or a whole `Text`. None: its own."""
+    if isinstance(text, str | Path):
+        text = dataclasses.replace(recipe.text, source=str(text), held_out=None)
+    return recipe if text is None else dataclasses.replace(recipe, text=text)
+
+
+def new_directory(recipe: Training, out: str | Path | None) -> Path:
+    """Return the run directory that is to be made, the same in all processes.
+
+    Raises:
+        FileExistsError: it exists.
+    """
+    PartialState(cpu=recipe.device == "cpu")  # whoever asks first decides for all
+    directory = Path(out) if out is not None else Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(broadcast_object_list([str(directory.absolute())])[0])
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists, and a run writes over nothing: name another with --out.")
+    return directory
+
+
+def render(template: str, **fields: Any) -> str:
+    """Return a template of the package, filled in."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("finetune", ""), trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(**fields)
+
+
+def push(recipe: Training, model: Path) -> None:
+    """Push a model's directory to the Hub, if the recipe says so."""
+    if recipe.push_to_hub is not None:
+        HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
+        HfApi().upload_folder(repo_id=recipe.push_to_hub, folder_path=model)
+
+
+def write_recipe(recipe: Training, directory: Path) -> None:
+    """Write what is going to be run, with what there is to know of it."""
+    write(directory / "recipe.yaml", recipes.dump(_absolute(recipe), _provenance()))
+
+
+def write(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(path)
+
+
+def _absolute(recipe: Trains) -> Trains:
+    """Return `recipe` with local paths made absolute, so that it can be replayed from anywhere."""
+
+    def absolute(part: Any, *fields: str) -> dict[str, Any]:
+        names = {field: getattr(part, field) for field in fields if hasattr(part, field)}
+        return {
+            field: str(Path(name).absolute()) if name and name not in MODELS | TEXTS and Path(name).exists() else name
+            for field, name in names.items()
+        }
+
+    text = dataclasses.replace(recipe.text, **absolute(recipe.text, "source", "held_out"))
+    return dataclasses.replace(recipe, **absolute(recipe, "model", "control_from", "tokenizer"), text=text)
+
+
+def _provenance() -> dict[str, Any]:
+    """Return what else there is to know of a run: its time, command, versions, git state and processes."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    packages = ("noln", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+    return {
+        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "git": git.stdout.strip() or None,
+        "processes": PartialState().num_processes,
+        "device": str(PartialState().device),
+    }
