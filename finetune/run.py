@@ -96,6 +96,8 @@ def remove_layernorm(
 
 def with_text(recipe: Trains, text: str | Path | Text | None) -> Trains:
     """Return `recipe` with another text: a source, of which a part is held out, or a whole `Text`. None: its own."""
+    if isinstance(text, str | Path) and str(text) == recipe.text.source:
+        text = None
     if isinstance(text, str | Path):
         text = dataclasses.replace(recipe.text, source=str(text), held_out=None)
     return recipe if text is None else dataclasses.replace(recipe, text=text)

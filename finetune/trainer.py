@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from finetune import NolnError, objective, schedule
+from finetune.checkpoint import without_bars
 from finetune.objective import Head
 from finetune.recipe import Recipe, Training
 from finetune.schedule import Event
@@ -120,7 +121,8 @@ class RunTrainer(Trainer):
             shutil.rmtree(self._partial, ignore_errors=True)
         PartialState().wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
+            with without_bars():
+                super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(self._partial, ignore_errors=True)
             raise NotSavedError(
@@ -490,8 +492,8 @@ class _RemovalRecord(Record):
         return [live.flatten(), sites.constants().flatten()] if line["step"] % recipe.log_every == 0 else []
 
     def status(self) -> dict[str, str]:
-        """Return what froze last."""
-        return {"frozen": self._frozen}
+        """Return what froze last, but of the control."""
+        return {"frozen": self._frozen} if self.trainer.removes else {}
 
     def diverged(self, what: str) -> DivergedError:
         """Say what froze last, too."""
