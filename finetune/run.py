@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import jinja2
 import pandas as pd
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
@@ -133,7 +134,7 @@ def new_directory(recipe: Training, out: str | Path | None) -> Path:
     Raises:
         FileExistsError: it exists.
     """
-    PartialState(cpu=recipe.device == "cpu")  # whoever asks first decides for all
+    _processes(recipe)  # whoever asks first decides for all
     directory = Path(out) if out is not None else Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(broadcast_object_list([str(directory.absolute())])[0])
     if directory.exists():
@@ -206,13 +207,18 @@ def set_up(
     return Setup(recipe, model, tokenizer, events, text)
 
 
+def _processes(recipe: Training) -> PartialState:
+    """Return the processes; without an accelerator they know of each other only if they are told that they are CPUs."""
+    return PartialState(cpu=recipe.device == "cpu" or not torch.accelerator.is_available())
+
+
 def check_processes(recipe: Training) -> None:
     """Check that the device is there, and that the processes can share a batch.
 
     Raises:
         RecipeError: it is not, or they cannot.
     """
-    state = PartialState(cpu=recipe.device == "cpu")
+    state = _processes(recipe)
     if recipe.device not in ("auto", state.device.type):
         raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
     if recipe.batch % (recipe.micro_batch * state.num_processes):
