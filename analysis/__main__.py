@@ -12,7 +12,7 @@ from finetune import NolnError
 USAGE = """\
 Compare an LN-free model with what it was made from.
 
-  python -m analysis report [FLAGS]   all analyses of the newest run under runs/, or of the models named, as one page
+  python -m analysis report [FLAGS]   all analyses of the newest complete run in runs/, or of named models, on one page
 
   python -m analysis report --help    every flag with its default
 """

@@ -85,6 +85,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
         figure.add_bar(x=list(shares.values()), y=[getattr(row, share) for share in shares], **style, row=1, col=1)
         figure.add_bar(x=["Entropy of<br>patterns"], y=[row.entropy], showlegend=False, **style, row=1, col=2)
     figure.update_yaxes(range=[0, 1.05], row=1, col=1)
+    figure.update_yaxes(range=[0, 1.3 * frame["entropy"].max()], row=1, col=2)  # room for the numbers
     return figure.update_layout(yaxis_title="Share", yaxis2_title="Mean entropy (nats)")
 
 

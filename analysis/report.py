@@ -470,8 +470,11 @@ def run(
 
 
 def _newest() -> tuple[Model, str | None, Model | None, Model, Any]:
-    """Return original, its revision, control and LN-free model, and their tokenizer, of the newest complete run."""
-    runs = [path.parent for path in Path("runs").glob("*/recipe.yaml") if (path.parent / "ln_free").is_dir()]
+    """Return original, its revision, control and LN-free model, and their tokenizer, of the run completed last.
+
+    A run writes its `ln_free/` before it trains the control, and its results at the end.
+    """
+    runs = [path.parent for path in Path("runs").glob("*/results.csv") if (path.parent / "ln_free").is_dir()]
     if not runs:
         if "micro-ln-free" in MODELS:
             return "micro", None, "micro-control", "micro-ln-free", None
@@ -479,7 +482,7 @@ def _newest() -> tuple[Model, str | None, Model | None, Model, Any]:
             "There is no complete run under runs/ to report on: run `python -m finetune` first, or name models with "
             "--original and --ln-free."
         )
-    newest = max(runs, key=lambda run: (run / "recipe.yaml").stat().st_mtime)
+    newest = max(runs, key=lambda run: (run / "results.csv").stat().st_mtime)
     recipe = recipes.load(newest / "recipe.yaml")
     control = recipe.control_from or (newest / "control" if recipe.control else None)
     return recipe.model, recipe.revision, control, newest / "ln_free", checkpoint.load_tokenizer(newest / "ln_free")

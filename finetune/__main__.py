@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,11 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         COMMANDS[command](arguments)
     except (NolnError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        again = "the same command" if command == "sweep" else "`python -m finetune resume RUN`, RUN being its directory"
+        print(f"\ninterrupted: what had begun goes on with {again}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _run(arguments: list[str]) -> None:
     recipe = recipes.load(arguments.pop(0) if arguments and not arguments[0].startswith("-") else "micro")
-    recipe = _scaled(recipe, arguments)
+    recipe = _with_own_text(_scaled(recipe, arguments), arguments)
     options = tyro.cli(
         Options[Recipe],
         default=Options(recipe, steps=recipe.steps),
@@ -81,10 +86,7 @@ def _pretrain(arguments: list[str]) -> None:
     if not arguments:
         sys.exit(f"usage: python -m finetune pretrain RECIPE [FLAGS]\nRECIPE is a YAML file or one of {names}")
     recipe = recipes.load_pretraining("pre-ln" if arguments[0].startswith("-") else arguments.pop(0))
-    recipe = _scaled(recipe, arguments)
-    if _given(arguments, "--text") is not None and _given(arguments, "--text.held-out") is None:
-        # What the recipe holds out goes with the text that it names.
-        recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, held_out=None))
+    recipe = _with_own_text(_scaled(recipe, arguments), arguments)
     options = tyro.cli(
         Options[PretrainRecipe],
         default=Options(recipe, steps=recipe.steps),
@@ -103,6 +105,13 @@ def _scaled(recipe: Trains, arguments: list[str]) -> Trains:
     """Scale `recipe` before the other flags are read: what they say holds as it is said."""
     steps = _given(arguments, "--steps", int)
     return recipe if steps is None else recipe.scaled(steps)
+
+
+def _with_own_text(recipe: Trains, arguments: list[str]) -> Trains:
+    """Hold out a part of another text than the recipe's: what the recipe holds out goes with the text that it names."""
+    if _given(arguments, "--text") in (None, recipe.text.source) or _given(arguments, "--text.held-out") is not None:
+        return recipe
+    return dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, held_out=None))
 
 
 def _given(arguments: list[str], flag: str, kind: Callable[[str], Any] = str) -> Any:
@@ -193,21 +202,22 @@ def _report(run: "Run") -> None:
     )  # fits in 80 columns
     for column in table.columns:
         column.no_wrap = True
+    documents = int(run.results["documents"][0])
     for row in run.results.to_dict("records"):
         cells = [
             ""
             if row["model"] == other or math.isnan(row[measure])
-            else f"{row[measure]:.4f} ± {row[measure + '_error']:.4f}"
+            else f"{row[measure]:.4f}" + f" ± {row[measure + '_error']:.4f}" * (documents > 1)
             for measure, (_, other) in measures.items()
         ]
         trained = [f"{row['trained_tokens']:,}", f"{row['trained_seconds']:.0f}"] if row["trained_tokens"] else []
         table.add_row(row["model"], *cells, *trained, *(number.format(row[name]) for name, number in counts.items()))
+    errors = f"± the standard error over their {documents} documents" if documents > 1 else "of one document"
     console = Console()
     console.print(table)
     console.print(
         f"{'Loss, gap and JSD' if 'gap' in measures else 'Loss'} in nats/token over {run.results['tokens'][0]:,} "
-        f"held-out tokens, ± the standard error over their {run.results['documents'][0]} documents; tokens and seconds "
-        "of training."
+        f"held-out tokens, {errors}; tokens and seconds of training."
     )
     what, name = ("LN-free model", "ln_free") if "gap" in measures else ("model", "model")
     console.print(f"Everything is in {run.directory}; the {what} in {run.directory / name}", soft_wrap=True)

@@ -18,6 +18,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +34,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from finetune import NolnError
 from finetune.blocks import BlockError, BlocksConfig, BlocksForCausalLM, Norm
@@ -258,7 +260,8 @@ def save(
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
             partial = Path(temporary) / directory.name
-            model.save_pretrained(partial)
+            with without_bars():
+                model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             if card is not None:
@@ -311,13 +314,14 @@ def load(name_or_path: str | Path, revision: str | None = None, dtype: torch.dty
     model: CausalLM
     info: dict[str, Any]
     try:
-        model, info = kind.from_pretrained(
-            directory,
-            dtype=dtype or torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with without_bars():
+            model, info = kind.from_pretrained(
+                directory,
+                dtype=dtype or torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"The weights of {name_or_path} cannot be read: {error}") from error
     if missing := sorted(info["missing_keys"]):
@@ -337,6 +341,18 @@ def load_tokenizer(name_or_path: str | Path, revision: str | None = None) -> Pre
     if not any((directory / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise NoTokenizerError(f"{name_or_path} has no tokenizer: load that of the model it was made from.")
     return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' bars of files that are read and written in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _local(name_or_path: str | Path, revision: str | None, files: list[str]) -> Path:

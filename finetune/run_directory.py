@@ -25,6 +25,7 @@ from finetune import recipe as recipes
 from finetune.bundled import MODELS, TEXTS
 from finetune.checkpoint import CausalLM
 from finetune.recipe import PretrainRecipe, Recipe, Text, Training
+from finetune.trainer import processes
 
 Trains = TypeVar("Trains", bound=Training)
 
@@ -65,6 +66,8 @@ def recipe_of(directory: Path) -> Recipe | PretrainRecipe:
 
 def with_text(recipe: Trains, text: str | Path | Text | None) -> Trains:
     """Return `recipe` with another text: a source, of which a part is held out, or a whole `Text`. None: its own."""
+    if isinstance(text, str | Path) and str(text) == recipe.text.source:
+        text = None
     if isinstance(text, str | Path):
         text = dataclasses.replace(recipe.text, source=str(text), held_out=None)
     return recipe if text is None else dataclasses.replace(recipe, text=text)
@@ -76,7 +79,7 @@ def new_directory(recipe: Training, out: str | Path | None) -> Path:
     Raises:
         FileExistsError: it exists.
     """
-    PartialState(cpu=recipe.device == "cpu")  # whoever asks first decides for all
+    processes(recipe)  # whoever asks first decides for all
     directory = Path(out) if out is not None else Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(broadcast_object_list([str(directory.absolute())])[0])
     if directory.exists():

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from finetune.checkpoint import FROZEN_EPS, CheckpointError, norm_state, require_gpt2
+from finetune.checkpoint import FROZEN_EPS, CheckpointError, norm_state, require_gpt2, without_bars
 from finetune.fake_layernorm import CLASSES, STD_MEANS, FakeLayerNorm, NormedConv1D, Site, TokenClasses
 from finetune.objective import DeferredUnembedding
 from finetune.recipe import StdMean, TokenClass
@@ -181,7 +181,10 @@ class Sites:
         if frozen:
             config.layer_norm_epsilon = FROZEN_EPS
             self._freeze_plain(state)
-        plain = GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=state, dtype=self.model.dtype).eval()
+        with without_bars():
+            plain = GPT2LMHeadModel.from_pretrained(
+                None, config=config, state_dict=state, dtype=self.model.dtype
+            ).eval()
         plain.config.name_or_path = self.model.config.name_or_path
         plain.generation_config = copy.deepcopy(self.model.generation_config)
         return plain

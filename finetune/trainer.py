@@ -38,6 +38,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from finetune import NolnError, objective, schedule
+from finetune.checkpoint import without_bars
 from finetune.objective import Head
 from finetune.recipe import Recipe, RecipeError, Training
 from finetune.schedule import Event
@@ -121,7 +122,8 @@ class RunTrainer(Trainer):
             shutil.rmtree(self._partial, ignore_errors=True)
         PartialState().wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
+            with without_bars():
+                super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(self._partial, ignore_errors=True)
             raise NotSavedError(
@@ -206,13 +208,18 @@ class RemovalTrainer(RunTrainer):
         return loss
 
 
+def processes(recipe: Training) -> PartialState:
+    """Return the processes; without an accelerator they know of each other only if they are told that they are CPUs."""
+    return PartialState(cpu=recipe.device == "cpu" or not torch.accelerator.is_available())
+
+
 def check_processes(recipe: Training) -> None:
     """Check that the device is there, and that the processes can share a batch.
 
     Raises:
         RecipeError: it is not, or they cannot.
     """
-    state = PartialState(cpu=recipe.device == "cpu")
+    state = processes(recipe)
     if recipe.device not in ("auto", state.device.type):
         raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
     if recipe.batch % (recipe.micro_batch * state.num_processes):
@@ -515,8 +522,8 @@ class _RemovalRecord(Record):
         return [live.flatten(), sites.constants().flatten()] if line["step"] % recipe.log_every == 0 else []
 
     def status(self) -> dict[str, str]:
-        """Return what froze last."""
-        return {"frozen": self._frozen}
+        """Return what froze last, but of the control."""
+        return {"frozen": self._frozen} if self.trainer.removes else {}
 
     def diverged(self, what: str) -> DivergedError:
         """Say what froze last, too."""

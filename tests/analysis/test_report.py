@@ -373,12 +373,15 @@ def test_directories_on_the_way_are_made(tiny, tmp_path):
 
 def test_newest_complete_run_is_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, seconds in (("old", 1), ("new", 3), ("unfinished", 9)):
+    for name, began, done in (("old", 1, 2), ("new", 3, 8), ("begun later", 4, 7), ("without control yet", 9, None)):
         run = tmp_path / "runs" / name
-        checkpoint.load_tokenizer("micro").save_pretrained(run / ("ln_free" if name != "unfinished" else "checkpoints"))
+        checkpoint.load_tokenizer("micro").save_pretrained(run / "ln_free")
         of_run = dataclasses.replace(recipe.load("micro"), model=name, revision=f"{name}-1")
         (run / "recipe.yaml").write_text(recipe.dump(of_run))
-        os.utime(run / "recipe.yaml", (seconds, seconds))
+        os.utime(run / "recipe.yaml", (began, began))
+        if done is not None:
+            (run / "results.csv").touch()
+            os.utime(run / "results.csv", (done, done))
     original, revision, control, ln_free, _ = report._newest()
     assert (original, revision, control) == ("new", "new-1", Path("runs/new/control"))
     assert ln_free == Path("runs/new/ln_free")

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+from transformers.utils import logging
 
 from finetune import checkpoint
 from finetune.checkpoint import CheckpointError, convert, linear_maps, load, norm_state, save, to_identity
@@ -305,3 +306,16 @@ def test_what_is_not_there_is_refused(saved):
         load(saved, revision="v1")
     with pytest.raises(checkpoint.NoTokenizerError, match="tokenizer"):
         checkpoint.load_tokenizer(saved)
+
+
+def test_saves_and_loads_without_bars(tmp_path, capsys):
+    shown = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        save(gpt2(frozen=True), tmp_path / "model")
+        load(tmp_path / "model")
+        assert logging.is_progress_bar_enabled()
+    finally:
+        if not shown:
+            logging.disable_progress_bar()
+    assert capsys.readouterr().err == ""

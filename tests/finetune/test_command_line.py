@@ -153,6 +153,40 @@ class TestRun:
         assert "nan" not in printed
         assert "nan" not in Path("run/ln_free/README.md").read_text()
 
+    def test_another_text_takes_the_place_of_what_is_held_out(self, quick: Path, text: Path):
+        """A part of it is held out, unless the recipe names it or another text is named."""
+        recipe = yaml.safe_load(quick.read_text())
+        recipe["text"] |= {"held_out": "books-validation", "held_out_blocks": 4}
+        quick.write_text(yaml.safe_dump(recipe))
+        shutil.copy(text, "other.jsonl")
+
+        call(quick, "--out", "1", "--text", "other.jsonl")
+        call(quick, "--out", "2", "--text", text)
+        call(quick, "--out", "3", "--text", "other.jsonl", "--text.held-out", "books-report")
+
+        held_out = [recipes.load(f"{run}/recipe.yaml").text.held_out for run in (1, 2, 3)]
+        assert held_out == [None, "books-validation", "books-report"]
+
+    def test_one_document_has_no_standard_error(self, quick: Path, text: Path, capsys: pytest.CaptureFixture):
+        Path("text.txt").write_text(text.read_text())
+
+        call(quick, "--out", "run", "--text", "text.txt", "--control")
+
+        for shown in (capsys.readouterr().out, Path("run/ln_free/README.md").read_text()):
+            assert re.search(r"control[ |]+\d\.\d{4}", shown)
+            assert "of one document" in " ".join(shown.split())
+            assert not re.search("nan|±", shown)
+
+    def test_interrupted(self, quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+        """How to go on is said, in place of a traceback."""
+        monkeypatch.setattr("finetune.trainer.RemovalTrainer.train", interrupt)
+
+        with pytest.raises(SystemExit) as exit:
+            call(quick, "--out", "run")
+
+        assert exit.value.code == 130
+        assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: ")
+
     def test_control_of_an_earlier_run(self, quick: Path, run: Run):
         call(quick, "--out", "run", "--control", "--control-from", run.directory / "control")
 
@@ -318,6 +352,10 @@ class TestDisk:
         assert "Traceback" not in full.output
         assert not (tmp_path / "run/ln_free").exists()
         assert (tmp_path / "run/checkpoints/ln_free/checkpoint-16").exists()
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def fill_disk_at_second_checkpoint() -> None:
