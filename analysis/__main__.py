@@ -1,5 +1,6 @@
 """The command line: `python -m analysis report [FLAGS]`."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         COMMANDS[command](arguments)
     except (NolnError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _report(arguments: list[str]) -> None:

@@ -168,6 +168,12 @@ class FakeLayerNorm(nn.Module):
         self.live_std = std.squeeze(-1)
         return y, [std.pow(other.alpha - first.alpha) * frozen_part / other.frozen_part(classes) for other in others]
 
+    def layer_norm(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        """Return what `forward` does while no path is frozen, by one kernel; `live_std` has no graph."""
+        y, _, reciprocal = torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        self.live_std = reciprocal.detach().to(_statistics_dtype(x.dtype)).reciprocal().squeeze(-1)
+        return y
+
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         """Normalise x for the first path, with gain and bias."""
         y = self.normalise(x)[0] * self.weight
@@ -177,17 +183,20 @@ class FakeLayerNorm(nn.Module):
 class NormedConv1D(nn.Module):
     """A FakeLayerNorm and the Conv1D that reads it, as one map: γ and β go into the weights, not the activations.
 
-    `widths` says how many output columns belong to each path of the norm. When every path is frozen and every class
-    merged, `constant` may be set: then the norm is nothing but a linear map and disappears into the weights too.
+    `widths` says how many output columns belong to each path of the norm. While no path has begun to freeze, `live` may
+    be set: then the norm is an ordinary one. When every path is frozen and every class merged, `constant` may be set:
+    then it is nothing but a linear map and disappears into the weights too. Both only save time.
     """
 
     def __init__(self, norm: FakeLayerNorm, conv: Conv1D, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.norm, self.conv, self.widths = norm, conv, widths
-        self.constant = False
+        self.live = self.constant = False
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos out"]:
         """Return LN(x)·W + b, each path's columns with that path's scale."""
+        if not torch.compiler.is_compiling() and self.live:  # else each site that freezes would compile it again
+            return self.conv(self.norm.layer_norm(x))
         weight: Tensor = self.conv.weight
         bias: Tensor = self.conv.bias
         if self.norm.bias is not None:

@@ -6,6 +6,7 @@ Nothing here imports torch, so that the command line answers at once.
 import dataclasses
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -28,13 +29,23 @@ _Kind = TypeVar("_Kind")
 
 RECIPES = Path(__file__).parent / "recipes"
 
-_strict = pydantic.ConfigDict(extra="forbid")
+_strict = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+def _described(kind: type[_Kind]) -> type[_Kind]:
+    """Return a dataclass with the docstrings of its fields in its own, where pydoc and Jupyter show them."""
+    fields = [field for base in reversed(kind.__mro__) for field in vars(base).get("__pydantic_fields__", {}).items()]
+    told = {name: " ".join(field.description.split()) for name, field in fields if field.description}
+    lines = [textwrap.fill(f"{name}: {text}", 100, subsequent_indent="    ") for name, text in told.items()]
+    kind.__doc__ = f"{kind.__doc__}\n\nFields:\n\n" + "\n".join(lines)
+    return kind
 
 
 class RecipeError(NolnError):
     """A recipe that contradicts itself, or the model it is to be run on; the message says what to change."""
 
 
+@_described
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)
 class Text:
     """Where the text comes from, and which part of it is held out."""
@@ -72,6 +83,7 @@ class Text:
             raise RecipeError("text.train_blocks takes blocks from all of the text, text.streaming none again: choose.")
 
 
+@_described
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)
 class Gaps:
     """Steps from one event of a phase to the next event, its own or the next phase's. Fractions add up."""
@@ -99,6 +111,7 @@ Direction = Literal["up", "down", "together"]
 """How a kind of site goes through the layers: from the first, from the last, or all at one step."""
 
 
+@_described
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)
 class Layers:
     """How each kind of site goes through the layers."""
@@ -108,6 +121,7 @@ class Layers:
     v: Direction = "up"
 
 
+@_described
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)
 class Schedule:
     """When the LNs go, relative to the number of layers, so that it serves a model of any depth."""
@@ -166,6 +180,7 @@ class Schedule:
         return tuple(entry for entry in get_args(TokenClass) if entry in self.order)
 
 
+@_described
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)
 class Training:
     """What every run needs, whatever it trains. Steps count from 0."""
@@ -259,6 +274,7 @@ class Training:
         }
 
 
+@_described
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)
 class Recipe(Training):
     """Everything that a run needs which removes LayerNorm."""
@@ -333,6 +349,7 @@ Block = Literal[
 """The blocks of `finetune.blocks`."""
 
 
+@_described
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)
 class PretrainRecipe(Training):
     """Everything that a run needs which trains from random weights. The defaults: 3 M tokens, the shape of `micro`."""
@@ -426,7 +443,10 @@ def load_run(directory: Path) -> Recipe | PretrainRecipe:
 def _load(name_or_path: str | Path, kind: type[_Training]) -> _Training:
     names = shipped(kind)
     if str(name_or_path) not in names and not Path(name_or_path).exists():
-        raise RecipeError(f"No recipe {name_or_path}: name a YAML file or one of {', '.join(names)}.")
+        other = PretrainRecipe if kind is Recipe else Recipe
+        command = "pretrain" if kind is Recipe else "run"
+        elsewhere = f" {name_or_path} is a recipe of `{command}`." if str(name_or_path) in shipped(other) else ""
+        raise RecipeError(f"No recipe {name_or_path}: name a YAML file or one of {', '.join(names)}.{elsewhere}")
     path = _FOLDERS[kind] / f"{name_or_path}.yaml" if str(name_or_path) in names else Path(name_or_path)
     content = {"name": path.stem, **read_yaml(path, "recipe")}
     content.pop("run", None)  # what `dump` says of a run, which changes nothing

@@ -19,6 +19,7 @@ import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
+from tqdm.auto import tqdm
 
 from finetune import checkpoint
 from finetune import recipe as recipes
@@ -83,7 +84,9 @@ def new_directory(recipe: Training, out: str | Path | None) -> Path:
     directory = Path(out) if out is not None else Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(broadcast_object_list([str(directory.absolute())])[0])
     if directory.exists():
-        raise FileExistsError(f"{directory} exists, and a run writes over nothing: name another with --out.")
+        raise FileExistsError(
+            f"{directory} exists, and a run writes over nothing: `resume` it, or name another with --out."
+        )
     return directory
 
 
@@ -103,7 +106,8 @@ def push(recipe: Training, model: Path) -> None:
 
 
 def write_recipe(recipe: Training, directory: Path) -> None:
-    """Write what is going to be run, with what there is to know of it."""
+    """Write what is going to be run, with what there is to know of it, and say where the run is."""
+    tqdm.write(f"The run is in {directory}")
     write(directory / "recipe.yaml", recipes.dump(_absolute(recipe), _provenance()))
 
 

@@ -55,6 +55,7 @@ class Sites:
         self.norms: list[FakeLayerNorm] = []
         self._sites: dict[str, Site] = {}
         self._readers: list[NormedConv1D] = []
+        self._begun: set[Site] = set()
         self._observed: list[Float[Tensor, "norms+1 3"]] = []
         block: Any
         for i, block in enumerate(model.transformer.h):
@@ -145,9 +146,9 @@ class Sites:
                 site.alpha.fill_(event.progress(step))
         whole = len(events) == len(self._sites) + len(self.classes.own)
         complete = whole and all(step >= event.end for event in events)
-        if complete != self.constant:
-            for reader in self._readers:
-                reader.constant = complete
+        self._begun |= {self._sites[event.name] for event in events if event.name in self._sites and event.step <= step}
+        for reader in self._readers:
+            reader.live, reader.constant = self._begun.isdisjoint(reader.norm.sites), complete
         return [event for event in events if event.step == step]
 
     def constants(self) -> Float[Tensor, "sites 3"]:

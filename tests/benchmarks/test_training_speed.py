@@ -1,8 +1,9 @@
 """Seconds a step, tokens a second, use of the machine's matrix rate and peak memory of fine-tuning, by what is trained.
 
-Each variant runs in a process of its own, all of them in turn and then again, so that drift of the machine falls on
-all alike; ratios are taken within a round, and the table has the medians of the rounds. On a CPU the model is `micro`,
-with the batch of its recipe; on CUDA a GPT-2 of random weights at context 1,024, in bfloat16. Tokens are random.
+Each variant runs in a process of its own, all of them in turn and then again. The seconds of a step are the median of
+a process's steps, of the process that was fastest: what else a machine does only ever adds. On a CPU the model is
+`micro`, with the batch of its recipe; on CUDA a GPT-2 of random weights at context 1,024, in bfloat16. Tokens are
+random.
 
     products   the step's matrix products alone: what the machine could do (see machine.py)
     plain      transformers.Trainer on the untouched model, with the model's own loss
@@ -64,7 +65,7 @@ class Size:
 
 
 SIZES = {
-    "micro": Size(None, batch=4, micro_batch=4, steps=20),
+    "micro": Size(None, batch=4, micro_batch=4, steps=20, rounds=5),
     "small": Size({"n_embd": 768, "n_layer": 12, "n_head": 12}, batch=64, micro_batch=32),
     "medium": Size({"n_embd": 1024, "n_layer": 24, "n_head": 16}, batch=64, micro_batch=16),
     "xl": Size({"n_embd": 1600, "n_layer": 48, "n_head": 25}, batch=32, micro_batch=4, steps=4, rounds=1),
@@ -248,9 +249,14 @@ def _measure(variant: str, size: Size, compile: bool) -> dict[str, float]:
     }
 
 
-def _round(command: list[str], variants: list[str], size: Size) -> pd.DataFrame:
+def _round(command: list[str], variants: list[str]) -> pd.DataFrame:
     """Measure every variant once; return a row a variant."""
-    table = pd.DataFrame({variant: machine.alone(*command, "--alone", variant) for variant in variants}).T
+    return pd.DataFrame({variant: machine.alone(*command, "--alone", variant) for variant in variants}).T
+
+
+def _compare(rounds: list[pd.DataFrame], size: Size) -> pd.DataFrame:
+    """Return the table of what the rounds measured, a row a variant."""
+    table = pd.concat(rounds).groupby(level=0, sort=False).min()
     seconds = table["seconds a step"]
     config = checkpoint.load_config("micro") if size.shape is None else GPT2Config(**size.shape)
     tokens = size.batch * config.n_positions
@@ -260,7 +266,7 @@ def _round(command: list[str], variants: list[str], size: Size) -> pd.DataFrame:
     found["tokens a second"] = tokens / seconds
     passes = pd.Series(3.0, found.index).where(found.index != "kl", 4.0)
     found["GFLOP/s"] = passes * machine.flops_per_token(config, passes=1) * tokens / seconds / 1e9
-    if "products" in variants:
+    if "products" in table.index:
         alone = pd.Series(seconds["products"], found.index)
         found["MFU"] = (alone + table.loc["products", "forward"] * (passes - 3)) / seconds
     return found.join(table.reindex(columns=["peak MiB", "graphs"]))
@@ -286,8 +292,7 @@ def main() -> None:
                 continue
             numbers = [part for key, value in changed.items() for part in (f"--{key.replace('_', '-')}", str(value))]
             command = [__file__, "--size", name, "--mode", mode, *numbers]
-            rounds = [_round(command, options.variant, size) for _ in range(size.rounds)]
-            table = pd.concat(rounds).groupby(level=0, sort=False).median()
+            table = _compare([_round(command, options.variant) for _ in range(size.rounds)], size)
             print(f"\n{machine.describe(DEVICE)}")
             print(
                 f"{name}, {mode}, batch {size.batch}, micro-batch {size.micro_batch}, {size.steps} steps, "

@@ -316,6 +316,18 @@ def test_merging_moves_a_class_to_the_ordinary_constant(make_gpt2):
     torch.testing.assert_close(sites.constants()[:, :2], before[:, :2])
 
 
+def test_norms_are_live_until_their_first_site_begins_to_freeze(make_gpt2):
+    sites = Sites(make_gpt2(), 0)
+    events = [Event(2 + layer, "v", layer, 2) for layer in (0, 1)]
+    c_attn = [block.attn.c_attn for block in sites.model.transformer.h]
+    for step in (0, 1, 2, 3, 9):  # from one to the next, or where a run is taken up
+        sites.advance(events, step)
+        assert [reader.live for reader in c_attn[:2]] == [step < 2, step < 3]
+        assert all(block.mlp.c_fc.live for block in sites.model.transformer.h)
+    sites.advance([], 10)
+    assert not any(reader.live for reader in c_attn)
+
+
 def test_norms_become_constants_at_the_last_events_end_and_not_before(make_gpt2):
     sites = frozen(make_gpt2(), merged=False)
     schedule = Schedule(start=1, gap=Gaps(ln_2=1, qk=1, v=1, ln_f=1, eot=1), fade=3)
