@@ -117,8 +117,11 @@ class Layers:
     """How each kind of site goes through the layers."""
 
     ln_2: Direction = "up"
+    """Through the blocks' `ln_2`."""
     qk: Direction = "up"
+    """Through the QK paths."""
     v: Direction = "up"
+    """Through the V paths."""
 
 
 @_described

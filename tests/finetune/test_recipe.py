@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import sys
 import pytest
 
 from finetune import NolnError, recipe
-from finetune.recipe import Gaps, RecipeError, Schedule, Text
+from finetune.recipe import Gaps, Layers, PretrainRecipe, Recipe, RecipeError, Schedule, Text
 
 B25 = recipe.load("micro-b25")
 TWICE = ("ln_2", "ln_2", "qk", "v", "ln_f", "eot", "bos")
@@ -157,3 +158,9 @@ def test_errors_are_those_that_the_user_can_mend():
 def test_recipes_load_without_torch():
     code = "import sys, finetune.recipe as r; r.load('micro'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kind", [Recipe, PretrainRecipe, Schedule, Gaps, Layers, Text])
+def test_every_field_is_described_where_pydoc_shows_it(kind: type):
+    described = {line.partition(":")[0] for line in inspect.getdoc(kind).splitlines()}
+    assert {field.name for field in dataclasses.fields(kind)} <= described
