@@ -1,14 +1,12 @@
 """The command line: `python -m finetune [run] [RECIPE] [FLAGS]`, `pretrain RECIPE`, `resume RUN`, …: see `USAGE`."""
 
 import argparse
-import dataclasses
 import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
@@ -68,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     recipe = recipes.load(arguments.pop(0) if arguments and not arguments[0].startswith("-") else "micro")
-    recipe = _with_own_text(_scaled(recipe, arguments), arguments)
+    recipe = recipes.with_text(_scaled(recipe, arguments), _given(arguments, "--text"))
     options = tyro.cli(
         Options[Recipe],
         default=Options(recipe, steps=recipe.steps),
@@ -77,7 +75,8 @@ def _run(arguments: list[str]) -> None:
         description="Fine-tune the LayerNorm out of a GPT-2-type model, beside a control that keeps it.",
     )
 
-    run = _import_run()
+    from finetune import run
+
     _report(run.start(options.recipe, options.out))
 
 
@@ -86,7 +85,7 @@ def _pretrain(arguments: list[str]) -> None:
     if not arguments:
         sys.exit(f"usage: python -m finetune pretrain RECIPE [FLAGS]\nRECIPE is a YAML file or one of {names}")
     recipe = recipes.load_pretraining("pre-ln" if arguments[0].startswith("-") else arguments.pop(0))
-    recipe = _with_own_text(_scaled(recipe, arguments), arguments)
+    recipe = recipes.with_text(_scaled(recipe, arguments), _given(arguments, "--text"))
     options = tyro.cli(
         Options[PretrainRecipe],
         default=Options(recipe, steps=recipe.steps),
@@ -95,7 +94,6 @@ def _pretrain(arguments: list[str]) -> None:
         description=f"Train a GPT-2-shaped model from random weights. RECIPE is a YAML file or one of {names}.",
     )
 
-    _import_run()
     from finetune import pretrain
 
     _report(pretrain.start(options.recipe, options.out))
@@ -105,13 +103,6 @@ def _scaled(recipe: Trains, arguments: list[str]) -> Trains:
     """Scale `recipe` before the other flags are read: what they say holds as it is said."""
     steps = _given(arguments, "--steps", int)
     return recipe if steps is None else recipe.scaled(steps)
-
-
-def _with_own_text(recipe: Trains, arguments: list[str]) -> Trains:
-    """Hold out a part of another text than the recipe's: what the recipe holds out goes with the text that it names."""
-    if _given(arguments, "--text") in (None, recipe.text.source) or _given(arguments, "--text.held-out") is not None:
-        return recipe
-    return dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, held_out=None))
 
 
 def _given(arguments: list[str], flag: str, kind: Callable[[str], Any] = str) -> Any:
@@ -124,7 +115,8 @@ def _given(arguments: list[str], flag: str, kind: Callable[[str], Any] = str) ->
 
 def _resume(arguments: list[str]) -> None:
     directory = _only(arguments, "resume RUN")
-    run = _import_run()
+    from finetune import run
+
     _report(run.resume(directory))
 
 
@@ -144,24 +136,11 @@ def _sweep(arguments: list[str]) -> None:
     options = tyro.cli(SweepOptions, args=arguments, prog="python -m finetune sweep")
     out = options.out or Path("runs") / options.file.stem
 
-    _import_run()
     from finetune import sweep
 
     results = sweep.run(options.file, out, options.processes)
     print(results[["recipe", "seed", "tokens", "seconds", "gap", "jsd_ln_free", "jsd_control"]].to_string(index=False))
     print(f"Everything is in {out}: results.csv, documents.csv, figure.html and the runs")
-
-
-def _import_run() -> ModuleType:
-    """Import what trains, which takes seconds, without the bars of files that are read and written in a moment."""
-    import huggingface_hub.utils
-    import transformers.utils.logging
-
-    from finetune import run
-
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()
-    return run
 
 
 def _list(arguments: list[str]) -> None:

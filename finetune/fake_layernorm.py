@@ -170,9 +170,11 @@ class FakeLayerNorm(nn.Module):
 
     def layer_norm(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         """Return what `forward` does while no path is frozen, by one kernel; `live_std` has no graph."""
-        y, _, reciprocal = torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        self.live_std = reciprocal.detach().to(_statistics_dtype(x.dtype)).reciprocal().squeeze(-1)
-        return y
+        dtype = _statistics_dtype(x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y, _, reciprocal = torch.native_layer_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), bias, self.eps)
+        self.live_std = reciprocal.detach().reciprocal().squeeze(-1)
+        return y.to(x.dtype)
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         """Normalise x for the first path, with gain and bias."""

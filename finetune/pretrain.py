@@ -26,7 +26,7 @@ from finetune import recipe as recipes
 from finetune.blocks import BlocksConfig, BlocksForCausalLM
 from finetune.objective import DeferredUnembedding, Head
 from finetune.recipe import PretrainRecipe, Text
-from finetune.run_directory import Run, new_directory, push, render, with_text, write, write_recipe
+from finetune.run_directory import Run, new_directory, push, render, write, write_recipe
 from finetune.text import TextSplits, load_text
 from finetune.trainer import Record, RunTrainer, check_processes, checkpoints, fuse_gelu
 
@@ -50,7 +50,7 @@ def pretrain(
         FileExistsError: `out` exists.
     """
     return start(
-        with_text(recipe if isinstance(recipe, PretrainRecipe) else recipes.load_pretraining(recipe), text), out
+        recipes.with_text(recipe if isinstance(recipe, PretrainRecipe) else recipes.load_pretraining(recipe), text), out
     )
 
 

@@ -492,6 +492,18 @@ def validate(kind: type[_Kind], content: dict[str, Any], what: str) -> _Kind:
         raise RecipeError(f"The {what} does not hold: {'; '.join(problems)}") from error
 
 
+def with_text(recipe: _Training, text: str | Path | Text | None) -> _Training:
+    """Return `recipe` with another text: a source, of which a part is held out, or a whole `Text`. None: its own.
+
+    What a recipe holds out goes with the source that it names.
+    """
+    if isinstance(text, str | Path) and str(text) == recipe.text.source:
+        text = None
+    if isinstance(text, str | Path):
+        text = dataclasses.replace(recipe.text, source=str(text), held_out=None)
+    return recipe if text is None else dataclasses.replace(recipe, text=text)
+
+
 def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
     """Return `recipe` with `fields` in place of its own: dotted names, `schedule.gap.v`, and values as in YAML.
 

@@ -28,7 +28,7 @@ from finetune import checkpoint, evaluate, pretrain, schedule
 from finetune import recipe as recipes
 from finetune.checkpoint import CausalLM
 from finetune.recipe import Recipe, Text
-from finetune.run_directory import Run, new_directory, push, recipe_of, render, with_text, write, write_recipe
+from finetune.run_directory import Run, new_directory, push, recipe_of, render, write, write_recipe
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import TextSplits, load_text
@@ -56,7 +56,7 @@ def remove_layernorm(
         DivergedError: the loss exploded; the last good checkpoint is in the run directory.
         FileExistsError: `out` exists.
     """
-    recipe = with_text(recipe if isinstance(recipe, Recipe) else recipes.load(recipe), text)
+    recipe = recipes.with_text(recipe if isinstance(recipe, Recipe) else recipes.load(recipe), text)
     if isinstance(model, str | Path):
         recipe = dataclasses.replace(recipe, model=str(model), revision=None)
     return start(recipe, out, model if isinstance(model, GPT2LMHeadModel) else None, tokenizer)

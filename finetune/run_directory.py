@@ -25,7 +25,7 @@ from finetune import checkpoint
 from finetune import recipe as recipes
 from finetune.bundled import MODELS, TEXTS
 from finetune.checkpoint import CausalLM
-from finetune.recipe import PretrainRecipe, Recipe, Text, Training
+from finetune.recipe import PretrainRecipe, Recipe, Training
 from finetune.trainer import processes
 
 Trains = TypeVar("Trains", bound=Training)
@@ -63,15 +63,6 @@ def recipe_of(directory: Path) -> Recipe | PretrainRecipe:
     if isinstance(recipe, Recipe) and original.is_dir():
         return dataclasses.replace(recipe, model=str(original))
     return recipe
-
-
-def with_text(recipe: Trains, text: str | Path | Text | None) -> Trains:
-    """Return `recipe` with another text: a source, of which a part is held out, or a whole `Text`. None: its own."""
-    if isinstance(text, str | Path) and str(text) == recipe.text.source:
-        text = None
-    if isinstance(text, str | Path):
-        text = dataclasses.replace(recipe.text, source=str(text), held_out=None)
-    return recipe if text is None else dataclasses.replace(recipe, text=text)
 
 
 def new_directory(recipe: Training, out: str | Path | None) -> Path:

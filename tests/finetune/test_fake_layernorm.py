@@ -249,37 +249,20 @@ def test_no_scale_reaches_a_bias():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_constant_norms_equal_frozen_ones(dtype, tolerance, bias):
-    module = normed_conv(D, (2 * D, D), merged=1.0, bias=bias, dtype=dtype, alphas=(1.0, 1.0))
+@pytest.mark.parametrize(("shortcut", "alpha"), [("live", 0.0), ("constant", 1.0)])
+def test_shortcuts_equal_the_general_path(dtype, tolerance, bias, shortcut, alpha):
+    module = normed_conv(D, (2 * D, D), merged=alpha, bias=bias, dtype=dtype, alphas=(alpha, alpha))
     x = stream(dtype)
     general, live_std = module(x), module.norm.live_std
-    module.constant = True
-    constant = module(x)
-    assert constant.dtype == general.dtype == dtype
-    torch.testing.assert_close(constant, general, rtol=tolerance, atol=tolerance)
+    setattr(module, shortcut, True)
+    short = module(x)
+    assert short.dtype == general.dtype == dtype
+    torch.testing.assert_close(short, general, rtol=tolerance, atol=tolerance)
     inputs = [x, *module.parameters()]
     torch.testing.assert_close(
-        gradients(constant, *inputs), gradients(general, *inputs), rtol=10 * tolerance, atol=10 * tolerance
+        gradients(short, *inputs), gradients(general, *inputs), rtol=10 * tolerance, atol=10 * tolerance
     )
     torch.testing.assert_close(module.norm.live_std, live_std, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_live_norms_equal_unfrozen_ones(dtype, tolerance, bias):
-    module = normed_conv(D, (2 * D, D), bias=bias, dtype=dtype, alphas=(0.0, 0.0))
-    x = stream(dtype)
-    general, live_std = module(x), module.norm.live_std
-    module.live = True
-    live = module(x)
-    assert live.dtype == general.dtype == dtype
-    torch.testing.assert_close(live, general, rtol=tolerance, atol=tolerance)
-    inputs = [x, *module.parameters()]
-    torch.testing.assert_close(
-        gradients(live, *inputs), gradients(general, *inputs), rtol=10 * tolerance, atol=10 * tolerance
-    )
-    assert module.norm.live_std.dtype == live_std.dtype
-    torch.testing.assert_close(module.norm.live_std, live_std.detach(), rtol=min(tolerance, 1e-2), atol=0)
 
 
 def test_autocast_rounds_products_and_no_statistics():

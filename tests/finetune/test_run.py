@@ -23,7 +23,7 @@ from finetune import checkpoint
 from finetune import recipe as recipes
 from finetune.recipe import Recipe
 from finetune.run import remove_layernorm, resume
-from finetune.run_directory import Run, with_text
+from finetune.run_directory import Run
 from finetune.sites import Sites
 from finetune.text import load_text
 
@@ -326,5 +326,5 @@ def test_batch_that_cannot_be_shared(recipe: Recipe, tmp_path: Path, monkeypatch
 
 def test_what_is_held_out_goes_with_the_text():
     recipe = recipes.load("micro")
-    assert with_text(recipe, recipe.text.source) == recipe
-    assert with_text(recipe, "other.txt").text == replace(recipe.text, source="other.txt", held_out=None)
+    assert recipes.with_text(recipe, recipe.text.source) == recipe
+    assert recipes.with_text(recipe, "other.txt").text == replace(recipe.text, source="other.txt", held_out=None)
