@@ -74,11 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(arguments: list[str]) -> None:
     options = tyro.cli(Options, args=arguments, prog="python -m analysis report")
 
-    import transformers.utils.logging
-
     from analysis import report
 
-    transformers.utils.logging.disable_progress_bar()
     page = report.run(**vars(options))
     print(f"The report is {page}; its tables and figures lie beside it.")
 

@@ -20,11 +20,10 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from nnsight import LanguageModel, NNsight
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from analysis.hooked_blocks import HookedBlocks
 from finetune.blocks import BlocksForCausalLM
@@ -152,40 +151,32 @@ def load_hooked_blocks(
     model: str | Path | BlocksForCausalLM,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> HookedBlocks:
     """Load a model of `finetune.blocks` with the hook names of `HookedTransformer`, in TransformerLens 3 or 4.
 
     Args:
-        model: a directory, of which only safetensors are read and no code is run, or a model in memory.
-        tokenizer: that in the directory, if there is one, where None; a model in memory has none of its own.
-        dtype: as for `load_hooked`, as is `device`.
-        device: where to put the result.
+        model: a directory, a Hub id, or a model in memory.
+        tokenizer: as for `load_hooked`, as are `revision` and `dtype`.
+        revision: branch, tag or commit of a Hub id.
+        dtype: of the weights.
+        device: where to put the result; where a model in memory is, the CPU otherwise.
 
     Raises:
         CheckpointError: nothing there, unreadable, another architecture, or logits that differ from those of `model`.
     """
-    source: Any = model
-    if not isinstance(model, BlocksForCausalLM):
-        tokenizer = _tokenizer(model, tokenizer, None)
-        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype or torch.float32, output_loading_info=True, **options
-            )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{model} cannot be read: {error}") from error
-        source, info = loaded
-        if not isinstance(source, BlocksForCausalLM):
-            raise CheckpointError(
-                f"{model} is a {type(source).__name__}, not a model of finetune.blocks: use load_hooked or load_bridge."
-            )
-        if missing := sorted(info["missing_keys"]):
-            raise CheckpointError(f"{model} lacks {len(missing)} weights: {', '.join(missing[:5])}…")
-    source = copy.deepcopy(source).to(device or source.device, dtype or source.dtype)
-    hooked = HookedBlocks(source, tokenizer)
-    _check(hooked, source, source.dtype)
+    source = model if isinstance(model, BlocksForCausalLM) else load(model, revision)
+    if not isinstance(source, BlocksForCausalLM):
+        raise CheckpointError(
+            f"{model} is a {type(source).__name__}, not a model of finetune.blocks: use load_hooked or load_bridge."
+        )
+    tokenizer = _tokenizer(model, tokenizer, revision)
+    made: Any = copy.deepcopy(source)
+    made = made.to(device or source.device, dtype or source.dtype)
+    hooked = HookedBlocks(made, tokenizer)
+    _check(hooked, made, made.dtype)
     return hooked
 
 
