@@ -30,9 +30,12 @@ from finetune.blocks import BlocksForCausalLM
 
 
 class HookedBlocks(HookedRootModule):
-    """A copy of `source`, its gains folded into `attn.W_O`, `attn.b_O`, `mlp.W_out`; its final norm into `W_U`, `b_U`.
+    """A copy of `source`, with its weights under TransformerLens's names and in its shapes.
 
-    They are what the analyses read: changing them changes no logits. Each has the shape that it has in TransformerLens.
+    Of each block `attn.W_Q`, `W_K`, `W_V`, `W_O`, `mlp.W_in`, `W_out`, and their `b_…`: matrices that there are not are
+    the identity, and the gains of the branches are folded into `W_O`, `b_O`, `W_out` and `b_out`; blocks' norms are not
+    folded. Then `W_E`, `W_pos`, and `W_U` and `b_U`, with the final norm folded into them. They are there to be read:
+    changing them changes no logits.
     """
 
     def __init__(self, source: BlocksForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -63,23 +66,42 @@ class HookedBlocks(HookedRootModule):
         self.tokenizer = tokenizer
         with torch.no_grad():
             for block in model.blocks:
-                W, b = _affine(nn.Sequential(block.attn.o, block.attn_gain), config.n_embd, model)
-                block.attn.register_buffer("W_O", W.unflatten(0, (config.n_head, -1)), persistent=False)
-                block.attn.register_buffer("b_O", b, persistent=False)
-                W, _ = _affine(nn.Sequential(block.mlp.proj, block.mlp_gain), self.cfg.d_mlp, model)
-                block.mlp.register_buffer("W_out", W, persistent=False)
+                attn, mlp, heads = block.attn, block.mlp, (config.n_head, -1)
+                (W_Q, W_K), (b_Q, b_K) = (part.chunk(2, -1) for part in _affine(attn.qk, config.n_embd, model))
+                W_V, b_V = _affine(attn.v, config.n_embd, model)
+                for name, W, b in (("Q", W_Q, b_Q), ("K", W_K, b_K), ("V", W_V, b_V)):
+                    _put(attn, name, W.unflatten(-1, heads).transpose(0, 1), b.unflatten(0, heads))
+                W, b = _affine(nn.Sequential(attn.o, block.attn_gain), config.n_embd, model)
+                _put(attn, "O", W.unflatten(0, heads), b)
+                _put(mlp, "in", *_affine(mlp.fc, config.n_embd, model))
+                _put(mlp, "out", *_affine(nn.Sequential(mlp.proj, block.mlp_gain), self.cfg.d_mlp, model))
             norm, W = model.ln_final, model.unembed.weight.T
             bias = getattr(norm, "bias", None)
-            self.register_buffer("b_U", W.new_zeros(W.shape[1]) if bias is None else bias @ W, persistent=False)
+            b = W.new_zeros(W.shape[1]) if bias is None else bias @ W
             W = W * getattr(norm, "weight", W.new_ones(1))[:, None]
-            W = W - W.mean(0) if config.final_norm == "ln" else W  # what LN centres it reads centred
-            self.register_buffer("W_U", W, persistent=False)
+            _put(self, "U", W - W.mean(0) if config.final_norm == "ln" else W, b)  # what LN centres it reads centred
         self.setup()
         self.eval()
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Return the logits."""
         return self.model(tokens, use_cache=False).logits
+
+    @property
+    def W_E(self) -> Float[Tensor, "vocab d_model"]:  # noqa: N802
+        """The token embedding."""
+        return self.model.embed.weight
+
+    @property
+    def W_pos(self) -> Float[Tensor, "pos d_model"]:  # noqa: N802
+        """The position embedding."""
+        return self.model.pos_embed.weight
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep `cfg` true, whichever of `to`, `cuda`, `half`, … is called."""
+        super()._apply(*args, **kwargs)
+        self.cfg.device, self.cfg.dtype = str(self.W_U.device), self.W_U.dtype
+        return self
 
     def run_with_cache(self, *args: Any, return_cache_object: bool = False, **kwargs: Any) -> Any:
         """Run, and return the logits and a dict of activations by hook name.
@@ -105,7 +127,7 @@ class HookedBlocks(HookedRootModule):
             raise NolnError(
                 "Under post-norm the residual stream goes through norms: it is no sum of components to attribute to."
             )
-        product = torch.ones(1, device=self.cfg.device, dtype=self.cfg.dtype)
+        product = self.W_U.new_ones(1)
         for i, block in enumerate(self.blocks):
             if not block.parallel and i > layer:
                 product = product * _gain(block.attn_skip_gain)
@@ -116,6 +138,11 @@ class HookedBlocks(HookedRootModule):
 
 def _gain(skip: Any) -> Float[Tensor, " 1"] | float:
     return 0.0 if skip is None else getattr(skip, "value", 1.0)
+
+
+def _put(module: nn.Module, name: str, W: Tensor, b: Tensor) -> None:
+    module.register_buffer(f"W_{name}", W.contiguous(), persistent=False)
+    module.register_buffer(f"b_{name}", b, persistent=False)
 
 
 def _affine(function: nn.Module, width: int, like: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:

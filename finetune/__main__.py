@@ -1,6 +1,7 @@
 """The command line: `python -m finetune [run] [RECIPE] [FLAGS]`, `pretrain RECIPE`, `resume RUN`, …: see `USAGE`."""
 
 import argparse
+import dataclasses
 import math
 import signal
 import sys
@@ -82,9 +83,10 @@ def _run(arguments: list[str]) -> None:
 
 def _pretrain(arguments: list[str]) -> None:
     names = ", ".join(recipes.shipped(PretrainRecipe))
-    if not arguments:
+    asks = arguments[:1] in (["-h"], ["--help"])
+    if not arguments or (arguments[0].startswith("-") and not asks):
         sys.exit(f"usage: python -m finetune pretrain RECIPE [FLAGS]\nRECIPE is a YAML file or one of {names}")
-    recipe = recipes.load_pretraining("pre-ln" if arguments[0].startswith("-") else arguments.pop(0))
+    recipe = recipes.load_pretraining("pre-ln" if asks else arguments.pop(0))
     recipe = recipes.with_text(_scaled(recipe, arguments), _given(arguments, "--text"))
     options = tyro.cli(
         Options[PretrainRecipe],
@@ -94,9 +96,11 @@ def _pretrain(arguments: list[str]) -> None:
         description=f"Train a GPT-2-shaped model from random weights. RECIPE is a YAML file or one of {names}.",
     )
 
+    chosen = dataclasses.replace(options.recipe, knobs=recipe.knobs | options.recipe.knobs)
+
     from finetune import pretrain
 
-    _report(pretrain.start(options.recipe, options.out))
+    _report(pretrain.start(chosen, options.out))
 
 
 def _scaled(recipe: Trains, arguments: list[str]) -> Trains:

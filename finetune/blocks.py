@@ -24,13 +24,12 @@ otherwise attention is `scaled_dot_product_attention`, and no matrix of tokens b
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any, Literal, no_type_check
 
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -104,7 +103,8 @@ class BlocksConfig(PreTrainedConfig):
     """c in c · tanh(logit / c), of attention logits. The published code knows 30 and none."""
 
     parallel: bool = False
-    """Attention and MLP read the same norm and add to the same skip, whose gain is `mlp_skip_gain`."""
+    """Attention and MLP read the same norm and add to the same skip, whose gain is `mlp_skip_gain`. It trains with
+    `train_mlp_gains`; in the published code it never does."""
     attn_skip_gain: Number = 1.0
     """At 0 there is no skip, trained or not."""
     attn_gain: Number = 1.0
@@ -129,7 +129,7 @@ class BlocksConfig(PreTrainedConfig):
     first_value_gain: Number | None = None
     """β_V in block 0. None: as `value_gain`."""
     value_init: MatrixInit = "normal"
-    """Normal: with `initializer_range`, but 1/√n_embd where `value_skip_gain` is given."""
+    """Normal: with `vp_init_std`, but 1/√n_embd where `value_skip_gain` is given."""
     train_value_gains: bool = False
     proj_skip_gain: Number | None = None
     proj_gain: Number = 1.0
@@ -144,6 +144,8 @@ class BlocksConfig(PreTrainedConfig):
     initializer_range: Number = 0.02
     residual_init_std: Number | None = None
     """Of normal projections and of the MLP's output. None: GPT-2's `initializer_range` / √(2 · n_layer)."""
+    vp_init_std: Number | None = None
+    """Of normal values and projections that train. None: `initializer_range`, and `residual_init_std`."""
     query_init_std: Number | None = None
     """0: attention starts uniform."""
     key_init_std: Number | None = None
@@ -156,10 +158,18 @@ class BlocksConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        least = dict.fromkeys(("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"), 1)
+        stds = ("initializer_range", "residual_init_std", "vp_init_std", "query_init_std", "key_init_std")
+        for name, bound in (least | dict.fromkeys(stds, 0)).items():
+            if (value := getattr(self, name)) is not None and value < bound:
+                raise BlockError(f"{name} is {value}: it must be at least {bound}.")
+        for name in ("norm_epsilon", "softcap"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise BlockError(f"{name} is {value}: it must be above 0.")
         if self.n_embd % self.n_head:
             raise BlockError(f"n_embd is {self.n_embd}: it must be a multiple of n_head, {self.n_head}.")
-        if self.parallel and (self.attn_skip_gain != 0 or self.norm_position == "post"):
-            raise BlockError("A parallel block has one skip, mlp_skip_gain, and a norm ahead: set attn_skip_gain to 0.")
+        if self.parallel and self.attn_skip_gain != 0:
+            raise BlockError("A parallel block has one skip, mlp_skip_gain: set attn_skip_gain to 0.")
         if self.activation_function not in ACT2FN:
             raise BlockError(f"There is no activation {self.activation_function}: there are {', '.join(ACT2FN)}.")
         if self.tie_value_proj_init and "identity" in (self.value_init, self.proj_init):
@@ -213,18 +223,20 @@ def block_config(name: str, **knobs: Any) -> BlocksConfig:
     """
     if name not in BLOCKS:
         raise BlockError(f"There is no block {name}: the blocks are {', '.join(BLOCKS)}.")
-    if unknown := sorted(set(knobs) - {field.name for field in fields(BlocksConfig)}):
+    if unknown := sorted(set(knobs) - set(BlocksConfig.__annotations__)):
         raise BlockError(f"Blocks have no knobs {', '.join(unknown)}.")
-    depth = knobs.get("n_layer", BlocksConfig.n_layer)
-    small = {}
-    if name == "op":
-        small = dict.fromkeys(("attn_gain", "mlp_gain"), 0.2 * math.sqrt(12 / depth))
-    elif BLOCKS[name].get("attn_identity_gain"):
-        small = {"mlp_gain": 0.1 * math.sqrt(18 / depth)}
     try:
-        return BlocksConfig(**{**BLOCKS[name], **small, **knobs})
+        config = BlocksConfig(**BLOCKS[name] | knobs)
     except StrictDataclassFieldValidationError as error:
         raise BlockError(str(error)) from error
+    small = {}
+    if name == "op":
+        small = dict.fromkeys(("attn_gain", "mlp_gain"), 0.2 * math.sqrt(12 / config.n_layer))
+    elif BLOCKS[name].get("attn_identity_gain"):
+        small = {"mlp_gain": 0.1 * math.sqrt(18 / config.n_layer)}
+    for gain in small.keys() - knobs.keys():
+        setattr(config, gain, small[gain])
+    return config
 
 
 class Gain(nn.Module):
@@ -265,16 +277,17 @@ class Norm(nn.Module):
         self.hook_scale, self.hook_normalized = nn.Identity(), nn.Identity()
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """Normalise x over its width, and scale and shift it."""
+        """Normalise x over its width, and scale and shift it; statistics are float32 at least."""
         eps = self.config.norm_epsilon
         if self.config._attn_implementation != "eager":
             if self.kind == "ln":
                 return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps)
-            return F.rms_norm(x, self.weight.shape, self.weight, eps)
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.kind == "ln":
-            x = x - x.mean(-1, keepdim=True)
-        x = x / self.hook_scale((x.square().mean(-1, keepdim=True) + eps).sqrt()) * self.weight
-        return self.hook_normalized(x if self.bias is None else x + self.bias)
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide / self.hook_scale((wide.square().mean(-1, keepdim=True) + eps).sqrt()) * self.weight
+        return self.hook_normalized((wide if self.bias is None else wide + self.bias).to(x.dtype))
 
 
 def _norm(kind: NormKind, width: int, config: BlocksConfig) -> nn.Module:
@@ -352,14 +365,14 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         d_head = config.n_embd // config.n_head
-        std = config.initializer_range
+        std, of_vp = config.initializer_range, config.vp_init_std
         qk_stds = (std if own is None else own for own in (config.query_init_std, config.key_init_std))
+        v_std, o_std = (usual if of_vp is None else of_vp for usual in (std, _residual_std(config)))
         self.qk = Linear(config.n_embd, 2 * config.n_embd, config.qk_bias, *qk_stds)
         gain = _except_in(layer == 0, config.first_value_gain, config.value_gain)
-        self.v = _matrix(config, config.value_skip_gain, gain, config.value_init, config.train_value_gains, std)
+        self.v = _matrix(config, config.value_skip_gain, gain, config.value_init, config.train_value_gains, v_std)
         gain = _except_in(layer == config.n_layer - 1, config.last_proj_gain, config.proj_gain)
-        std = _residual_std(config)
-        self.o = _matrix(config, config.proj_skip_gain, gain, config.proj_init, config.train_proj_gains, std)
+        self.o = _matrix(config, config.proj_skip_gain, gain, config.proj_init, config.train_proj_gains, o_std)
         self.q_norm, self.k_norm = (_norm(config.qk_norm, d_head, config) for _ in "qk")
         train, heads = config.train_attn_matrix_gains, config.n_head
         shaped = config.attn_identity_gain or config.attn_centre_gain or config.attn_softmax_gain != 1 or train
@@ -370,17 +383,23 @@ class Attention(nn.Module):
         self.hook_attn_scores, self.hook_pattern, self.hook_mixing = (nn.Identity() for _ in range(3))
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], past: Cache | None = None
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        past: DynamicCache | None = None,
+        tokens: Bool[Tensor, "batch key"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Attend from x to x and, where there is a cache, to what is in `past`, which x joins."""
+        """Attend from x to x and, where there is a cache, to what is in `past`, which x joins.
+
+        `tokens` says what is no padding; where it is given, the attention matrix is made.
+        """
         # [batch, pos, head, d_head], as TransformerLens's hooks have it
         q, k, v = (part.unflatten(-1, (self.config.n_head, -1)) for part in (*self.qk(x).chunk(2, -1), self.v(x)))
         q, k, v = self.hook_q(self.q_norm(q)), self.hook_k(self.k_norm(k)), self.hook_v(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past is not None:
             k, v = past.update(k, v, self.layer)
-        if self.config._attn_implementation == "eager" or self.config.softcap is not None:
-            z = self._mixing(q, k) @ v
+        if self.config._attn_implementation == "eager" or self.config.softcap is not None or tokens is not None:
+            z = self._mixing(q, k, tokens) @ v
         else:
             z = self._mix(q, k, v)
         return self.o(self.hook_z(z.transpose(1, 2)).flatten(2))
@@ -391,10 +410,16 @@ class Attention(nn.Module):
         return torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
 
     def _mixing(
-        self, q: Float[Tensor, "batch head query d_head"], k: Float[Tensor, "batch head key d_head"]
+        self,
+        q: Float[Tensor, "batch head query d_head"],
+        k: Float[Tensor, "batch head key d_head"],
+        tokens: Bool[Tensor, "batch key"] | None,
     ) -> Float[Tensor, "batch head query key"]:
         """Return the attention matrix."""
         mask = self._mask(q, k)
+        eye = mask.triu(k.shape[-2] - q.shape[-2])
+        if tokens is not None:
+            mask = mask & tokens[:, None, None] | eye  # padding sees itself, for something to be seen
         scores = q @ k.mT / math.sqrt(q.shape[-1])
         if self.config.softcap is not None:
             scores = self.config.softcap * torch.tanh(scores / self.config.softcap)
@@ -402,7 +427,6 @@ class Attention(nn.Module):
         pattern = self.hook_pattern(scores.softmax(-1))
         mixing = self.beta(pattern)
         if self.alpha is not None:
-            eye = torch.ones_like(mask).triu(mask.shape[1] - mask.shape[0]) & mask
             mixing = mixing + self.alpha(eye.to(q.dtype))
         if self.gamma is not None:
             mixing = mixing - self.gamma(mask.to(q.dtype) / mask.sum(-1, keepdim=True))
@@ -466,13 +490,16 @@ class Block(GradientCheckpointingLayer):
         self.hook_attn_out, self.hook_mlp_out = nn.Identity(), nn.Identity()
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], past: Cache | None = None
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        past: DynamicCache | None = None,
+        tokens: Bool[Tensor, "batch key"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return the block's output; keys and values join those in `past`."""
         x = self.hook_resid_pre(x)
         read = self.ln1(x)
         skip = self.mlp_skip_gain if self.parallel else self.attn_skip_gain
-        mid = self.hook_attn_out(self.attn_gain(self.attn(read, past)))
+        mid = self.hook_attn_out(self.attn_gain(self.attn(read, past, tokens)))
         if skip is not None:
             mid = skip(read if self.post else x) + mid
         mid = self.hook_resid_mid(mid)
@@ -495,6 +522,7 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Block"]  # noqa: RUF012
     _tied_weights_keys = {"unembed.weight": "embed.weight"}  # noqa: RUF012
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
 
     def __init__(self, config: BlocksConfig) -> None:
         super().__init__(config)
@@ -512,9 +540,17 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the token embedding."""
         return self.embed
 
+    def set_input_embeddings(self, value: Any) -> None:
+        """Put another token embedding in."""
+        self.embed = value
+
     def get_output_embeddings(self) -> nn.Module:
         """Return the unembedding."""
         return self.unembed
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Put another unembedding in."""
+        self.unembed = new_embeddings
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -560,38 +596,65 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Int[Tensor, "batch pos"],
         attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "#batch pos"] | None = None,
         past_key_values: Cache | None = None,
         labels: Int[Tensor, "batch pos"] | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
-        **kwargs: Any,
+        num_items_in_batch: Any = None,
     ) -> CausalLMOutputWithPast:
         """Return logits, [batch, pos, vocab], and the mean cross-entropy (nats/token) of the tokens after `labels`.
 
-        Tokens may be padded on the right: the padding changes nothing before it.
+        Padding, which `attention_mask`, [batch, key], marks with 0, changes nothing of the tokens. `hidden_states` are,
+        as GPT-2's, every block's input and what the final norm makes of the last one's output.
 
         Raises:
-            BlockError: padding on the left, or more tokens than there are positions.
+            BlockError: a mask or a cache of another kind, or more tokens than there are positions.
         """
-        # Asked of the mask only where there is one: on a GPU the answer waits for the device.
-        if attention_mask is not None and (attention_mask.diff(dim=-1) > 0).any():
-            raise BlockError("The attention_mask pads on the left, which moves positions: pad on the right.")
+        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+            raise BlockError(f"The cache is a {type(past_key_values).__name__}: these models take a DynamicCache.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if seen + input_ids.shape[1] > self.config.n_positions:
-            raise BlockError(f"The model has {self.config.n_positions} positions, not {seen + input_ids.shape[1]}.")
-        positions = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
-        x = self.hook_embed(self.embed(input_ids)) + self.hook_pos_embed(self.pos_embed(positions))
+        end = seen + input_ids.shape[1]
+        if end > self.config.n_positions:
+            raise BlockError(f"The model has {self.config.n_positions} positions, not {end}.")
+        tokens = None
+        if attention_mask is not None:
+            if attention_mask.shape != (len(input_ids), end):
+                raise BlockError(f"The attention_mask is {list(attention_mask.shape)}, not {[len(input_ids), end]}.")
+            # What comes after all tokens is not seen anyway. On a GPU the answer waits for the device.
+            if (attention_mask.diff(dim=-1) > 0).any():
+                tokens = attention_mask.bool()
+                if position_ids is None:
+                    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
+        if position_ids is None:
+            position_ids = torch.arange(seen, end, device=input_ids.device)[None]
+        x = self.hook_embed(self.embed(input_ids))
+        x = x + self.hook_pos_embed(self.pos_embed(position_ids).expand_as(x))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states = []
         for block in self.blocks:
-            x = block(x, past_key_values)
-        logits = self.unembed(self.ln_final(x[:, -logits_to_keep:]))
+            if output_hidden_states:
+                hidden_states.append(x)
+            x = block(x, past_key_values, tokens)
+        x = self.ln_final(x)
+        logits = self.unembed(x[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+        )
 
 
 AutoConfig.register("noln-blocks", BlocksConfig, exist_ok=True)

@@ -95,14 +95,16 @@ def set_up(recipe: PretrainRecipe) -> Setup:
 def _config(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> BlocksConfig:
     return blocks.block_config(
         recipe.block,
-        n_layer=recipe.n_layer,
-        n_embd=recipe.n_embd,
-        n_head=recipe.n_head,
-        n_positions=recipe.n_positions,
-        vocab_size=len(tokenizer) if recipe.vocab_size is None else recipe.vocab_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **recipe.knobs,
+        **{
+            "n_layer": recipe.n_layer,
+            "n_embd": recipe.n_embd,
+            "n_head": recipe.n_head,
+            "n_positions": recipe.n_positions,
+            "vocab_size": len(tokenizer) if recipe.vocab_size is None else recipe.vocab_size,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            **recipe.knobs,
+        },
     )
 
 
@@ -213,8 +215,8 @@ class PretrainTrainer(RunTrainer):
     def signals(self) -> dict[str, float | None]:
         """Measure the model itself, neither wrapped nor compiled, in float32; None where there is no finite number."""
         model = self.model.eval()
-        with blocks.signals(model) as values:
-            model(self._watched.to(model.device), use_cache=False)
+        with blocks.signals(model) as values:  # the class's forward: accelerate wraps the model's own in autocast
+            type(model).forward(model, self._watched.to(model.device), use_cache=False)
         model.train()
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 

@@ -3,6 +3,8 @@
 Nothing here imports torch, so that the command line answers at once.
 """
 
+import ast
+import contextlib
 import dataclasses
 import math
 import re
@@ -352,6 +354,28 @@ Block = Literal[
 """The blocks of `finetune.blocks`."""
 
 
+def _from_flag(words: list[str]) -> dict[str, Any]:
+    """Return names and their values, which follow each other; what is no Python number, bool or None is a string."""
+    if len(words) % 2:
+        raise ValueError(f"names and values are to alternate, but these are {len(words)}")
+    values = {}
+    for name, word in zip(words[::2], words[1::2], strict=True):
+        with contextlib.suppress(ValueError, SyntaxError):
+            word = ast.literal_eval(word)
+        values[name] = word
+    return values
+
+
+_NAMES_AND_VALUES = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[KNOB VALUE …]",
+    instance_from_str=_from_flag,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda values: [str(word) for pair in values.items() for word in pair],
+)
+"""A dict as a flag: tyro's own flags of a dict that is not empty take no other keys, and no values of other types."""
+
+
 @_described
 @pydantic.dataclasses.dataclass(frozen=True, config=_strict)
 class PretrainRecipe(Training):
@@ -389,16 +413,18 @@ class PretrainRecipe(Training):
     """Context, in tokens: the length of a sequence."""
     vocab_size: int | None = None
     """Tokens of the vocabulary. None: as many as the tokenizer has."""
-    knobs: dict[str, bool | int | float | str | None] = dataclasses.field(default_factory=dict)
-    """Other fields of `finetune.blocks.BlocksConfig`, in place of what `block` says."""
+    knobs: Annotated[dict[str, bool | int | float | str | None], _NAMES_AND_VALUES] = dataclasses.field(
+        default_factory=dict
+    )
+    """Other fields of `finetune.blocks.BlocksConfig`, in place of what `block` says. As a flag, beside the recipe's."""
     tokenizer: str = "micro"
     """The model whose tokenizer to use: a bundled name (micro), a local directory, or a name on the Hub."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("n_layer", "n_embd", "n_head", "n_positions"):
-            if getattr(self, field) < 1:
-                raise RecipeError(f"{field} is {getattr(self, field)}; at least 1 is needed.")
+        for field, least in {"n_layer": 1, "n_embd": 1, "n_head": 1, "n_positions": 2}.items():
+            if getattr(self, field) < least:
+                raise RecipeError(f"{field} is {getattr(self, field)}; at least {least} is needed.")
         if own := sorted(set(self.knobs) & {field.name for field in dataclasses.fields(self)}):
             raise RecipeError(f"knobs holds {', '.join(own)}: say it as a field of the recipe itself.")
         if self.lr_decay == "linear" and self.min_lr == self.lr:

@@ -97,6 +97,14 @@ def test_weights_have_the_gains_in_them(name, knobs):
     hooked = load_hooked_blocks(make(name, **knobs))
     logits, cache = hooked.run_with_cache(TOKENS)
     for layer, block in enumerate(hooked.blocks):
+        read = cache.get(f"blocks.{layer}.ln1.hook_normalized", cache[f"blocks.{layer}.hook_resid_pre"])
+        for part in "v" if name == "op" else "qkv":  # of op's queries and keys a norm makes something else
+            W, b = (getattr(block.attn, f"{kind}_{part.upper()}") for kind in "Wb")
+            found = torch.einsum("bpm,hmd->bphd", read, W) + b
+            torch.testing.assert_close(found, cache[f"blocks.{layer}.attn.hook_{part}"])
+        if "parallel" not in name:
+            read = cache.get(f"blocks.{layer}.ln2.hook_normalized", cache[f"blocks.{layer}.hook_resid_mid"])
+        torch.testing.assert_close(read @ block.mlp.W_in + block.mlp.b_in, cache[f"blocks.{layer}.mlp.hook_pre"])
         z = cache[f"blocks.{layer}.attn.hook_z"]
         assert block.attn.W_O.shape == (3, 4, 12)
         heads = torch.einsum("bphd,hdm->bphm", z, block.attn.W_O)
@@ -105,10 +113,10 @@ def test_weights_have_the_gains_in_them(name, knobs):
         alone[:, :, 1] = z[:, :, 1]
         written = block.attn_gain(block.attn.o(alone.flatten(2)))
         torch.testing.assert_close(heads[:, :, 1] + block.attn.b_O, written)
-        without = torch.zeros_like(cache[f"blocks.{layer}.mlp.hook_post"])
-        bias = block.mlp_gain(block.mlp.proj(without))
-        mlp = cache[f"blocks.{layer}.mlp.hook_post"] @ block.mlp.W_out + bias
+        mlp = cache[f"blocks.{layer}.mlp.hook_post"] @ block.mlp.W_out + block.mlp.b_out
         torch.testing.assert_close(mlp, cache[f"blocks.{layer}.hook_mlp_out"])
+    torch.testing.assert_close(hooked.W_E[TOKENS] + hooked.W_pos, cache["blocks.0.hook_resid_pre"])
+    assert cache["hook_pos_embed"].shape == cache["hook_embed"].shape
     final = cache["blocks.2.hook_resid_post"]
     scale = cache.get("ln_final.hook_scale", 1)
     torch.testing.assert_close(final / scale @ hooked.W_U + hooked.b_U, logits)
@@ -301,3 +309,9 @@ def test_a_model_in_memory_stays_as_it_is():
     assert not hooked.training
     with pytest.raises(NotImplementedError, match="ActivationCache"):
         hooked.run_with_cache(TOKENS, return_cache_object=True)
+
+
+def test_config_follows_the_weights():
+    hooked = load_hooked_blocks(make("op")).to(torch.float32).to("meta")
+    assert (hooked.cfg.device, hooked.cfg.dtype) == ("meta", torch.float32)
+    assert hooked.reach(-1).device.type == "meta"

@@ -1,9 +1,10 @@
+import copy
 import math
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, StaticCache
 
 from finetune.blocks import BLOCKS, BlockError, BlocksForCausalLM, block_config, signals, to_gpt2
 
@@ -29,10 +30,11 @@ def shaken(name: str, **knobs) -> BlocksForCausalLM:
 # The papers' equations, in the words of the papers: Norm, MHA, A, C, W^V, W^P, α, β, γ.
 
 
-def centred_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    mean = x.sum(-1, keepdim=True) / x.shape[-1]
+def normalise(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    mean = x.sum(-1, keepdim=True) / x.shape[-1] if kind == "ln" else 0
     variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
-    return (x - mean) / (variance + 1e-5) ** 0.5 * weight + bias
+    x = (x - mean) / (variance + eps) ** 0.5 * weight
+    return x + bias if kind == "ln" else x
 
 
 def gelu_new(x: Tensor) -> Tensor:
@@ -40,22 +42,24 @@ def gelu_new(x: Tensor) -> Tensor:
 
 
 def forward_by_hand(name: str, model: BlocksForCausalLM, tokens: Tensor) -> Tensor:
-    """The logits of one sequence, written anew for the blocks' default knobs."""
+    """The logits of one sequence, written anew for the blocks' default knobs and some others."""
     w = {key: value.detach() for key, value in model.state_dict().items()}
     width, heads = SHAPE["n_embd"], SHAPE["n_head"]
     d = width // heads
     T = len(tokens)
-    nonorm = name.endswith("nonorm") or name == "op"
+    knobs = model.config
+    eps, softcap = knobs.norm_epsilon, knobs.softcap
+    post = name == "post-ln"
+    norms = "none" if name.endswith("nonorm") or name == "op" else knobs.norm
     shaped = "skip" in name
     parallel = "parallel" in name
 
     def norm(x: Tensor, at: str) -> Tensor:
-        if nonorm and at not in ("blocks.0.ln1", "ln_final"):
-            return x
-        return centred_norm(x, w[f"{at}.weight"], w[f"{at}.bias"])
+        kind = {"blocks.0.ln1": knobs.first_norm or norms, "ln_final": knobs.final_norm}.get(at, norms)
+        return x if kind == "none" else normalise(kind, x, w[f"{at}.weight"], w.get(f"{at}.bias"), eps)
 
     def linear(x: Tensor, at: str) -> Tensor:
-        return x @ w[f"{at}.weight"].T + w[f"{at}.bias"]
+        return x @ w[f"{at}.weight"].T + w.get(f"{at}.bias", torch.zeros(1))
 
     def attention(x: Tensor, i: int) -> Tensor:
         at = f"blocks.{i}.attn"
@@ -70,26 +74,36 @@ def forward_by_hand(name: str, model: BlocksForCausalLM, tokens: Tensor) -> Tens
         out = []
         for h in range(heads):
             q, k, v = (M[:, h * d : (h + 1) * d] for M in (Q, K, V))
-            if name == "op":
-                q = q / ((q**2).sum(-1, keepdim=True) / d + 1e-5) ** 0.5 * w[f"{at}.q_norm.weight"]
-                k = k / ((k**2).sum(-1, keepdim=True) / d + 1e-5) ** 0.5 * w[f"{at}.k_norm.weight"]
+            if (kind := "rmsnorm" if name == "op" else knobs.qk_norm) != "none":
+                q = normalise(kind, q, w[f"{at}.q_norm.weight"], w.get(f"{at}.q_norm.bias"), eps)
+                k = normalise(kind, k, w[f"{at}.k_norm.weight"], w.get(f"{at}.k_norm.bias"), eps)
             A = torch.zeros(T, T, dtype=x.dtype)
             for s in range(T):
-                exponentials = [math.exp(float(q[s] @ k[t]) / d**0.5) for t in range(s + 1)]
+                scores = [float(q[s] @ k[t]) / d**0.5 for t in range(s + 1)]
+                if softcap is not None:
+                    scores = [softcap * math.tanh(score / softcap) for score in scores]
+                exponentials = [math.exp(score) for score in scores]
                 for t in range(s + 1):
                     A[s, t] = exponentials[t] / sum(exponentials)
                     if shaped:
-                        alpha, beta, gamma = (w[f"{at}.{g}.value"][h] for g in ("alpha", "beta", "gamma"))
+                        absent = torch.zeros(heads)
+                        alpha, beta, gamma = (w.get(f"{at}.{g}.value", absent)[h] for g in ("alpha", "beta", "gamma"))
                         A[s, t] = alpha * (s == t) + beta * A[s, t] - gamma / (s + 1)
             out.append(A @ v)
         concatenated = torch.cat(out, dim=-1)
         return concatenated if "skipless" in name else linear(concatenated, f"{at}.o")
 
     def mlp(x: Tensor, i: int) -> Tensor:
-        return linear(gelu_new(linear(x, f"blocks.{i}.mlp.fc")), f"blocks.{i}.mlp.proj")
+        x = linear(x, f"blocks.{i}.mlp.fc")
+        x = (
+            torch.where(x > 0, x, knobs.negative_slope * x)
+            if knobs.activation_function == "leaky_relu"
+            else gelu_new(x)
+        )
+        return linear(x, f"blocks.{i}.mlp.proj")
 
     x = w["embed.weight"][tokens] + w["pos_embed.weight"][:T]
-    if name == "post-ln":  # LN(x + f(x)): the norms behind, of which the first is that of the embedding
+    if post:  # LN(x + f(x)): the norms behind, of which the first is that of the embedding
         x = norm(x, "blocks.0.ln1")
         for i in range(SHAPE["n_layer"]):
             after = "ln_final" if i == SHAPE["n_layer"] - 1 else f"blocks.{i + 1}.ln1"
@@ -101,7 +115,7 @@ def forward_by_hand(name: str, model: BlocksForCausalLM, tokens: Tensor) -> Tens
         read = norm(x, f"blocks.{i}.ln1")
         attended = gain["attn_gain"] * attention(read, i)
         if name == "parallel":
-            x = x + attended + mlp(read, i)
+            x = (read if knobs.norm_position == "post" else x) + attended + mlp(read, i)
         elif parallel:
             x = attended + gain["mlp_gain"] * mlp(read, i)
         else:
@@ -110,10 +124,24 @@ def forward_by_hand(name: str, model: BlocksForCausalLM, tokens: Tensor) -> Tens
     return norm(x, "ln_final") @ w["embed.weight"].T
 
 
-@each_block
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_logits_are_those_of_the_equations(name: str, implementation: str):
-    model = shaken(name)
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        *((name, {}) for name in BLOCKS),
+        ("pre-ln", {"norm": "rmsnorm", "final_norm": "rmsnorm", "norm_epsilon": 0.1}),
+        ("pre-ln", {"first_norm": "none", "final_norm": "none", "qk_norm": "ln", "softcap": 0.5}),
+        ("pre-ln", {"activation_function": "leaky_relu", "n_inner": 20, "vp_bias": False, "mlp_bias": False}),
+        ("pre-ln", {"activation_function": "leaky_relu", "negative_slope": 0.2}),
+        ("op", {"norm_epsilon": 0.1}),
+        ("parallel", {"norm_position": "post"}),
+        ("skipless", {"attn_identity_gain": 0.0}),
+        ("v-skipinit", {"attn_centre_gain": 0.0}),
+        ("skipless", {"attn_softmax_gain": 0.3, "train_attn_matrix_gains": False}),
+    ],
+)
+def test_logits_are_those_of_the_equations(name: str, knobs: dict, implementation: str):
+    model = shaken(name, **knobs)
     model.set_attn_implementation(implementation)
     expected = torch.stack([forward_by_hand(name, model, tokens) for tokens in TOKENS])
     torch.testing.assert_close(model(TOKENS).logits, expected)
@@ -130,6 +158,26 @@ def test_at_initialisation_the_gains_are_the_published_ones(name: str):
         assert value == pytest.approx([small if is_small else 1]), key
     deeper = block_config(name, n_layer=4 * at_depth)
     assert deeper.mlp_gain == pytest.approx(small / 2 if gains else 1)
+
+
+def test_gains_and_stds_start_where_the_knobs_say():
+    knobs = {"proj_skip_gain": 0.7, "proj_gain": 0.2, "last_proj_gain": 0.4, "attn_softmax_gain": 0.3}
+    stds = {"initializer_range": 0.01, "residual_init_std": 0.02, "query_init_std": 0.03, "key_init_std": 0.04}
+    knobs |= {"n_embd": 96, "n_layer": 3, "value_skip_gain": None, "value_init": "normal", "vp_init_std": 0.05}
+    blocks = make("skipless", **knobs, **stds).blocks
+    assert [block.attn.o.gain.value.item() for block in blocks] == pytest.approx([0.2, 0.2, 0.4])
+    assert blocks[0].attn.o.skip_gain.value.item() == pytest.approx(0.7)
+    assert blocks[0].attn.beta.value.tolist() == pytest.approx(3 * [0.3])
+    block = blocks[0]
+    query, key = block.attn.qk.weight.chunk(2)
+    found = {"fc": block.mlp.fc, "proj": block.mlp.proj, "v": block.attn.v}
+    found = {name: linear.weight.std().item() for name, linear in found.items()}
+    found |= {"query": query.std().item(), "key": key.std().item()}
+    assert found == pytest.approx({"fc": 0.01, "proj": 0.02, "v": 0.05, "query": 0.03, "key": 0.04}, rel=0.05)
+    plain = make("pre-ln", n_embd=96, **stds).blocks[0]
+    assert plain.attn.v.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert plain.attn.o.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert BLOCKS["skipless"]["residual_init_std"] == BLOCKS["op"]["residual_init_std"] == 0.02
 
 
 @pytest.mark.parametrize("name", [*SAS, "v-skipinit"])
@@ -235,7 +283,36 @@ def test_pre_ln_becomes_gpt2(knobs: dict, tied: bool, tmp_path):
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "knobs"), [(name, {}) for name in BLOCKS if name != "pre-ln"])
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        *((name, {}) for name in BLOCKS if name != "pre-ln"),
+        *(
+            ("pre-ln", knobs)
+            for knobs in (
+                {"norm": "rmsnorm"},
+                {"norm": "none"},
+                {"first_norm": "none"},
+                {"final_norm": "rmsnorm"},
+                {"qk_norm": "ln"},
+                {"softcap": 30.0},
+                {"attn_skip_gain": 0.5},
+                {"attn_gain": 0.5},
+                {"mlp_skip_gain": 0.5},
+                {"mlp_gain": 0.5},
+                {"train_attn_gains": True},
+                {"train_mlp_gains": True},
+                {"attn_identity_gain": 1.0},
+                {"attn_softmax_gain": 0.5},
+                {"attn_centre_gain": 1.0},
+                {"train_attn_matrix_gains": True},
+                {"value_skip_gain": 1.0},
+                {"proj_skip_gain": 1.0},
+                {"activation_function": "leaky_relu", "negative_slope": 0.1},
+            )
+        ),
+    ],
+)
 def test_no_other_block_becomes_gpt2(name: str, knobs: dict):
     with pytest.raises(BlockError, match="GPT-2 has no such"):
         to_gpt2(make(name, **knobs))
@@ -398,17 +475,78 @@ def test_what_cannot_be_is_refused():
         block_config("pre-ln", n_head=7)
     with pytest.raises(BlockError, match="set attn_skip_gain to 0"):
         block_config("pre-ln", parallel=True)
+    for knob, value, said in [
+        ("n_layer", 0, "n_layer is 0: it must be at least 1"),
+        ("n_layer", "3", "n_layer"),
+        ("n_head", 0, "n_head is 0"),
+        ("n_inner", 0, "n_inner is 0"),
+        ("initializer_range", -1.0, "initializer_range is -1.0: it must be at least 0"),
+        ("softcap", 0, "softcap is 0: it must be above 0"),
+        ("norm_epsilon", 0.0, "norm_epsilon is 0.0: it must be above 0"),
+        ("architectures", ["x"], "no knobs architectures"),
+    ]:
+        with pytest.raises(BlockError, match=said):
+            block_config("op", **{knob: value})
     with pytest.raises(BlockError, match="identity"):
         block_config("skipless", tie_value_proj_init="all_blocks")
     model = make("pre-ln")
     with pytest.raises(BlockError, match="11 positions, not 12"):
         model(torch.zeros(1, 12, dtype=torch.long))
-    with pytest.raises(BlockError, match="pad on the right"):
-        model(TOKENS, attention_mask=torch.tensor([[0] + 7 * [1], 8 * [1]]))
+    with pytest.raises(BlockError, match=r"attention_mask is \[2, 1, 8, 8\], not \[2, 8\]"):
+        model(TOKENS, attention_mask=torch.ones(2, 1, 8, 8))
+    with pytest.raises(BlockError, match="is a StaticCache"):
+        model(TOKENS, past_key_values=StaticCache(config=model.config, max_cache_len=11))
 
 
-def test_right_padding_changes_nothing_before_it():
-    model = shaken("skipless")
-    mask = torch.tensor([8 * [1], 6 * [1] + 2 * [0]])
-    padded = model(torch.where(mask == 1, TOKENS, 0), attention_mask=mask).logits
-    torch.testing.assert_close(padded[1, :6], model(TOKENS).logits[1, :6])
+@each_block
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(name: str, implementation: str, side: str):
+    model = shaken(name, eos_token_id=None)
+    model.set_attn_implementation(implementation)
+    short, pad = TOKENS[1:, :6], torch.zeros(1, 2, dtype=torch.long)
+    parts = (pad, short) if side == "left" else (short, pad)
+    tokens = torch.cat([TOKENS[:1], torch.cat(parts, dim=1)])
+    mask = torch.ones_like(tokens)
+    mask[1, slice(0, 2) if side == "left" else slice(6, 8)] = 0
+    alone = model(short).logits
+    logits = model(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(logits[mask.bool()], torch.cat([model(TOKENS[:1]).logits[0], alone[0]]))
+    assert logits.isfinite().all()
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    if side == "left":
+        generated = model.generate(tokens, attention_mask=mask, **options)[1, 8:]
+        assert torch.equal(generated, model.generate(short, **options)[0, 6:])
+
+
+def test_hidden_states_are_where_gpt2s_are():
+    model = shaken("pre-ln").eval()
+    ours, theirs = (m(TOKENS, output_hidden_states=True).hidden_states for m in (model, to_gpt2(model)))
+    for own, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, its)
+    assert model(TOKENS).hidden_states is None
+    positions = torch.arange(3, 11)[None]
+    torch.testing.assert_close(
+        model(TOKENS, position_ids=positions).logits, to_gpt2(model)(TOKENS, position_ids=positions).logits
+    )
+
+
+@pytest.mark.parametrize("kind", ["ln", "rmsnorm"])
+def test_half_precision_takes_large_activations(kind: str):
+    """Whose squares are beyond float16."""
+    model = make("pre-ln", norm=kind, qk_norm=kind, final_norm=kind).float()
+    with torch.no_grad():
+        model.embed.weight.mul_(4e4)
+    expected = model(TOKENS).logits
+    for implementation in ("sdpa", "eager"):
+        half = copy.deepcopy(model).half()
+        half.set_attn_implementation(implementation)
+        error = (half(TOKENS).logits - expected).abs().max() / expected.abs().max()
+        assert error < 0.01, implementation
+
+
+def test_vocabulary_can_be_resized():
+    model = make("skipless")
+    model.resize_token_embeddings(30)
+    assert model(TOKENS).logits.shape == (2, 8, 30)
+    assert model.unembed.weight is model.embed.weight

@@ -278,6 +278,12 @@ class TestSignals:
         assert first["blocks.1.attn.beta"] == 1.0
         assert last["blocks.1.attn.beta"] != 1.0
 
+    def test_are_float32_where_products_are_bf16(self, recipe: PretrainRecipe, tmp_path: Path):
+        runs = [pretrain(replace(recipe, steps=3, bf16=bf16), out=tmp_path / str(bf16)) for bf16 in (False, True)]
+        plain, mixed = (read_log(run.directory)[0] for run in runs)
+        assert mixed["signals"] == plain["signals"]
+        assert mixed["grad_norm"] != plain["grad_norm"]
+
 
 class TestResume:
     @pytest.mark.parametrize(
@@ -416,6 +422,18 @@ class TestCommandLine:
         assert f"{pd.read_csv('run/results.csv')['loss'][0]:.4f} ± " in printed
         assert f"the model in {Path('run/model').absolute()}" in printed
 
+    def test_knobs_join_those_of_the_recipe(self, file: str):
+        """Whatever types the recipe's are of."""
+        recipe = yaml.safe_load(Path(file).read_text())
+        knobs = {"norm": "rmsnorm", "softcap": None, "attn_gain": 1, "mlp_bias": False}
+        Path(file).write_text(yaml.safe_dump(recipe | {"knobs": knobs, "steps": 3}))
+        said = "softcap 30 attn_gain 0.5 final_norm none vp_bias False eos_token_id None"
+        main(["pretrain", file, "--out", "run", "--knobs", *said.split()])
+        changed = {"softcap": 30, "attn_gain": 0.5, "final_norm": "none", "vp_bias": False, "eos_token_id": None}
+        assert recipes.load_pretraining("run/recipe.yaml").knobs == knobs | changed
+        config = checkpoint.load_config("run/model")
+        assert (config.norm, config.softcap, config.attn_gain, config.final_norm) == ("rmsnorm", 30, 0.5, "none")
+
     def test_own_recipe_replays_the_run(self, pre_ln: Run):
         main(["pretrain", str(pre_ln.directory / "recipe.yaml"), "--out", "again"])
         assert_equal_runs(Path("again"), pre_ln.directory)
@@ -454,7 +472,10 @@ class TestCommandLine:
             (["tiny.yaml", "--knobs", "norms", "ln"], "no knobs norms"),
             (["tiny.yaml", "--knobs", "norm", "batch"], "norm"),
             (["tiny.yaml", "--knobs", "n_layer", "3"], "knobs holds n_layer"),
+            (["tiny.yaml", "--knobs", "norm"], "alternate"),
             (["tiny.yaml", "--n-layer", "0"], "n_layer"),
+            (["tiny.yaml", "--n-positions", "1"], "n_positions is 1; at least 2"),
+            (["--steps", "1"], "pretrain RECIPE"),
             (["tiny.yaml", "--lr-decay", "linear", "--min-lr", "0.01"], "lr_decay"),
             (["tiny.yaml", "--tokenizer", "no/such"], "no/such"),
             (["tiny.yaml", "--vocab-size", "300"], "vocabulary of 300"),
