@@ -1,4 +1,4 @@
-"""A training step of each block of `finetune.blocks`, over GPT-2's: micro's shape, 8 × 256 random tokens, fused AdamW.
+"""A training step of each block's recipe, over GPT-2's block: micro's shape, 8 × 256 random tokens, fused AdamW.
 
 The blocks take turns step by step, in one process. `python tests/benchmarks/test_blocks_speed.py --help`.
 """
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from finetune.blocks import BLOCKS, BlocksForCausalLM, block_config
+from finetune.recipe import load_pretraining
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 2
@@ -28,7 +29,8 @@ def main() -> None:
     parser.add_argument("--csv", help="write the table there, too")
     options = parser.parse_args()
     input_ids = torch.randint(block_config("pre-ln").vocab_size, (options.batch, 256), device=DEVICE)
-    models = {name: BlocksForCausalLM(block_config(name)).to(DEVICE).train() for name in options.blocks}
+    configs = {name: block_config(name, **load_pretraining(name).knobs) for name in options.blocks}
+    models = {name: BlocksForCausalLM(config).to(DEVICE).train() for name, config in configs.items()}
     optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in tqdm(range(WARM_UP + options.steps), unit="round"):
