@@ -26,7 +26,7 @@ Fine-tune the LayerNorm out of a GPT-2-type model.
   python -m finetune pretrain RECIPE [FLAGS]  train a model from random weights, its blocks with or without norms
   python -m finetune resume RUN               go on with a run of either kind that was cut off
   python -m finetune sweep FILE [FLAGS]       many runs, of what a sweep file overrides, in one table
-  python -m finetune list [pretrain]          name the shipped recipes, of `run` or of `pretrain`
+  python -m finetune list [pretrain]          the shipped recipes, of `run` or of `pretrain`, and what they are
   python -m finetune show RECIPE              print a recipe; one of `pretrain`: show pretrain RECIPE
 
   python -m finetune run [RECIPE] --help      every field of the recipe, as a flag with its default
@@ -148,7 +148,10 @@ def _sweep(arguments: list[str]) -> None:
 
 
 def _list(arguments: list[str]) -> None:
-    print("\n".join(recipes.shipped(PretrainRecipe if arguments == ["pretrain"] else Recipe)))
+    kind: type[Training] = PretrainRecipe if arguments == ["pretrain"] else Recipe
+    names = recipes.shipped(kind)
+    for name in names:
+        print(f"{name:{max(map(len, names))}}  {recipes.about(name, kind)}")
 
 
 def _show(arguments: list[str]) -> None:

@@ -6,6 +6,7 @@ Nothing here imports torch, so that the command line answers at once.
 import ast
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 import textwrap
@@ -441,6 +442,13 @@ _FOLDERS: dict[type[Training], Path] = {Recipe: RECIPES, PretrainRecipe: RECIPES
 def shipped(kind: type[Training] = Recipe) -> list[str]:
     """Return the names of the recipes of a kind that ship with the package."""
     return sorted(path.stem for path in _FOLDERS[kind].glob("*.yaml"))
+
+
+def about(name: str, kind: type[Training] = Recipe) -> str:
+    """Return the first sentence of the comment that a shipped recipe begins with."""
+    lines = (_FOLDERS[kind] / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line[:1] == "#", lines))
+    return re.split(r"(?<=\.) (?=[A-Z])", comment)[0]
 
 
 def load(name_or_path: str | Path) -> Recipe:

@@ -84,7 +84,7 @@ class TestCommands:
 
     def test_list_and_show(self, capsys: pytest.CaptureFixture):
         call("list")
-        names = capsys.readouterr().out.split()
+        names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
         assert "micro" in names
         for name in names:
             call("show", name)

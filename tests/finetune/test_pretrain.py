@@ -450,7 +450,11 @@ class TestCommandLine:
 
     def test_list_and_show(self, capsys: pytest.CaptureFixture):
         main(["list", "pretrain"])
-        assert capsys.readouterr().out.split() == SHIPPED
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == SHIPPED
+        assert lines[SHIPPED.index("pre-ln")].endswith(
+            "  GPT-2's block, the one of micro: what the other blocks are compared with."
+        )
         main(["show", "pretrain", "skipless"])
         assert yaml.safe_load(capsys.readouterr().out)["block"] == "skipless"
 
