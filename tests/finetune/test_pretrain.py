@@ -95,6 +95,7 @@ NORMS = {f"{norm}.{part}" for norm in ("ln1", "ln2") for part in ("weight", "bia
 MATRICES = {f"{matrix}.{part}" for matrix in ("attn.qk", "mlp.fc", "mlp.proj") for part in ("weight", "bias")}
 VALUES = {f"attn.{matrix}.{part}" for matrix in "vo" for part in ("weight", "bias")}
 SHAPED = {f"attn.{gain}.value" for gain in ("alpha", "beta", "gamma")} | {"attn_gain.value", "mlp_gain.value"}
+QK_NORMS = {"attn.q_norm.weight", "attn.k_norm.weight"}
 IN_BLOCK_1 = {
     "pre-ln": NORMS | MATRICES | VALUES,
     "post-ln": NORMS | MATRICES | VALUES,
@@ -102,9 +103,9 @@ IN_BLOCK_1 = {
     "v-skipinit": NORMS | MATRICES | VALUES | SHAPED | {"mlp_skip_gain.value"},
     "skipless": NORMS | MATRICES | SHAPED | {"mlp_skip_gain.value"},
     "skipless-parallel": {"ln1.weight", "ln1.bias"} | MATRICES | SHAPED,
-    "skipless-nonorm": MATRICES | SHAPED | {"mlp_skip_gain.value"},
-    "skipless-parallel-nonorm": MATRICES | SHAPED,
-    "op": MATRICES | VALUES | {"attn.q_norm.weight", "attn.k_norm.weight"},
+    "skipless-nonorm": MATRICES | SHAPED | QK_NORMS | {"mlp_skip_gain.value"},
+    "skipless-parallel-nonorm": MATRICES | SHAPED | QK_NORMS,
+    "op": MATRICES | VALUES | QK_NORMS,
 }
 
 
