@@ -202,7 +202,7 @@ def _ablate_block(
     sums = []
     for group in groups:
         excess = (activation[..., group] - mean[group]).to(logits.dtype)
-        direct = torch.baddbmm(logits, excess / scale, (W_out[group] @ model.W_U)[None], alpha=-1)
+        direct = torch.baddbmm(logits, (excess / scale).to(logits.dtype), (W_out[group] @ model.W_U)[None], alpha=-1)
         ratio = scale / _final_scale(model, resid - excess @ W_out[group])
         measured = direct_measured = _entropy_and_loss(direct, tokens)
         if (ratio != 1).any():

@@ -32,10 +32,10 @@ from finetune.blocks import BlocksForCausalLM
 class HookedBlocks(HookedRootModule):
     """A copy of `source`, with its weights under TransformerLens's names and in its shapes.
 
-    Of each block `attn.W_Q`, `W_K`, `W_V`, `W_O`, `mlp.W_in`, `W_out`, and their `b_…`: matrices that there are not are
-    the identity, and the gains of the branches are folded into `W_O`, `b_O`, `W_out` and `b_out`; blocks' norms are not
-    folded. Then `W_E`, `W_pos`, and `W_U` and `b_U`, with the final norm folded into them. They are there to be read:
-    changing them changes no logits.
+    Of each block `attn.W_Q`, `W_K`, `W_V`, `W_O`, `mlp.W_in`, `W_out`, and their `b_…`: a value or projection
+    matrix that is not there is given as the identity, and the gains of the branches are folded into `W_O`, `b_O`,
+    `W_out` and `b_out`; blocks' norms are not folded. Then `W_E`, `W_pos`, and `W_U` and `b_U`, with the final norm
+    folded into them. They are made once, to be read: they change no logits, nor do they follow the model's parameters.
     """
 
     def __init__(self, source: BlocksForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -146,7 +146,8 @@ def _put(module: nn.Module, name: str, W: Tensor, b: Tensor) -> None:
 
 
 def _affine(function: nn.Module, width: int, like: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
-    """Return the weight and bias of an affine map."""
-    eye = torch.eye(width, device=like.device, dtype=like.dtype)
+    """Return the weight and bias of an affine map, read off in float32 at least: in bf16, W + b − b is not W."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    function, eye = copy.deepcopy(function).to(wide), torch.eye(width, device=like.device, dtype=wide)
     bias = function(torch.zeros_like(eye[None, :1]))[0, 0]
-    return function(eye[None])[0] - bias, bias
+    return (function(eye[None])[0] - bias).to(like.dtype), bias.to(like.dtype)

@@ -159,9 +159,9 @@ def load_hooked_blocks(
 
     Args:
         model: a directory, a Hub id, or a model in memory.
-        tokenizer: as for `load_hooked`, as are `revision` and `dtype`.
+        tokenizer: that of the checkpoint where None; a model in memory has none of its own.
         revision: branch, tag or commit of a Hub id.
-        dtype: of the weights.
+        dtype: of the weights; that of a model in memory, float32 otherwise.
         device: where to put the result; where a model in memory is, the CPU otherwise.
 
     Raises:

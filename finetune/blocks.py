@@ -18,7 +18,8 @@ projection P of all heads together, are matrices of their own, or gains of two: 
 there is none. Where the places of the hooks lie in GPT-2, `nn.Identity` modules with TransformerLens's names stand
 (`blocks.0.hook_resid_pre`, …): what a plain forward hook on one returns replaces the activation. Under the "eager"
 attention implementation the probabilities are computed, and the hooks of attention and norms are passed through;
-otherwise attention is `scaled_dot_product_attention`, and no matrix of tokens by tokens is made.
+otherwise attention is `scaled_dot_product_attention`, and no matrix of tokens by tokens is made but for a soft-cap or
+padding on the left.
 """
 
 import math
@@ -145,7 +146,8 @@ class BlocksConfig(PreTrainedConfig):
     residual_init_std: Number | None = None
     """Of normal projections and of the MLP's output. None: GPT-2's `initializer_range` / √(2 · n_layer)."""
     vp_init_std: Number | None = None
-    """Of normal values and projections that train. None: `initializer_range`, and `residual_init_std`."""
+    """Of normal values and projections that train. None: values as `initializer_range` says, projections as
+    `residual_init_std`."""
     query_init_std: Number | None = None
     """0: attention starts uniform."""
     key_init_std: Number | None = None
@@ -492,14 +494,14 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self,
         x: Float[Tensor, "batch pos d_model"],
-        past: DynamicCache | None = None,
+        past_key_values: DynamicCache | None = None,
         tokens: Bool[Tensor, "batch key"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Return the block's output; keys and values join those in `past`."""
+        """Return the block's output; keys and values join those in `past_key_values`."""
         x = self.hook_resid_pre(x)
         read = self.ln1(x)
         skip = self.mlp_skip_gain if self.parallel else self.attn_skip_gain
-        mid = self.hook_attn_out(self.attn_gain(self.attn(read, past, tokens)))
+        mid = self.hook_attn_out(self.attn_gain(self.attn(read, past_key_values, tokens)))
         if skip is not None:
             mid = skip(read if self.post else x) + mid
         mid = self.hook_resid_mid(mid)
@@ -606,8 +608,9 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return logits, [batch, pos, vocab], and the mean cross-entropy (nats/token) of the tokens after `labels`.
 
-        Padding, which `attention_mask`, [batch, key], marks with 0, changes nothing of the tokens. `hidden_states` are,
-        as GPT-2's, every block's input and what the final norm makes of the last one's output.
+        Padding, which `attention_mask`, [batch, key], marks with 0, changes nothing of the tokens. `position_ids` move
+        the position embeddings and no more: sequences packed into one row are not kept apart. `hidden_states` are, as
+        GPT-2's, every block's input and what the final norm makes of the last one's output.
 
         Raises:
             BlockError: a mask or a cache of another kind, or more tokens than there are positions.
@@ -630,7 +633,7 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
             if (attention_mask.diff(dim=-1) > 0).any():
                 tokens = attention_mask.bool()
                 if position_ids is None:
-                    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
+                    position_ids = (tokens.cumsum(-1) - 1).clamp(min=0)[:, seen:]
         if position_ids is None:
             position_ids = torch.arange(seen, end, device=input_ids.device)[None]
         x = self.hook_embed(self.embed(input_ids))
@@ -641,7 +644,8 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
         for block in self.blocks:
             if output_hidden_states:
                 hidden_states.append(x)
-            x = block(x, past_key_values, tokens)
+            # By its name, for gradient checkpointing takes caches away.
+            x = block(x, past_key_values=past_key_values, tokens=tokens)
         x = self.ln_final(x)
         logits = self.unembed(x[:, -logits_to_keep:])
         loss = None

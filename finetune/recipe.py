@@ -356,14 +356,15 @@ Block = Literal[
 
 
 def _from_flag(words: list[str]) -> dict[str, Any]:
-    """Return names and their values, which follow each other; what is no Python number, bool or None is a string."""
+    """Return names and their values, which follow each other; what is no number, bool or None is a string."""
     if len(words) % 2:
         raise ValueError(f"names and values are to alternate, but these are {len(words)}")
     values = {}
     for name, word in zip(words[::2], words[1::2], strict=True):
+        value = word
         with contextlib.suppress(ValueError, SyntaxError):
-            word = ast.literal_eval(word)
-        values[name] = word
+            value = ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(word, word))
+        values[name] = value if isinstance(value, bool | int | float | None) else word
     return values
 
 
@@ -417,7 +418,8 @@ class PretrainRecipe(Training):
     knobs: Annotated[dict[str, bool | int | float | str | None], _NAMES_AND_VALUES] = dataclasses.field(
         default_factory=dict
     )
-    """Other fields of `finetune.blocks.BlocksConfig`, in place of what `block` says. As a flag, beside the recipe's."""
+    """Other fields of `finetune.blocks.BlocksConfig`, in place of what `block` says. Those of the flag join those of
+    the recipe, and replace them where the name is the same."""
     tokenizer: str = "micro"
     """The model whose tokenizer to use: a bundled name (micro), a local directory, or a name on the Hub."""
 

@@ -315,3 +315,14 @@ def test_config_follows_the_weights():
     hooked = load_hooked_blocks(make("op")).to(torch.float32).to("meta")
     assert (hooked.cfg.device, hooked.cfg.dtype) == ("meta", torch.float32)
     assert hooked.reach(-1).device.type == "meta"
+
+
+def test_half_precision():
+    """Weights are those of the model, and what divides by a scale, which is float32, takes logits that are not."""
+    source = make("pre-ln").bfloat16()
+    hooked = load_hooked_blocks(source)
+    for ours, theirs in zip(hooked.blocks, source.blocks, strict=True):
+        assert torch.equal(ours.mlp.W_in, theirs.mlp.fc.weight.T)
+        assert torch.equal(ours.mlp.b_in, theirs.mlp.fc.bias)
+    frame = confidence_neurons.measure({"m": hooked, "bridge": load_bridge(to_gpt2(source))}, TOKENS, [0, 1])
+    assert frame.notna().all(axis=None)

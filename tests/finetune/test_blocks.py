@@ -177,7 +177,8 @@ def test_gains_and_stds_start_where_the_knobs_say():
     plain = make("pre-ln", n_embd=96, **stds).blocks[0]
     assert plain.attn.v.weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert plain.attn.o.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert BLOCKS["skipless"]["residual_init_std"] == BLOCKS["op"]["residual_init_std"] == 0.02
+    plain = make("pre-ln", n_embd=96, vp_init_std=0.05, **stds).blocks[0]
+    assert plain.attn.o.weight.std().item() == pytest.approx(0.05, rel=0.05)
 
 
 @pytest.mark.parametrize("name", [*SAS, "v-skipinit"])
@@ -211,6 +212,8 @@ def test_gradients_are_finite_and_reach_every_parameter(name: str):
     log_probs = model(TOKENS).logits.log_softmax(-1)
     expected = -log_probs[:, :-1].gather(-1, TOKENS[:, 1:, None]).mean()
     torch.testing.assert_close(loss, expected, check_dtype=False, rtol=1e-6, atol=1e-6)
+    of_more = model(TOKENS, labels=TOKENS, num_items_in_batch=28).loss  # of 14 here: a Trainer that accumulates
+    torch.testing.assert_close(of_more, expected / 2, check_dtype=False, rtol=1e-6, atol=1e-6)
     loss.backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), parameter_name
@@ -226,7 +229,7 @@ def test_gradients_at_initialisation_are_finite(name: str):
     plain = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
     model.zero_grad()
     model.activation_checkpointing_enable()
-    model(TOKENS, labels=TOKENS).loss.backward()
+    model(TOKENS, labels=TOKENS, use_cache=True).loss.backward()
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain[key])
 
@@ -500,14 +503,14 @@ def test_what_cannot_be_is_refused():
 
 @each_block
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(name: str, implementation: str, side: str):
+@pytest.mark.parametrize(("side", "dtype"), [("left", torch.long), ("left", torch.float32), ("right", torch.bool)])
+def test_padding_changes_nothing(name: str, implementation: str, side: str, dtype: torch.dtype):
     model = shaken(name, eos_token_id=None)
     model.set_attn_implementation(implementation)
     short, pad = TOKENS[1:, :6], torch.zeros(1, 2, dtype=torch.long)
     parts = (pad, short) if side == "left" else (short, pad)
     tokens = torch.cat([TOKENS[:1], torch.cat(parts, dim=1)])
-    mask = torch.ones_like(tokens)
+    mask = torch.ones_like(tokens, dtype=dtype)
     mask[1, slice(0, 2) if side == "left" else slice(6, 8)] = 0
     alone = model(short).logits
     logits = model(tokens, attention_mask=mask).logits
@@ -515,8 +518,9 @@ def test_padding_changes_nothing(name: str, implementation: str, side: str):
     assert logits.isfinite().all()
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     if side == "left":
-        generated = model.generate(tokens, attention_mask=mask, **options)[1, 8:]
-        assert torch.equal(generated, model.generate(short, **options)[0, 6:])
+        for beams in (1, 2):
+            generated = model.generate(tokens, attention_mask=mask, num_beams=beams, **options)[1, 8:]
+            assert torch.equal(generated, model.generate(short, num_beams=beams, **options)[0, 6:])
 
 
 def test_hidden_states_are_where_gpt2s_are():

@@ -428,7 +428,7 @@ class TestCommandLine:
         recipe = yaml.safe_load(Path(file).read_text())
         knobs = {"norm": "rmsnorm", "softcap": None, "attn_gain": 1, "mlp_bias": False}
         Path(file).write_text(yaml.safe_dump(recipe | {"knobs": knobs, "steps": 3}))
-        said = "softcap 30 attn_gain 0.5 final_norm none vp_bias False eos_token_id None"
+        said = "softcap 30 attn_gain 0.5 final_norm none vp_bias false eos_token_id None"
         main(["pretrain", file, "--out", "run", "--knobs", *said.split()])
         changed = {"softcap": 30, "attn_gain": 0.5, "final_norm": "none", "vp_bias": False, "eos_token_id": None}
         assert recipes.load_pretraining("run/recipe.yaml").knobs == knobs | changed
@@ -453,6 +453,7 @@ class TestCommandLine:
         main(["list", "pretrain"])
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines] == SHIPPED
+        assert all(line.endswith(".") for line in lines)
         assert lines[SHIPPED.index("pre-ln")].endswith(
             "  GPT-2's block, the one of micro: what the other blocks are compared with."
         )
@@ -478,6 +479,7 @@ class TestCommandLine:
             (["tiny.yaml", "--knobs", "norm", "batch"], "norm"),
             (["tiny.yaml", "--knobs", "n_layer", "3"], "knobs holds n_layer"),
             (["tiny.yaml", "--knobs", "norm"], "alternate"),
+            (["tiny.yaml", "--knobs", "norm", "[1,2]"], "norm"),
             (["tiny.yaml", "--n-layer", "0"], "n_layer"),
             (["tiny.yaml", "--n-positions", "1"], "n_positions is 1; at least 2"),
             (["--steps", "1"], "pretrain RECIPE"),
