@@ -28,7 +28,7 @@ def code_cells(path: Path) -> list[Any]:
 
 def test_there_are_six_and_those_of_the_sweeps():
     assert len(NOTEBOOKS) == 6
-    assert {path.stem for path in SWEEPS} == {"best", "data", "objective", "order", "pace"}
+    assert {path.stem for path in SWEEPS} == {"best", "data", "objective", "order", "pace", "roads"}
 
 
 @each

@@ -1,0 +1,67 @@
+"""LN removed afterwards against LN never there: models that runs of this package made, measured alike, as a table.
+
+`python notebooks/sweeps/roads.py RUN…` takes run directories of `finetune pretrain`, and of `finetune run` on the
+models of these, and writes roads.csv beside it, a row a model. Losses are of 240 blocks of each text; outlier features
+and the attribution error of 8,192 tokens of books-report.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from analysis import load_hooked, load_hooked_blocks, logit_attribution, loss, outlier_features
+from analysis.report import read_text
+from finetune import NolnError
+from finetune.blocks import BlocksConfig
+from finetune.checkpoint import load_config
+from finetune.recipe import PretrainRecipe, load_pretraining, load_run
+
+HERE = Path(__file__).parent
+
+
+def measure(model: Any) -> dict[str, float]:
+    """Return a model's losses, nats/token, its heads' NMAE, %, and its outlier features, averaged over the stream."""
+    row = {}
+    for text in ("books-validation", "books-report"):
+        sample = read_text(text, model, 240 * model.cfg.n_ctx)
+        measured = loss.measure({"model": model}, sample.tokens, sample.documents, reference="model").iloc[0]
+        row |= {f"loss_{text}": measured["loss"], f"loss_error_{text}": measured["loss_error"]}
+    tokens = read_text("books-report", model).tokens
+    features = outlier_features.measure({"model": model}, tokens)
+    features = features[features["token_class"] == "all"]
+    for column in ("kurtosis", "max_median_ratio"):
+        row |= {column: features[column].mean(), f"{column}_max": features[column].max()}
+    try:
+        row["nmae"] = logit_attribution.measure({"model": model}, tokens)["nmae"][0]
+    except NolnError:
+        row["nmae"] = float("nan")  # under post-norm the stream is no sum of parts
+    return row
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """Return a row for each model that a run made."""
+    recipe = load_run(run)
+    results = pd.read_csv(run / "results.csv").set_index("model")
+    if isinstance(recipe, PretrainRecipe):
+        own = recipe.knobs.items() - load_pretraining(recipe.block).knobs.items()
+        name = ", ".join([recipe.block, *(f"{knob} {value}" for knob, value in sorted(own))])
+        row = {"model": name, "seed": recipe.seed, "lr": recipe.lr}
+        row |= results.loc["model", ["parameters", "trained_tokens"]].to_dict()
+        is_gpt2 = not isinstance(load_config(run / "model"), BlocksConfig)
+        return [row | measure((load_hooked if is_gpt2 else load_hooked_blocks)(run / "model"))]
+    base = pd.read_csv(Path(recipe.model).parent / "results.csv").iloc[0]
+    rows = []
+    for name in ("control", "ln_free"):
+        kept = "kept" if name == "control" else "removed"
+        row = {"model": f"pre-ln, LN {kept}", "seed": recipe.seed, "lr": recipe.lr, "parameters": base["parameters"]}
+        row["trained_tokens"] = base["trained_tokens"] + results.loc[name, "trained_tokens"]
+        rows.append(row | measure(load_hooked(run / name)))
+    return rows
+
+
+if __name__ == "__main__":
+    rows = [row for run in tqdm(sys.argv[1:], unit="run") for row in read(Path(run))]
+    pd.DataFrame(rows).to_csv(HERE / "roads.csv", index=False)
