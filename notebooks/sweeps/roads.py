@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from analysis import load_hooked, load_hooked_blocks, logit_attribution, loss, outlier_features
 from analysis.report import read_text
-from finetune import NolnError
 from finetune.blocks import BlocksConfig
 from finetune.checkpoint import load_config
 from finetune.recipe import PretrainRecipe, load_pretraining, load_run
@@ -22,8 +21,11 @@ from finetune.recipe import PretrainRecipe, load_pretraining, load_run
 HERE = Path(__file__).parent
 
 
-def measure(model: Any) -> dict[str, float]:
-    """Return a model's losses, nats/token, its heads' NMAE, %, and its outlier features, averaged over the stream."""
+def measure(model: Any, is_sum: bool = True) -> dict[str, float]:
+    """Return a model's losses, nats/token, its outlier features, averaged over the stream, and its heads' NMAE, %.
+
+    Where the stream is no sum of what parts write, as under post-norm, `is_sum` is False, and there is no NMAE.
+    """
     row = {}
     for text in ("books-validation", "books-report"):
         sample = read_text(text, model, 240 * model.cfg.n_ctx)
@@ -34,10 +36,7 @@ def measure(model: Any) -> dict[str, float]:
     features = features[features["token_class"] == "all"]
     for column in ("kurtosis", "max_median_ratio"):
         row |= {column: features[column].mean(), f"{column}_max": features[column].max()}
-    try:
-        row["nmae"] = logit_attribution.measure({"model": model}, tokens)["nmae"][0]
-    except NolnError:
-        row["nmae"] = float("nan")  # under post-norm the stream is no sum of parts
+    row["nmae"] = logit_attribution.measure({"model": model}, tokens)["nmae"][0] if is_sum else float("nan")
     return row
 
 
@@ -50,8 +49,10 @@ def read(run: Path) -> list[dict[str, Any]]:
         name = ", ".join([recipe.block, *(f"{knob} {value}" for knob, value in sorted(own))])
         row = {"model": name, "seed": recipe.seed, "lr": recipe.lr}
         row |= results.loc["model", ["parameters", "trained_tokens"]].to_dict()
-        is_gpt2 = not isinstance(load_config(run / "model"), BlocksConfig)
-        return [row | measure((load_hooked if is_gpt2 else load_hooked_blocks)(run / "model"))]
+        config = load_config(run / "model")
+        if isinstance(config, BlocksConfig):
+            return [row | measure(load_hooked_blocks(run / "model"), config.norm_position != "post")]
+        return [row | measure(load_hooked(run / "model"))]
     base = pd.read_csv(Path(recipe.model).parent / "results.csv").iloc[0]
     rows = []
     for name in ("control", "ln_free"):

@@ -49,7 +49,6 @@ def forward_by_hand(name: str, model: BlocksForCausalLM, tokens: Tensor) -> Tens
     T = len(tokens)
     knobs = model.config
     eps, softcap = knobs.norm_epsilon, knobs.softcap
-    post = name == "post-ln"
     norms = "none" if name.endswith("nonorm") or name == "op" else knobs.norm
     shaped = "skip" in name
     parallel = "parallel" in name
@@ -103,7 +102,7 @@ def forward_by_hand(name: str, model: BlocksForCausalLM, tokens: Tensor) -> Tens
         return linear(x, f"blocks.{i}.mlp.proj")
 
     x = w["embed.weight"][tokens] + w["pos_embed.weight"][:T]
-    if post:  # LN(x + f(x)): the norms behind, of which the first is that of the embedding
+    if name == "post-ln":  # LN(x + f(x)): the norms behind, of which the first is that of the embedding
         x = norm(x, "blocks.0.ln1")
         for i in range(SHAPE["n_layer"]):
             after = "ln_final" if i == SHAPE["n_layer"] - 1 else f"blocks.{i + 1}.ln1"
