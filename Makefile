@@ -25,7 +25,6 @@ lint: $(VENV)/installed
 
 # Executes the notebooks in place and draws the README's picture; PNGs need Chrome or Chromium.
 notebooks: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[png]'
 	$(BIN)/python notebooks/execute.py
 	$(BIN)/python notebooks/picture.py
 
@@ -38,7 +37,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV), once: a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,logging,eval,notebooks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,logging,eval,notebooks,png]'
 	@touch $@
 
 # Nothing but TransformerLens 4, over the packages of the first environment.

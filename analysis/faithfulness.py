@@ -393,8 +393,12 @@ class _Correlation:
         self._sums = self._sums + torch.stack([series.sum(0) for series in (x, y, x * x, y * y, x * y)])
 
     def value(self) -> Float[Tensor, " series"]:
+        """Return the correlations: NaN where a series is constant, but for rounding, of which its variance consists."""
         x, y, xx, yy, xy = self._sums / self._count
-        return (xy - x * y) / ((xx - x * x) * (yy - y * y)).sqrt()
+        variances = [
+            torch.where(v > 1e-12 * square, v, torch.nan) for v, square in ((xx - x * x, xx), (yy - y * y, yy))
+        ]
+        return (xy - x * y) / (variances[0] * variances[1]).sqrt()
 
 
 class _CKA:

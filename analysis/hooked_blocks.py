@@ -83,9 +83,21 @@ class HookedBlocks(HookedRootModule):
         self.setup()
         self.eval()
 
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
-        """Return the logits."""
-        return self.model(tokens, use_cache=False).logits
+    def forward(self, tokens: Int[Tensor, "batch pos"] | str) -> Float[Tensor, "batch pos vocab"]:
+        """Return the logits, of a text those of `to_tokens`."""
+        return self.model(self.to_tokens(tokens) if isinstance(tokens, str) else tokens, use_cache=False).logits
+
+    def to_tokens(self, text: str, prepend_bos: bool = True) -> Int[Tensor, "1 pos"]:
+        """Return the tokens of a text, behind the begin-of-sequence token, as `HookedTransformer` does.
+
+        Raises:
+            NolnError: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise NolnError("The model has no tokenizer: give it one beside it, or run it on token ids.")
+        bos = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        ids = [bos] * (prepend_bos and bos is not None) + self.tokenizer.encode(text, add_special_tokens=False)
+        return torch.tensor([ids], device=self.W_U.device)
 
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:  # noqa: N802

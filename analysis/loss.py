@@ -38,7 +38,7 @@ def measure_tokens(
     Args:
         models: what `analysis.load_trio` returns.
         tokens: packed blocks, nothing prepended.
-        documents: the document of each token, `Blocks.document_ids`; without it each block counts as one.
+        documents: the document of each token, `Blocks.document_ids()`; without it each block counts as one.
         text: what to call the text.
         reference: the model to subtract.
         batch_size: blocks in one forward; no result depends on it.

@@ -50,9 +50,9 @@ from analysis import (
 from analysis.loading import Model, load_trio
 from analysis.prompts import Pair, choose_pairs, encode_pairs, read_pairs
 from finetune import NolnError, checkpoint
-from finetune import recipe as recipes
-from finetune.bundled import MODELS
+from finetune.bundled import resolve_text
 from finetune.recipe import Text
+from finetune.run_directory import recipe_of
 from finetune.text import load_blocks
 
 ROWS_SHOWN = 40
@@ -476,20 +476,17 @@ def _newest() -> tuple[Model, str | None, Model | None, Model, Any]:
     """
     runs = [path.parent for path in Path("runs").glob("*/results.csv") if (path.parent / "ln_free").is_dir()]
     if not runs:
-        if "micro-ln-free" in MODELS:
-            return "micro", None, "micro-control", "micro-ln-free", None
-        raise ReportError(
-            "There is no complete run under runs/ to report on: run `python -m finetune` first, or name models with "
-            "--original and --ln-free."
-        )
+        return "micro", None, "micro-control", "micro-ln-free", None
     newest = max(runs, key=lambda run: (run / "results.csv").stat().st_mtime)
-    recipe = recipes.load(newest / "recipe.yaml")
+    recipe: Any = recipe_of(newest)
     control = recipe.control_from or (newest / "control" if recipe.control else None)
     return recipe.model, recipe.revision, control, newest / "ln_free", checkpoint.load_tokenizer(newest / "ln_free")
 
 
 def read_text(name: str, model: Any, tokens: int = 8_192) -> Sample:
     """Pack a text for `model` as in training, nothing prepended, and take blocks spread evenly over it.
+
+    Of a Hub data set, which may be larger than the disk, no more is read than the first blocks.
 
     Args:
         name: a source as in a recipe: a bundled name, a file, a directory, or a Hub data set.
@@ -503,13 +500,16 @@ def read_text(name: str, model: Any, tokens: int = 8_192) -> Sample:
     if model.tokenizer is None:
         raise ReportError("The original model has no tokenizer beside it: put its tokenizer.json there.")
     context = model.cfg.n_ctx
-    packed = load_blocks(Text(name), model.tokenizer, context, model.cfg.d_vocab)
-    chosen = np.linspace(0, len(packed) - 1, min(len(packed), max(1, tokens // context))).astype(int)
-    documents = packed.document_ids[chosen]
+    wanted, from_hub = max(1, tokens // context), not Path(resolve_text(name)).expanduser().exists()
+    text = Text(name, streaming=from_hub)
+    packed = load_blocks(text, model.tokenizer, context, model.cfg.d_vocab, most=wanted if from_hub else None)
+    chosen = np.linspace(0, len(packed) - 1, min(len(packed), wanted)).astype(int)
+    documents = packed.document_ids(chosen)
+    taken = f"its first {documents.size:,}" if from_hub else f"{documents.size:,} of {packed.blocks.size:,}"
     return Sample(
         torch.stack([packed[i]["input_ids"] for i in chosen]),
         documents,
-        f"{name}: {documents.size:,} of {packed.blocks.size:,} tokens, from {len(np.unique(documents)):,} documents",
+        f"{name}: {taken} tokens, from {len(np.unique(documents)):,} documents",
     )
 
 
@@ -704,7 +704,8 @@ def _facts(model: Any, samples: Mapping[str, Sample]) -> dict[str, str]:
         "Text": "; ".join(sample.description for sample in samples.values()),
         "Packing": (
             "as in training: documents one after another, each ended by the end-of-text token, cut in blocks of "
-            f"{model.cfg.n_ctx} tokens, nothing prepended; the blocks are spread evenly over the text"
+            f"{model.cfg.n_ctx} tokens, nothing prepended; the blocks are spread evenly over the text, of a Hub data "
+            "set the first ones"
         ),
         "Models": (
             "norms folded into the weights that read them; the mean over the width of what is written to the residual "

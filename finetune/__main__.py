@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[command](arguments)
     except (NolnError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         again = "the same command" if command == "sweep" else "`python -m finetune resume RUN`, RUN being its directory"
         print(f"\ninterrupted: what had begun goes on with {again}", file=sys.stderr)
@@ -143,7 +143,9 @@ def _sweep(arguments: list[str]) -> None:
     from finetune import sweep
 
     results = sweep.run(options.file, out, options.processes)
-    print(results[["recipe", "seed", "tokens", "seconds", "gap", "jsd_ln_free", "jsd_control"]].to_string(index=False))
+    results.insert(0, "setting", sweep.settings(results))
+    columns = ["setting", "seed", "tokens", "seconds", "gap", "jsd_ln_free", "jsd_control", "error"]
+    print(results.reindex(columns=columns).dropna(axis=1, how="all").fillna("").to_string(index=False))
     print(f"Everything is in {out}: results.csv, documents.csv, figure.html and the runs")
 
 

@@ -18,8 +18,8 @@ projection P of all heads together, are matrices of their own, or gains of two: 
 there is none. Where the places of the hooks lie in GPT-2, `nn.Identity` modules with TransformerLens's names stand
 (`blocks.0.hook_resid_pre`, …): what a plain forward hook on one returns replaces the activation. Under the "eager"
 attention implementation the probabilities are computed, and the hooks of attention and norms are passed through;
-otherwise attention is `scaled_dot_product_attention`, and no matrix of tokens by tokens is made but for a soft-cap or
-padding on the left.
+otherwise attention is `scaled_dot_product_attention`, and no matrix of tokens by tokens is made but for a soft-cap,
+padding on the left, or several tokens behind cached ones.
 """
 
 import math
@@ -630,7 +630,7 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
             if attention_mask.shape != (len(input_ids), end):
                 raise BlockError(f"The attention_mask is {list(attention_mask.shape)}, not {[len(input_ids), end]}.")
             # What comes after all tokens is not seen anyway. On a GPU the answer waits for the device.
-            if (attention_mask.diff(dim=-1) > 0).any():
+            if (attention_mask.int().diff(dim=-1) > 0).any():
                 tokens = attention_mask.bool()
                 if position_ids is None:
                     position_ids = (tokens.cumsum(-1) - 1).clamp(min=0)[:, seen:]
@@ -736,10 +736,11 @@ def signals(model: BlocksForCausalLM) -> Iterator[dict[str, float]]:
 
     The dict that it yields is filled at the end. Of every gain, by its module's name, its mean (over heads), and `.std`
     where there are heads. `blocks.3.attn.entropy`: of A(x), nats, the mean over heads and queries. Of every block's
-    input and the last one's output, such as `blocks.3.hook_resid_pre.kurtosis`, all without unit but the RMS, over all
-    tokens: `rms`; `kurtosis`, from 1 to the width; `max_median_ratio`; `feature_correlation_rms`, `input_correlation`
-    and `input_correlation_rms`; as `analysis.outlier_features` defines them. They need probabilities: attention is
-    "eager" meanwhile.
+    input and the last one's output x, such as `blocks.3.hook_resid_pre.kurtosis`, over all tokens: `rms`, √mean x², in
+    x's unit; and, without unit and as `analysis.outlier_features` defines them, `kurtosis`, from 1 to the width,
+    `max_median_ratio`, `feature_correlation_rms`, `input_correlation` and `input_correlation_rms`. RMS, kurtosis and
+    ratio are of x as it is, as in the paper; the released code takes its mean over the width out first. They need
+    probabilities: attention is "eager" meanwhile.
     """
     measured: dict[str, Tensor] = {}
     values: dict[str, float] = {}

@@ -96,7 +96,7 @@ def measure_documents(models: Mapping[str, CausalLM], blocks: Blocks, reference:
     Columns are model, document, tokens, and loss, kl and jsd to `reference` in nats/token: see `measure_tokens`.
     """
     measured = measure_tokens(models, blocks, reference)
-    tokens = {"document": blocks.document_ids[:, :-1].ravel()}
+    tokens = {"document": blocks.document_ids()[:, :-1].ravel()}
     frames = [
         pd.DataFrame(tokens | {measure: values.ravel() for measure, values in measured[name].items()})
         .groupby("document", as_index=False)

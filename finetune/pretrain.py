@@ -26,7 +26,7 @@ from finetune import recipe as recipes
 from finetune.blocks import BlocksConfig, BlocksForCausalLM
 from finetune.objective import DeferredUnembedding, Head
 from finetune.recipe import PretrainRecipe, Text
-from finetune.run_directory import Run, new_directory, push, render, write, write_recipe
+from finetune.run_directory import Run, alone_in, new_directory, push, render, write, write_recipe
 from finetune.text import TextSplits, load_text
 from finetune.trainer import Record, RunTrainer, check_processes, checkpoints, fuse_gelu
 
@@ -110,12 +110,13 @@ def _config(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Block
 
 def complete(setup: Setup, directory: Path) -> Run:
     """Do what is still to be done of a run: fit, export and measure."""
-    if not (directory / "model").exists():
-        fit(setup, directory)
-        if PartialState().is_main_process:
-            export(setup, directory)
-        PartialState().wait_for_everyone()
-    return Run(directory, conclude(setup, directory))
+    with alone_in(directory / "checkpoints", PartialState().is_main_process):
+        if not (directory / "model").exists():
+            fit(setup, directory)
+            if PartialState().is_main_process:
+                export(setup, directory)
+            PartialState().wait_for_everyone()
+        return Run(directory, conclude(setup, directory))
 
 
 def fit(setup: Setup, directory: Path) -> None:

@@ -531,12 +531,14 @@ def validate(kind: type[_Kind], content: dict[str, Any], what: str) -> _Kind:
 def with_text(recipe: _Training, text: str | Path | Text | None) -> _Training:
     """Return `recipe` with another text: a source, of which a part is held out, or a whole `Text`. None: its own.
 
-    What a recipe holds out goes with the source that it names.
+    What a recipe holds out, and the column and split to read, go with the source that it names.
     """
     if isinstance(text, str | Path) and str(text) == recipe.text.source:
         text = None
     if isinstance(text, str | Path):
-        text = dataclasses.replace(recipe.text, source=str(text), held_out=None)
+        text = dataclasses.replace(
+            recipe.text, source=str(text), held_out=None, column=None, subset=None, split=Text.split
+        )
     return recipe if text is None else dataclasses.replace(recipe, text=text)
 
 
@@ -560,6 +562,11 @@ def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
             raise RecipeError(f"The {what} does not hold: {name} is no field of a recipe.")
         part[field] = value
     return validate(Recipe, content, what)
+
+
+def said(recipe: Training) -> dict[str, Any]:
+    """Return the fields in which `recipe` is not what a recipe is by default, as JSON has them."""
+    return pydantic.TypeAdapter(type(recipe)).dump_python(recipe, mode="json", exclude_defaults=True)
 
 
 def dump(recipe: Training, run: dict[str, Any] | None = None) -> str:

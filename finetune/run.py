@@ -28,7 +28,7 @@ from finetune import checkpoint, evaluate, pretrain, schedule
 from finetune import recipe as recipes
 from finetune.checkpoint import CausalLM
 from finetune.recipe import Recipe, Text
-from finetune.run_directory import Run, new_directory, push, recipe_of, render, write, write_recipe
+from finetune.run_directory import Run, alone_in, new_directory, push, recipe_of, render, write, write_recipe
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import TextSplits, load_text
@@ -75,12 +75,15 @@ def start(
     """
     directory = new_directory(recipe, out)
     setup = set_up(recipe, model, tokenizer)
+    in_memory = model is not None or tokenizer is not None
+    if in_memory:
+        # A run is replayed and resumed from files alone.
+        recipe = dataclasses.replace(recipe, model=str(directory / "original"), revision=None)
+        setup = dataclasses.replace(setup, recipe=recipe)
     if PartialState().is_main_process:
         directory.mkdir(parents=True)
-        if model is not None or tokenizer is not None:
-            # A run is replayed and resumed from files alone.
+        if in_memory:
             checkpoint.save(setup.model, directory / "original", setup.tokenizer)
-            recipe = dataclasses.replace(setup.recipe, model=str(directory / "original"), revision=None)
         write_recipe(recipe, directory)
     PartialState().wait_for_everyone()
     return _complete(setup, directory)
@@ -133,19 +136,19 @@ def set_up(
     else:
         model = copy.deepcopy(model).float()
     if (norms := checkpoint.norm_state(model)) != "live":
-        raise checkpoint.CheckpointError(
-            f"The norms of {recipe.model} are {norms}: there is no LayerNorm left to remove."
-        )
+        name = model.name_or_path or "the model in memory"
+        raise checkpoint.CheckpointError(f"The norms of {name} are {norms}: there is no LayerNorm left to remove.")
     text = load_text(recipe.text, tokenizer, config.n_positions, config.vocab_size, seed=recipe.seed)
     return Setup(recipe, model, tokenizer, events, text)
 
 
 def _complete(setup: Setup, directory: Path) -> Run:
     """Do what is still to be done of a run: fit, export and compare."""
-    fit(setup, directory, "ln_free", setup.events)
-    if setup.recipe.control and setup.recipe.control_from is None:
-        fit(setup, directory, "control", [])
-    return Run(directory, _conclude(setup, directory))
+    with alone_in(directory / "checkpoints", PartialState().is_main_process):
+        fit(setup, directory, "ln_free", setup.events)
+        if setup.recipe.control and setup.recipe.control_from is None:
+            fit(setup, directory, "control", [])
+        return Run(directory, _conclude(setup, directory))
 
 
 def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> None:
@@ -218,17 +221,19 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
         write(directory / "results.csv", results.to_csv(index=False))
         for name in ("control", "ln_free"):
             if (directory / name).is_dir():
-                write(directory / name / "README.md", _card(setup, name, results, log))
+                write(directory / name / "README.md", _card(setup, directory, name, results, log))
         push(recipe, directory / "ln_free")
     state.wait_for_everyone()
     return pd.read_csv(directory / "results.csv")
 
 
-def _card(setup: Setup, name: str, results: pd.DataFrame, log: list[dict[str, Any]]) -> str:
+def _card(setup: Setup, directory: Path, name: str, results: pd.DataFrame, log: list[dict[str, Any]]) -> str:
+    in_memory = Path(setup.recipe.model) == directory / "original"
     return render(
         "model_card.md.jinja",
         name=name,
-        base=Path(setup.recipe.model).name,
+        base="a model in memory" if in_memory else Path(setup.recipe.model).name,
+        base_model=None if in_memory else setup.recipe.model,
         recipe=setup.recipe,
         config=setup.model.config,
         events=[(line["step"], line["frozen"]) for line in log if line["model"] == name and line["frozen"]],

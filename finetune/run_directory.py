@@ -7,9 +7,12 @@ import dataclasses
 import importlib.metadata
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +21,11 @@ import jinja2
 import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
-from finetune import checkpoint
+from finetune import NolnError, checkpoint
 from finetune import recipe as recipes
 from finetune.bundled import MODELS, TEXTS
 from finetune.checkpoint import CausalLM
@@ -96,6 +100,29 @@ def push(recipe: Training, model: Path) -> None:
         HfApi().upload_folder(repo_id=recipe.push_to_hub, folder_path=model)
 
 
+class InUseError(NolnError):
+    """A directory that another process writes into."""
+
+
+@contextmanager
+def alone_in(directory: Path, is_main_process: bool = True) -> Iterator[None]:
+    """Keep other runs out of a directory, which is made; of the processes of one run only the main one holds it.
+
+    Raises:
+        InUseError: another run is in it.
+    """
+    if not is_main_process:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(directory / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise InUseError(f"Another process writes into {directory}: wait until it is done, or stop it.") from error
+    with held:
+        yield
+
+
 def write_recipe(recipe: Training, directory: Path) -> None:
     """Write what is going to be run, with what there is to know of it, and say where the run is."""
     tqdm.write(f"The run is in {directory}")
@@ -125,20 +152,32 @@ def _absolute(recipe: Trains) -> Trains:
 
 def _provenance() -> dict[str, Any]:
     """Return what else there is to know of a run: its time, command, versions, git state and processes."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     packages = ("noln", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
     return {
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "git": git.stdout.strip() or None,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "git": _commit(),
         "processes": PartialState().num_processes,
         "device": str(PartialState().device),
     }
+
+
+def _version(package: str) -> str | None:
+    """Return which version is installed; this package may be run where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of this package, if it is run from a repository of its own and not from within another's."""
+    if shutil.which("git") is None:
+        return None
+    here = Path(__file__)
+    for command in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty", "--abbrev=12"]):
+        git = subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, check=False)
+        if git.returncode:
+            return None
+    return git.stdout.strip()

@@ -15,8 +15,10 @@ OUT/results.csv     a row a run
 OUT/documents.csv   each model of each run on each document of each text, to resample
 OUT/figure.html     gap to control and JSD to the original against tokens seen
 
-Runs that differ only in how LN is removed share their control. What has a row is not run again, and a run that was cut
-off is resumed. 1. One run for each control still to be trained. 2. The others, with these controls.
+Runs that differ only in how LN is removed share their control. What has a row is not run again, unless it failed for
+another reason than that it diverged; a run that was cut off is resumed. A run is called after all that its recipe says,
+so that a recipe that changed is run anew.
+1. One run for each control still to be trained. 2. The others, with these controls.
 """
 
 import dataclasses
@@ -42,7 +44,9 @@ from finetune import NolnError, checkpoint, evaluate
 from finetune import recipe as recipes
 from finetune import run as runs
 from finetune.recipe import Recipe
+from finetune.run_directory import alone_in, write
 from finetune.text import load_blocks
+from finetune.trainer import DivergedError
 
 MODELS = ("original", "control", "ln_free")
 
@@ -77,10 +81,11 @@ class Job:
 
     @property
     def control(self) -> Recipe:
-        """What the control depends on: the recipe without what says how LN is removed."""
-        schedule = recipes.Schedule(start=1, gap=recipes.Gaps())
-        recipe = dataclasses.replace(self.recipe, schedule=schedule, std_decay=0, std_mean="arithmetic")
-        return dataclasses.replace(recipe, kl_weight=0, match_weight=0, aux_weight=0)
+        """What the control depends on: the recipe without what says how LN is removed, and what is kept of a run."""
+        recipe = dataclasses.replace(self.recipe, schedule=recipes.Schedule(start=1, gap=recipes.Gaps()))
+        recipe = dataclasses.replace(recipe, std_decay=0, std_mean="arithmetic", export_format="b25")
+        recipe = dataclasses.replace(recipe, kl_weight=0, match_weight=0, aux_weight=0)
+        return dataclasses.replace(recipe, name="", log_every=1, save_every=1, report_to=(), push_to_hub=None)
 
 
 def load(path: str | Path, out: str | Path) -> list[Job]:
@@ -95,9 +100,10 @@ def load(path: str | Path, out: str | Path) -> list[Job]:
     for run, *values in itertools.product(sweep.runs, *sweep.grid.values()):
         overrides = sweep.set | run | dict(zip(sweep.grid, values, strict=True))
         base = overrides.pop("recipe", sweep.recipe)
-        digest = hashlib.sha256(json.dumps([base, overrides, sweep.texts], sort_keys=True).encode()).hexdigest()
         for seed in sweep.seeds:
             recipe = recipes.override(recipes.load(base), overrides | {"seed": seed}, f"sweep's run {overrides}")
+            said = recipes.said(dataclasses.replace(recipe, name="", seed=0))
+            digest = hashlib.sha256(json.dumps([said, sweep.texts], sort_keys=True).encode()).hexdigest()
             directory = Path(out).absolute() / "runs" / f"{digest[:8]}-seed{seed}"
             jobs.append(Job(recipe, base, overrides, sweep.texts, directory))
     return jobs
@@ -108,11 +114,20 @@ def run(path: str | Path, out: str | Path, processes: int = 1) -> pd.DataFrame:
 
     Raises:
         RecipeError: as `load` does; nothing has been run.
+        InUseError: another process runs this sweep.
     """
     jobs, out = load(path, out), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        return _run(jobs, out, processes)
+
+
+def _run(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
     rows, documents = (_read(out / name) for name in ("results.csv", "documents.csv"))
-    done = set() if rows.empty else set(rows["run"])
+    if "error" in rows:  # a run that diverged would again; what failed otherwise may not
+        rows = rows[rows["error"].isna() | rows["error"].astype(str).str.startswith(DivergedError.__name__)]
+    done = {*rows.get("run", ())}
+    if not documents.empty:
+        documents = documents[documents["run"].isin(done)]  # the others' were written, but their rows no more
     controls = {job.control: job.directory / "control" for job in jobs if (job.directory / "control").is_dir()}
     first: dict[Recipe, Job] = {}
     for job in jobs:
@@ -126,14 +141,16 @@ def run(path: str | Path, out: str | Path, processes: int = 1) -> pd.DataFrame:
                     controls[job.control] = job.directory / "control"
                 rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
                 documents = pd.concat([documents, measured], ignore_index=True)
-                _write(rows, out / "results.csv")
-                _write(documents, out / "documents.csv")
+                write(out / "documents.csv", documents.to_csv(index=False))
+                write(out / "results.csv", rows.to_csv(index=False))
                 bar.update()
     order = {job.name: i for i, job in enumerate(jobs)}
     rows = rows.sort_values("run", key=lambda names: names.map(order), ignore_index=True)
-    _write(rows, out / "results.csv")  # as the file has them, and no longer as they came to be done
+    # As the file has them, and no longer as they came to be done.
+    write(out / "results.csv", rows.to_csv(index=False))
     rows = rows[rows["run"].isin(order)]
-    plot(rows).write_html(out / "figure.html")
+    if not (complete := rows[rows["error"].isna()] if "error" in rows else rows).empty:
+        write(out / "figure.html", plot(complete).to_html())
     return rows
 
 
@@ -169,7 +186,8 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
             recipe = job.recipe if control is None else dataclasses.replace(job.recipe, control_from=str(control))
             result = runs.start(recipe, job.directory)
     except NolnError as error:
-        return row | {"run": job.name, "error": str(error)} | overridden, pd.DataFrame()
+        failed = {"run": job.name, "error": f"{type(error).__name__}: {error}"}
+        return row | failed | overridden, pd.DataFrame()
     documents = {"choose": pd.read_csv(job.directory / "documents.csv")}
     if job.texts:
         models = {name: result.load(name) for name in documents["choose"]["model"].unique()}
@@ -214,7 +232,7 @@ def summarise(results: pd.DataFrame, names: Sequence[str] | None = None) -> pd.D
     `…_change` and the standard error of that, `…_change_error`: seeds share their text, so differences say more.
     """
     results = results.assign(
-        setting=_settings(results),
+        setting=settings(results),
         loss=results["loss_ln_free_choose"] - results["loss_original_choose"],
         jsd=results["jsd_ln_free"],
     )
@@ -235,8 +253,8 @@ def summarise(results: pd.DataFrame, names: Sequence[str] | None = None) -> pd.D
     return pd.DataFrame(rows)
 
 
-def _settings(results: pd.DataFrame) -> list[str]:
-    """Return of each run what was overridden, but for what was in all runs."""
+def settings(results: pd.DataFrame) -> list[str]:
+    """Return of each run of a table what was overridden, but for what was in all runs."""
     said = ["recipe", *(column for column in results if column.startswith("override."))]
     varied = [column for column in said if results[column].nunique(dropna=False) > 1]
     return [
@@ -289,11 +307,8 @@ def plot_settings(summary: pd.DataFrame) -> go.Figure:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path) if path.exists() else pd.DataFrame()
-
-
-def _write(frame: pd.DataFrame, path: Path) -> None:
-    """Write a table whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    frame.to_csv(partial, index=False)
-    partial.replace(path)
+    """Read a table, if there is one yet, what was overridden as the JSON that it is."""
+    if not path.exists() or not path.read_text().strip():
+        return pd.DataFrame()
+    overridden = [column for column in pd.read_csv(path, nrows=0) if column.startswith("override.")]
+    return pd.read_csv(path, dtype=dict.fromkeys(overridden, str))

@@ -39,6 +39,7 @@ COMPRESSIONS = ".gz", ".bz2", ".xz", ".zst"
 BATCH_CHARACTERS = 1_000_000  # a call of the tokenizer
 PIECE_CHARACTERS = 100_000  # longer documents are tokenised in pieces, in parallel
 SHUFFLE_DOCUMENTS = 10_000  # what streaming shuffles among
+_CHUNK = 4096  # blocks that are looked at in one go
 
 Part = tuple[UInt[np.ndarray, " token"], Int[np.ndarray, " document"] | None]
 """Tokens, and the positions before which documents end (None: unknown but for their end-of-text tokens)."""
@@ -71,16 +72,22 @@ class Blocks(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.from_numpy(self.blocks[index].astype(np.int64))}
 
-    @property
-    def document_ids(self) -> Int[np.ndarray, "block context"]:
-        """The number of each token's document, from 0; an end-of-text token is in the document that it ends."""
+    def document_ids(self, rows: Int[np.ndarray, " row"] | None = None) -> Int[np.ndarray, "row context"]:
+        """Return the number of each token's document, in all blocks or in those at `rows`.
+
+        The document that the first block begins in is 0; an end-of-text token is in the document that it ends.
+        """
+        rows = np.arange(len(self)) if rows is None else rows
+        context = self.blocks.shape[1]
         if self.eot is not None:
-            ended = (self.blocks == self.eot).ravel()
-            ids = np.cumsum(ended) - ended
-        else:
-            ends = np.empty(0, np.int64) if self.ends is None else self.ends
-            ids = np.searchsorted(ends, np.arange(self.blocks.size), side="right")
-        return (ids - ids[0]).reshape(self.blocks.shape)
+            # A chunk at a time: the tokens may be more than fit into memory.
+            chunks = (self.blocks[start : start + _CHUNK] == self.eot for start in range(0, len(self), _CHUNK))
+            ended_in = np.concatenate([chunk.sum(1) for chunk in chunks])
+            ended = self.blocks[rows] == self.eot
+            return (np.cumsum(ended_in) - ended_in)[rows, None] + np.cumsum(ended, 1) - ended
+        ends = np.empty(0, np.int64) if self.ends is None else self.ends
+        positions = rows[:, None] * context + np.arange(context)
+        return np.searchsorted(ends, positions, side="right") - np.searchsorted(ends, 0, side="right")
 
 
 class StreamedBlocks(torch.utils.data.IterableDataset):
@@ -154,9 +161,12 @@ def load_text(
             a block; or a token is beyond the vocabulary.
     """
     if text.held_out is not None:
-        inner, outer = _path(text.held_out).resolve(), _path(text.source).resolve()
-        if inner == outer or (outer in inner.parents and not _bin_files(text.source)):
-            raise TextError(f"text.held_out, {text.held_out}, is a part of text.source, {text.source}.")
+        train_path = (_bin_files(text.source) or [_path(text.source)])[0].resolve()
+        held_out_path = (_bin_files(text.held_out) or [_path(text.held_out)])[-1].resolve()
+        if train_path in (held_out_path, *held_out_path.parents) or held_out_path in train_path.parents:
+            raise TextError(
+                f"text.held_out, {text.held_out}, and text.source, {text.source}, share text: name other files."
+            )
     if text.streaming and not _bin_files(text.source):
         return _stream(text, tokenizer, context, vocab_size, seed)
     read = partial(_read, text=text, tokenizer=tokenizer, vocab_size=vocab_size)
@@ -187,15 +197,19 @@ def load_text(
 def load_blocks(
     text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, *, most: int | None = None
 ) -> Blocks:
-    """Read, tokenise and pack `text.source` as `load_text` does, with nothing held out and nothing streamed.
+    """Read, tokenise and pack `text.source` as `load_text` does, with nothing held out.
 
-    All of it, or its first blocks: `most` at the most.
+    All of it, or its first blocks: `most` at the most, which are all that is read where `text.streaming`.
     Of a directory of nanoGPT's it is val.bin, where there is one.
 
     Raises:
         TextError: as `load_text` does.
     """
-    tokens, ends = _read(text.source, replace(text, streaming=False), tokenizer, vocab_size)[-1]
+    if text.streaming and most is not None and not _bin_files(text.source):
+        part: Part = _first(_documents(*_open(text.source, text), text.source), tokenizer, most * context)[1:]
+    else:
+        part = _read(text.source, replace(text, streaming=False), tokenizer, vocab_size)[-1]
+    tokens, ends = part
     _check_length(len(tokens), context, text.source)
     _check_ids(tokens.max(), vocab_size, text.source)
     return Blocks(tokens if most is None else tokens[: most * context], context, tokenizer.eos_token_id, ends)
@@ -207,13 +221,10 @@ def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_
     documents = _documents(source, column, text.source)
     first = documents if text.held_out is None else _documents(*_open(text.held_out, text), text.held_out)
 
-    held_out, tokens, ends = set(), array("q"), array("q")
-    while len(tokens) < text.held_out_blocks * context and (document := next(first, None)) is not None:
-        held_out.add(document)
-        tokens.extend(itertools.chain.from_iterable(ids for ids, _ in _encode([document], tokenizer)))
-        ends.append(len(tokens))
+    stop = text.held_out_blocks * context
+    held_out, tokens, ends = _first(first, tokenizer, stop)
     _check_length(len(tokens), context, text.held_out or text.source, "to hold out")
-    _check_ids(max(tokens), vocab_size, text.held_out or text.source)
+    _check_ids(tokens.max(), vocab_size, text.held_out or text.source)
 
     left = 0
     while left < context and (document := next(documents, None)) is not None:
@@ -221,10 +232,19 @@ def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_
     _check_length(left, context, text.source, "to train on")
 
     stream = StreamedBlocks(source, column, frozenset(held_out), tokenizer, context, vocab_size, text.source, seed)
-    stop = text.held_out_blocks * context
-    return TextSplits(
-        stream, Blocks(np.array(tokens[:stop], np.uint32), context, tokenizer.eos_token_id, np.array(ends, np.int64))
-    )
+    return TextSplits(stream, Blocks(tokens[:stop], context, tokenizer.eos_token_id, ends))
+
+
+def _first(
+    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, most: int
+) -> tuple[list[str], UInt[np.ndarray, " token"], Int[np.ndarray, " document"]]:
+    """Read on until there are `most` tokens; return the documents read, all their tokens, and where each ends."""
+    read, tokens, ends = [], array("q"), array("q")
+    while len(tokens) < most and (document := next(documents, None)) is not None:
+        read.append(document)
+        tokens.extend(itertools.chain.from_iterable(ids for ids, _ in _encode([document], tokenizer)))
+        ends.append(len(tokens))
+    return read, np.array(tokens, np.uint32), np.array(ends, np.int64)
 
 
 def _read(

@@ -174,7 +174,8 @@ class RemovalTrainer(RunTrainer):
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).to(device=self.args.device, dtype=self._dtype)  # type: ignore[call-arg]
-        self._matches = teacher is not None and recipe.match_weight > 0
+        # The streams between blocks are matched: one block has none.
+        self._matches = teacher is not None and recipe.match_weight > 0 and len(sites.model.transformer.h) > 1
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """Return the loss of the next token, plus the auxiliary loss where a schedule is run."""

@@ -1,5 +1,7 @@
 """What the README says can be done is done here: its snippets and commands are run on little text and for few steps.
 
+Commands that pretrain or sweep are read as far as their flags, recipes and files; tests of their own run such ones.
+
 What it marks `# from the Hub` is checked up to the download: commands as far as their flags, recipes and files,
 snippets with the bundled LN-free model in place of the published one.
 """

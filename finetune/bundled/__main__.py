@@ -3,13 +3,13 @@
 Matrices are stored in float16. Vectors stay in float32: the weights of an LN-free model's norms hold 1e6 over a std.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from finetune import checkpoint
-from finetune.bundled import MODELS
+from finetune.bundled import MODELS, ROOT
 
 
 def bundle(run: Path) -> None:
@@ -19,13 +19,18 @@ def bundle(run: Path) -> None:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.data = parameter.data.half()
-        shutil.rmtree(MODELS[name], ignore_errors=True)
         card = (source / "README.md").read_text(encoding="utf-8")
-        checkpoint.save(model, MODELS[name], checkpoint.load_tokenizer(source), card)
+        made = ROOT / f".{name}.partial"
+        shutil.rmtree(made, ignore_errors=True)
+        checkpoint.save(model, made, checkpoint.load_tokenizer(source), card)
         # transformers loads in the config's type, which it took from the first matrix.
-        config = MODELS[name] / "config.json"
+        config = made / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        shutil.rmtree(MODELS[name], ignore_errors=True)
+        made.rename(MODELS[name])
 
 
 if __name__ == "__main__":
-    bundle(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m finetune.bundled", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="the directory of a complete run of the recipe micro")
+    bundle(parser.parse_args().run)

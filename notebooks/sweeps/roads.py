@@ -1,8 +1,8 @@
 """LN removed afterwards against LN never there: models that runs of this package made, measured alike, as a table.
 
-`python notebooks/sweeps/roads.py RUN…` takes run directories of `finetune pretrain`, and of `finetune run` on the
-models of these, and writes roads.csv beside it, a row a model. Losses are of 240 blocks of each text; outlier features
-and the attribution error of 8,192 tokens of books-report.
+`python notebooks/sweeps/roads.py RUN…` takes run directories of `finetune pretrain BLOCK`, and of `finetune run` on
+the models of these, and writes roads.csv beside it, a row a model, in the order given. Losses are of 240 blocks of each
+text; outlier features and the attribution error of 8,192 tokens of books-report.
 """
 
 import sys
@@ -16,7 +16,8 @@ from analysis import load_hooked, load_hooked_blocks, logit_attribution, loss, o
 from analysis.report import read_text
 from finetune.blocks import BlocksConfig
 from finetune.checkpoint import load_config
-from finetune.recipe import PretrainRecipe, load_pretraining, load_run
+from finetune.recipe import PretrainRecipe, load_pretraining
+from finetune.run_directory import recipe_of
 
 HERE = Path(__file__).parent
 
@@ -40,25 +41,29 @@ def measure(model: Any, is_sum: bool = True) -> dict[str, float]:
     return row
 
 
+def training(run: Path) -> dict[str, Any]:
+    """Return what a run of `finetune pretrain` was: its block, with the knobs that the block's recipe has otherwise."""
+    recipe: Any = recipe_of(run)
+    own = recipe.knobs.items() - load_pretraining(recipe.block).knobs.items()
+    row = {"model": ", ".join([recipe.block, *(f"{knob} {value}" for knob, value in sorted(own))])}
+    row |= {"seed": recipe.seed, "lr": recipe.lr}
+    return row | pd.read_csv(run / "results.csv")[["parameters", "trained_tokens"]].iloc[0].to_dict()
+
+
 def read(run: Path) -> list[dict[str, Any]]:
     """Return a row for each model that a run made."""
-    recipe = load_run(run)
-    results = pd.read_csv(run / "results.csv").set_index("model")
+    recipe = recipe_of(run)
     if isinstance(recipe, PretrainRecipe):
-        own = recipe.knobs.items() - load_pretraining(recipe.block).knobs.items()
-        name = ", ".join([recipe.block, *(f"{knob} {value}" for knob, value in sorted(own))])
-        row = {"model": name, "seed": recipe.seed, "lr": recipe.lr}
-        row |= results.loc["model", ["parameters", "trained_tokens"]].to_dict()
         config = load_config(run / "model")
         if isinstance(config, BlocksConfig):
-            return [row | measure(load_hooked_blocks(run / "model"), config.norm_position != "post")]
-        return [row | measure(load_hooked(run / "model"))]
-    base = pd.read_csv(Path(recipe.model).parent / "results.csv").iloc[0]
+            return [training(run) | measure(load_hooked_blocks(run / "model"), config.norm_position != "post")]
+        return [training(run) | measure(load_hooked(run / "model"))]
+    before = training(Path(recipe.model).parent)
+    trained = pd.read_csv(run / "results.csv").set_index("model")["trained_tokens"]
     rows = []
-    for name in ("control", "ln_free"):
-        kept = "kept" if name == "control" else "removed"
-        row = {"model": f"pre-ln, LN {kept}", "seed": recipe.seed, "lr": recipe.lr, "parameters": base["parameters"]}
-        row["trained_tokens"] = base["trained_tokens"] + results.loc[name, "trained_tokens"]
+    for name, what in {"control": "LN kept", "ln_free": "LN removed"}.items():
+        row = before | {"model": f"{before['model']}, {what}", "seed": recipe.seed, "lr": recipe.lr}
+        row |= {"trained_tokens": before["trained_tokens"] + trained[name]}
         rows.append(row | measure(load_hooked(run / name)))
     return rows
 

@@ -326,3 +326,17 @@ def test_half_precision():
         assert torch.equal(ours.mlp.b_in, theirs.mlp.fc.bias)
     frame = confidence_neurons.measure({"m": hooked, "bridge": load_bridge(to_gpt2(source))}, TOKENS, [0, 1])
     assert frame.notna().all(axis=None)
+
+
+@torch.no_grad()
+def test_a_text_is_read_behind_the_begin_of_sequence_token():
+    source = BlocksForCausalLM(block_config("op", n_layer=1, n_embd=12, n_head=3, vocab_size=4096))
+    tokenizer = load_tokenizer("micro")
+    hooked = load_hooked_blocks(source, tokenizer)
+    ids = tokenizer.encode("It is a truth")
+    assert hooked.to_tokens("It is a truth").tolist() == [[0, *ids]]
+    assert hooked.to_tokens("It is a truth", prepend_bos=False).tolist() == [ids]
+    logits, _ = hooked.run_with_cache("It is a truth")
+    torch.testing.assert_close(logits, source.eval()(torch.tensor([[0, *ids]])).logits)
+    with pytest.raises(NolnError, match="no tokenizer"):
+        load_hooked_blocks(source)("It is a truth")

@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import lzma
 import math
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -23,6 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from analysis import answers, load_trio, patching, prompts, report
 from analysis.__main__ import main
 from finetune import checkpoint, recipe
+from finetune.bundled import resolve_text
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +96,26 @@ def test_blocks_are_packed_as_in_training_and_spread_over_the_text(trio):
     assert sample.documents[-1, -1] > 20
     documents = report.load_blocks(report.Text("books-validation"), trio["original"].tokenizer, 256, 4096)
     assert sample.tokens[0].equal(documents[0]["input_ids"])
+
+
+def test_a_hub_data_set_is_read_no_farther_than_is_needed(trio, monkeypatch):
+    books, read = read_documents("books-validation"), []
+
+    def load_dataset(name, subset, *, split, streaming):
+        assert (name, streaming) == ("somebody/books", True)
+        return datasets.IterableDataset.from_generator(lambda: ({"text": read.append(i) or t} for i, t in books))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sample = report.read_text("somebody/books", trio["original"], 1024)
+    first = report.load_blocks(report.Text("books-validation"), trio["original"].tokenizer, 256, 4096, most=4)
+    assert sample.tokens.tolist() == first.blocks.tolist()
+    assert max(read) < 3
+    assert "its first 1,024 tokens" in sample.description
+
+
+def read_documents(name: str) -> list[tuple[int, str]]:
+    with lzma.open(resolve_text(name), "rt") as file:
+        return [(i, json.loads(line)["text"]) for i, line in enumerate(file)]
 
 
 @pytest.fixture(scope="module")
@@ -281,10 +304,6 @@ class TestBadInput:
         assert "\n" not in message
         return message
 
-    def test_no_run(self, monkeypatch):
-        monkeypatch.setattr(report, "MODELS", {"micro": ""})
-        assert "python -m finetune" in self.fail()
-
     def test_half_of_a_pair(self):
         assert "--ln-free" in self.fail("--original", "micro")
         assert "--ln-free" in self.fail("--revision", "v1")
@@ -384,6 +403,9 @@ def test_newest_complete_run_is_taken(tmp_path, monkeypatch):
             os.utime(run / "results.csv", (done, done))
     original, revision, control, ln_free, _ = report._newest()
     assert (original, revision, control) == ("new", "new-1", Path("runs/new/control"))
+    (run.parent / "new/original").mkdir()  # of a model in memory, wherever the run began
+    assert report._newest()[0] == "runs/new/original"
+    (run.parent / "new/original").rmdir()
     assert ln_free == Path("runs/new/ln_free")
     monkeypatch.setattr(report, "load_trio", lambda *args, **options: pytest.fail(f"{args} {options}"))
     with pytest.raises(pytest.fail.Exception, match=r"(?s)'new', PosixPath\('runs/new/control'\).*'revision': 'new-1'"):

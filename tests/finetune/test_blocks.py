@@ -409,11 +409,17 @@ def test_residual_stream_is_the_sum_of_what_is_added(name: str):
         if key.startswith("hook_"):
             module.register_forward_hook(lambda _, __, output, key=key: seen.update({key: output}))
     model(TOKENS)
-    if name in ("pre-ln", "op", "parallel"):
-        torch.testing.assert_close(seen["hook_resid_pre"] + seen["hook_attn_out"], seen["hook_resid_mid"])
-        torch.testing.assert_close(seen["hook_resid_mid"] + seen["hook_mlp_out"], seen["hook_resid_post"])
-    elif name != "post-ln":
-        torch.testing.assert_close(seen["hook_attn_out"], seen["hook_resid_mid"])
+    block = model.blocks[1]
+    before, between = seen["hook_resid_pre"], seen["hook_resid_mid"]
+    if name == "post-ln":
+        skipped, carried = block.ln1(before), block.ln2(between)
+    elif name in ("pre-ln", "op", "parallel"):
+        skipped, carried = before, between
+    else:
+        skipped = 0
+        carried = between if name.startswith("skipless-parallel") else block.mlp_skip_gain.value * between
+    torch.testing.assert_close(skipped + seen["hook_attn_out"], between)
+    torch.testing.assert_close(carried + seen["hook_mlp_out"], seen["hook_resid_post"])
 
 
 def test_signals_are_those_of_the_definitions():

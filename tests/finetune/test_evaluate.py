@@ -121,7 +121,7 @@ def test_one_document_has_no_error():
 def test_the_table_averages_over_tokens_and_pairs_the_gap(models, blocks):
     frame = compare(measure_documents(models, blocks)).set_index("model")
     measured = measure_tokens(models, blocks)
-    documents = blocks.document_ids[:, :-1].ravel()
+    documents = blocks.document_ids()[:, :-1].ravel()
     assert list(frame.index) == ["original", "control", "ln_free"]
     for name in models:
         for measure in ("loss", "kl", "jsd"):

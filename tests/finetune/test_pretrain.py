@@ -153,6 +153,10 @@ class TestShipped:
         published = recipes.load_pretraining("codeparrot-18l")
         assert (published.n_layer, published.n_embd, published.n_head, published.n_positions) == (18, 768, 12, 128)
         assert (published.batch, published.steps, published.lr, published.lr_decay) == (128, 40_000, 1e-3, "linear")
+        assert (published.warmup, published.betas, published.weight_decay) == (2000, (0.9, 0.999), 0.1)
+        assert (published.clip, published.lr_horizon) == (1.0, None)
+        assert published.min_lr < 1e-3 / 1000  # there 0, which this schedule cannot end at
+        assert published.text.source == "huggingface-course/codeparrot-ds-train"
         here = {"tokenizer": "micro", "text": Text(str(text), held_out_fraction=0.2), "n_layer": 2, "n_embd": 24}
         model = set_up(replace(published, **here)).model
         assert {name for name, _ in model.blocks[1].named_parameters()} == {
@@ -160,6 +164,8 @@ class TestShipped:
             *("mlp.fc.weight", "mlp.proj.weight"),
         }
         assert model.blocks[1].ln1.kind == "rmsnorm"
+        x = torch.linspace(-2, 2, 9)
+        assert model.blocks[1].mlp.act(x).equal(x.relu())
         assert model.blocks[1].mlp.proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 

@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from unittest import mock
 
@@ -19,11 +21,11 @@ import yaml
 from helpers import finetune, kill_at, read_log, run_forked, tiny_gpt2
 from safetensors.torch import load_file
 
-from finetune import checkpoint
+from finetune import checkpoint, run_directory
 from finetune import recipe as recipes
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, Text
 from finetune.run import remove_layernorm, resume
-from finetune.run_directory import Run
+from finetune.run_directory import InUseError, Run, alone_in, write_recipe
 from finetune.sites import Sites
 from finetune.text import load_text
 
@@ -276,6 +278,12 @@ class TestPython:
         assert_equal_runs(ours.directory, run.directory)
         for name, parameter in ours.load("original").named_parameters():
             assert torch.equal(before.get_parameter(name), parameter)
+        cards = [(ours.directory / "ln_free/README.md").read_text()]
+        resume(ours.directory)
+        cards.append((ours.directory / "ln_free/README.md").read_text())
+        assert cards[0] == cards[1]
+        assert "base_model" not in cards[0]
+        assert "Base model: a model in memory;" in cards[0]
 
     def test_half_precision_model_is_trained_in_full(self, recipe: Recipe, tokenizer, tmp_path: Path):
         model = tiny_gpt2().to(torch.bfloat16)
@@ -328,3 +336,45 @@ def test_what_is_held_out_goes_with_the_text():
     recipe = recipes.load("micro")
     assert recipes.with_text(recipe, recipe.text.source) == recipe
     assert recipes.with_text(recipe, "other.txt").text == replace(recipe.text, source="other.txt", held_out=None)
+    parrot = recipes.load_pretraining("codeparrot-18l")
+    assert recipes.with_text(parrot, "other.txt").text == Text("other.txt", streaming=True)
+
+
+def test_a_model_of_one_layer_is_fitted_to_the_original(recipe: Recipe, tokenizer, tmp_path: Path):
+    """It has no stream between blocks to match."""
+    one = replace(recipe, steps=8, match_weight=10.0, kl_weight=1.0, control=False)
+    run = remove_layernorm(tiny_gpt2(n_layer=1), tokenizer, recipe=one, out=tmp_path / "run")
+    assert checkpoint.norm_state(run.load("ln_free")) == "frozen"
+
+
+class TestDirectory:
+    def test_is_held_by_one_process(self, run: Run, tmp_path: Path):
+        directory = shutil.copytree(run.directory, tmp_path / "run")
+        with alone_in(directory / "checkpoints"), pytest.raises(InUseError, match="Another process writes into"):
+            resume(directory)
+        resume(directory)
+
+    def test_is_left_whole_where_neither_git_nor_the_package_is_installed(
+        self, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        def version(name: str) -> str:
+            raise PackageNotFoundError(name)
+
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr("importlib.metadata.version", version)
+        write_recipe(recipe, tmp_path)
+        said = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["run"]
+        assert said["git"] is None
+        assert said["versions"]["noln"] is None
+        assert recipes.load_run(tmp_path).steps == recipe.steps
+
+    def test_git_state_is_this_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """Not that of a repository that it is installed in."""
+        subprocess.run(["git", "init", "-q", tmp_path], check=True)
+        commit = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "m"]
+        subprocess.run(commit, cwd=tmp_path, check=True)
+        (tmp_path / "run_directory.py").touch()
+        monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "run_directory.py"))
+        assert run_directory._commit() is None
+        subprocess.run(["git", "add", "run_directory.py"], cwd=tmp_path, check=True)
+        assert re.fullmatch(r"[0-9a-f]{12}-dirty", run_directory._commit() or "")

@@ -10,8 +10,11 @@ from helpers import kill_at, run_forked
 
 from finetune import recipe as recipes
 from finetune import sweep
+from finetune.__main__ import main
+from finetune.checkpoint import CheckpointError
 from finetune.evaluate import compare
 from finetune.recipe import Recipe, RecipeError
+from finetune.run_directory import InUseError, alone_in
 
 COLUMNS = [
     *("recipe", "seed", "tokens", "seconds", "gap", "jsd_ln_free", "jsd_control"),
@@ -95,8 +98,32 @@ def test_a_control_is_trained_once(done: Path):
 
 def test_what_is_done_is_not_done_again(file: Path, done: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sweep, "do", None)
-    before = pd.read_csv(done / "results.csv")
-    pd.testing.assert_frame_equal(sweep.run(file, done), before)
+    before = (done / "results.csv").read_text()
+    table = sweep.run(file, done)
+    assert (done / "results.csv").read_text() == before
+    assert sweep.settings(table)[::2] == [
+        f"kl_weight {kl}, lr {lr}{fade}"
+        for kl, fade in (("0.0", ""), ("1.0", ", schedule.fade 2"))
+        for lr in ("0.003", "0.002")
+    ]
+
+
+def test_another_process_is_kept_out(file: Path, done: Path):
+    with alone_in(done), pytest.raises(InUseError, match="Another process"):
+        sweep.run(file, done)
+
+
+def test_a_run_is_another_where_its_recipe_is(file: Path, tmp_path: Path):
+    """Whatever the file is called; and it is the same one where its fields are spelled out."""
+    content = yaml.safe_load(file.read_text())
+    names = []
+    for base, change in (("base.yaml", {}), ("renamed.yaml", {}), ("base.yaml", {"clip": 0.5})):
+        recipe = yaml.safe_load(Path(content["recipe"]).read_text())
+        (tmp_path / base).write_text(yaml.safe_dump(recipe | change))
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content | {"recipe": str(tmp_path / base)}))
+        names.append([job.name for job in sweep.load(tmp_path / "sweep.yaml", "out")])
+    assert names[0] == names[1]
+    assert not {*names[0]} & {*names[2]}
 
 
 def few(file: Path, directory: Path) -> Path:
@@ -161,8 +188,47 @@ def test_a_run_that_fails_is_a_row_too(file: Path, tmp_path: Path):
     content |= {"runs": [{"max_rise": 0.0, "lr": 1.0}, {}], "grid": {}, "seeds": [0]}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(content))
     table = sweep.run(tmp_path / "few.yaml", tmp_path / "out")
+    assert table["error"][0].startswith("DivergedError: ")
     assert "max_rise" in table["error"][0]
     assert table["gap"].isna().tolist() == [True, False]
+    assert sweep.settings(table) == ["lr 1.0, max_rise 0.0", ""]
+
+
+def diverge(file: Path, directory: Path) -> Path:
+    content = yaml.safe_load(few(file, directory).read_text()) | {"runs": [{"max_rise": 0.0, "lr": 1.0}], "grid": {}}
+    (directory / "few.yaml").write_text(yaml.safe_dump(content))
+    return directory / "few.yaml"
+
+
+def test_where_all_diverge_there_is_a_table_that_is_not_made_again(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    sweep.run(diverge(file, tmp_path), tmp_path / "out")
+    monkeypatch.setattr(sweep, "do", None)
+    main(["sweep", str(tmp_path / "few.yaml"), "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out.count("DivergedError") == 2
+    assert not (tmp_path / "out/figure.html").exists()
+
+
+def test_what_failed_otherwise_is_done_again(file: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_hub(*_):
+        raise CheckpointError("The Hub does not answer.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("finetune.run._conclude", no_hub)
+        table = sweep.run(few(file, tmp_path), tmp_path / "out")
+    assert table["error"].tolist() == ["CheckpointError: The Hub does not answer."] * 2
+    table = sweep.run(tmp_path / "few.yaml", tmp_path / "out")
+    assert len(table) == 2
+    assert "error" not in table or table["error"].isna().all()
+    assert_same_numbers(tmp_path / "out", done)
+
+
+def test_what_does_not_change_a_control_is_no_reason_for_another(file: Path):
+    recipe = sweep.load(file, "out")[0]
+    same = {"export_format": "h24", "log_every": 3, "save_every": 7, "name": "other", "std_mean": "harmonic"}
+    assert replace(recipe, recipe=replace(recipe.recipe, **same)).control == recipe.control
+    assert replace(recipe, recipe=replace(recipe.recipe, weight_decay=0.5)).control != recipe.control
 
 
 def test_the_figure_has_means_and_errors_over_seeds(done: Path):

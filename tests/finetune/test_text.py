@@ -5,6 +5,7 @@ import multiprocessing
 import socket
 import time
 from array import array
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_packing_by_hand(tmp_path, tokenizer):
     for token in held_out:
         expected.append(document)
         document += token == EOT
-    ids = splits.held_out.document_ids
+    ids = splits.held_out.document_ids()
     assert ids.shape == (len(splits.held_out), 16)
     assert ids.ravel().tolist() == expected[: ids.size]
 
@@ -133,7 +134,7 @@ def test_held_out_blocks_are_the_first(tmp_path, tokenizer):
     )
     assert len(few.held_out) == 3 < len(all_.held_out)
     assert flat(few.held_out) == flat(all_.held_out)[:48]
-    assert few.held_out.document_ids.shape == (3, 16)
+    assert few.held_out.document_ids().shape == (3, 16)
 
 
 def saved(path):
@@ -195,7 +196,7 @@ def test_one_txt_holds_out_its_end(tmp_path, tokenizer):
     cut = len(tokens) - int(len(tokens) * 0.1)
     assert flat(splits.train) == tokens[: cut // 16 * 16]
     assert flat(splits.held_out) == tokens[cut : cut + (len(tokens) - cut) // 16 * 16]
-    assert not splits.held_out.document_ids.any()
+    assert not splits.held_out.document_ids().any()
 
 
 def test_a_txt_too_short_for_its_fraction_holds_out_a_block(tmp_path, tokenizer):
@@ -212,11 +213,11 @@ def test_no_end_of_text(tmp_path, tokenizer_without_eot):
     tokens = [token for document in chosen for token in document]
     ids = [i for i, document in enumerate(chosen) for _ in document]
     assert flat(splits.held_out) == tokens[: len(tokens) // 16 * 16]
-    assert splits.held_out.document_ids.ravel().tolist() == ids[: len(tokens) // 16 * 16]
+    assert splits.held_out.document_ids().ravel().tolist() == ids[: len(tokens) // 16 * 16]
 
     stream = load_text(Text(source=source, streaming=True, held_out_blocks=9), tokenizer_without_eot, 16, VOCAB)
     ids = [i for i, document in enumerate(DOCUMENTS) for _ in encode(tokenizer_without_eot, document)]
-    assert stream.held_out.document_ids.ravel().tolist() == ids[:144]
+    assert stream.held_out.document_ids().ravel().tolist() == ids[:144]
 
 
 def test_document_ids_where_the_end_of_the_stream_is_held_out(tmp_path, tokenizer_without_eot):
@@ -227,7 +228,7 @@ def test_document_ids_where_the_end_of_the_stream_is_held_out(tmp_path, tokenize
     held_out = int(sum(lengths) * 0.05)
     ids = np.repeat(np.arange(6), lengths)[-held_out:][: held_out // 16 * 16]
     assert ids[0] < ids[-1]
-    assert splits.held_out.document_ids.ravel().tolist() == (ids - ids[0]).tolist()
+    assert splits.held_out.document_ids().ravel().tolist() == (ids - ids[0]).tolist()
 
 
 def test_nothing_is_prepended(tmp_path):
@@ -252,11 +253,19 @@ def test_a_second_source_is_held_out(tmp_path, tokenizer):
         if not streaming:
             train = join(tokenizer, DOCUMENTS[:50])
             assert flat(splits.train) == train[: len(train) // 16 * 16]
-    for same in (source, str(tmp_path / "x/../a.jsonl")):
-        with pytest.raises(TextError, match="part of"):
-            load_text(Text(source=source, held_out=same), tokenizer, 16, VOCAB)
-    with pytest.raises(TextError, match="part of"):
-        load_text(Text(source=str(tmp_path), held_out=held_out), tokenizer, 16, VOCAB)
+    bins = tmp_path / "bins"
+    bins.mkdir()
+    np.array(expected, np.uint16).tofile(bins / "train.bin")
+    for one, other in (
+        (source, source),
+        (source, str(tmp_path / "x/../a.jsonl")),
+        (str(tmp_path), held_out),
+        (source, str(tmp_path)),
+        (str(bins), str(bins / "train.bin")),
+        (str(bins), str(bins)),
+    ):
+        with pytest.raises(TextError, match="share text"):
+            load_text(Text(source=one, held_out=other), tokenizer, 16, VOCAB)
 
 
 def test_all_of_a_source_as_blocks(tmp_path, tokenizer):
@@ -266,7 +275,11 @@ def test_all_of_a_source_as_blocks(tmp_path, tokenizer):
     for text in (Text(str(file)), Text(str(file), held_out="b.jsonl", held_out_blocks=1, streaming=True)):
         blocks = load_blocks(text, tokenizer, 16, VOCAB)
         assert blocks.blocks.ravel().tolist() == expected[: len(expected) // 16 * 16]
-        assert blocks.document_ids[-1, -1] == len(DOCUMENTS) - 1
+        assert blocks.document_ids()[-1, -1] == len(DOCUMENTS) - 1
+        for streaming in (False, True):
+            few = load_blocks(replace(text, streaming=streaming), tokenizer, 16, VOCAB, most=3)
+            assert few.blocks.tolist() == blocks.blocks[:3].tolist()
+            assert few.document_ids().tolist() == blocks.document_ids()[:3].tolist()
     np.array(expected, np.uint16).tofile(tmp_path / "train.bin")
     np.array(expected[::-1], np.uint16).tofile(tmp_path / "val.bin")
     blocks = load_blocks(Text(str(tmp_path / "train.bin")), tokenizer, 16, VOCAB)
@@ -393,7 +406,7 @@ def test_nanogpt(dtype, tmp_path, tokenizer):
     splits = load_text(Text(source=str(tmp_path)), tokenizer, 16, vocab_size)
     assert flat(splits.train) == train[: len(train) // 16 * 16]
     assert flat(splits.held_out) == val[: len(val) // 16 * 16]
-    assert splits.held_out.document_ids.max() == 9
+    assert splits.held_out.document_ids().max() == 9
     assert isinstance(splits.train.blocks, np.memmap)
 
     single = Text(source=str(tmp_path / "train.bin"), held_out_fraction=0.1, token_dtype=dtype)
@@ -533,7 +546,7 @@ def test_streaming_by_hand(tmp_path, tokenizer, monkeypatch):
         tokens += join(tokenizer, [DOCUMENTS[n]])
         n += 1
     assert flat(splits.held_out) == tokens[:160]
-    assert splits.held_out.document_ids.max() == n - 1
+    assert splits.held_out.document_ids().max() == n - 1
 
     expected = stream_by_hand(tokenizer, DOCUMENTS, DOCUMENTS[:n], 3, epochs=3)
     epoch = len(expected) // 3
@@ -556,7 +569,7 @@ def test_streaming_with_workers(tmp_path, tokenizer, monkeypatch):
             write_jsonl(tmp_path / f"a/{i}.jsonl", documents)
         text = Text(source=str(tmp_path / "a"), streaming=True, held_out_blocks=10)
         splits = load_text(text, tokenizer, 16, VOCAB)
-        held_out = DOCUMENTS[: int(splits.held_out.document_ids.max()) + 1]
+        held_out = DOCUMENTS[: int(splits.held_out.document_ids().max()) + 1]
         # Blocks for two epochs: more than enough to see each document whole.
         n = 2 * len(join(tokenizer, DOCUMENTS)) // 16
         blocks = [block["input_ids"] for block in islice(DataLoader(splits.train, None, num_workers=2), n)]
@@ -591,9 +604,24 @@ def test_hub_data_set(tmp_path, tokenizer, monkeypatch):
     assert flat(splits.held_out) == chosen[: len(chosen) // 16 * 16]
 
 
+@pytest.mark.parametrize("eot", [EOT, None])
+def test_documents_of_some_blocks_are_those_of_all(eot: int | None, monkeypatch):
+    """However the blocks are chunked."""
+    monkeypatch.setattr(text_module, "_CHUNK", 4)
+    tokens = np.random.default_rng(0).integers(0, 5, 90).astype(np.uint16)
+    blocks = Blocks(tokens, 3, eot, np.flatnonzero(tokens == EOT) + 1)
+    number, expected = 0, []
+    for token in tokens:
+        expected.append(number)
+        number += token == EOT
+    assert blocks.document_ids().ravel().tolist() == expected
+    rows = np.array([0, 3, 4, 17, 29])
+    assert blocks.document_ids(rows).tolist() == blocks.document_ids()[rows].tolist()
+
+
 def test_blocks_of_plain_arrays():
     blocks = Blocks(np.arange(11, dtype=np.uint16), 3, ends=np.array([2, 7, 11]))
     assert [block["input_ids"].tolist() for block in blocks] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert blocks.document_ids.tolist() == [[0, 0, 1], [1, 1, 1], [1, 2, 2]]
+    assert blocks.document_ids().tolist() == [[0, 0, 1], [1, 1, 1], [1, 2, 2]]
     blocks = Blocks(np.array(array("q", [5, 0, 7, 8, 0, 9])).astype(np.uint32), 3, eot=0)
-    assert blocks.document_ids.tolist() == [[0, 0, 1], [1, 1, 2]]
+    assert blocks.document_ids().tolist() == [[0, 0, 1], [1, 1, 2]]
