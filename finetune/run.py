@@ -232,7 +232,7 @@ def _card(setup: Setup, directory: Path, name: str, results: pd.DataFrame, log: 
     return render(
         "model_card.md.jinja",
         name=name,
-        base="a model in memory" if in_memory else Path(setup.recipe.model).name,
+        base="a local model" if in_memory else Path(setup.recipe.model).name,
         base_model=None if in_memory else setup.recipe.model,
         recipe=setup.recipe,
         config=setup.model.config,

@@ -193,3 +193,15 @@ def test_plots(models):
     heads = faithfulness.plot_heads(faithfulness.measure_heads(models, TOKENS))
     assert [annotation.text for annotation in heads.layout.annotations] == compared
     assert heads.data[0].z.shape == (2, 3)
+
+
+def test_correlations_come_batch_by_batch_and_are_nan_of_what_is_constant():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 8000, 3, generator=generator)
+    x[:, 1], y[:, 2] = 0.1, -7.3
+    correlation = faithfulness._Correlation()
+    for batch in zip(x.split(1000), y.split(1000), strict=True):
+        correlation.add(*batch)
+    found = correlation.value()
+    assert found[0] == pytest.approx(np.corrcoef(x[:, 0], y[:, 0])[0, 1])
+    assert found[1:].isnan().all()

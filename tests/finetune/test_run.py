@@ -283,7 +283,7 @@ class TestPython:
         cards.append((ours.directory / "ln_free/README.md").read_text())
         assert cards[0] == cards[1]
         assert "base_model" not in cards[0]
-        assert "Base model: a model in memory;" in cards[0]
+        assert "Base model: a local model;" in cards[0]
 
     def test_half_precision_model_is_trained_in_full(self, recipe: Recipe, tokenizer, tmp_path: Path):
         model = tiny_gpt2().to(torch.bfloat16)
