@@ -94,6 +94,7 @@ def resume(directory: str | Path) -> Run:
 
     Raises:
         RecipeError, CheckpointError, TextError, DivergedError: as `remove_layernorm`.
+        InUseError: it is still running.
     """
     directory = Path(directory).absolute()
     recipe = recipe_of(directory)

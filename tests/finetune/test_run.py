@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from finetune import checkpoint, run_directory
 from finetune import recipe as recipes
+from finetune.bundled.__main__ import bundle
 from finetune.recipe import Recipe, Text
 from finetune.run import remove_layernorm, resume
 from finetune.run_directory import InUseError, Run, alone_in, write_recipe
@@ -345,6 +346,33 @@ def test_a_model_of_one_layer_is_fitted_to_the_original(recipe: Recipe, tokenize
     one = replace(recipe, steps=8, match_weight=10.0, kl_weight=1.0, control=False)
     run = remove_layernorm(tiny_gpt2(n_layer=1), tokenizer, recipe=one, out=tmp_path / "run")
     assert checkpoint.norm_state(run.load("ln_free")) == "frozen"
+
+
+def test_bundling_takes_the_place_of_what_is_bundled_only_when_it_is_whole(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names = ("micro-control", "micro-ln-free")
+    monkeypatch.setattr("finetune.bundled.__main__.ROOT", tmp_path)
+    monkeypatch.setattr("finetune.bundled.__main__.MODELS", {name: tmp_path / name for name in names})
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").touch()
+    without_card = shutil.copytree(run.directory, tmp_path / "run")
+    (without_card / "control/README.md").unlink()
+    with pytest.raises(FileNotFoundError):
+        bundle(without_card)
+    assert (tmp_path / "micro-control/old").exists()
+
+    bundle(run.directory)
+
+    for name, made in zip(names, ("control", "ln_free"), strict=True):
+        assert not (tmp_path / name / "old").exists()
+        stored = load_file(tmp_path / name / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values() if tensor.ndim == 2} == {torch.float16}
+        bundled = checkpoint.load(tmp_path / name)
+        assert bundled.dtype == torch.float32
+        for ours, theirs in zip(bundled.parameters(), run.load(made).parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 class TestDirectory:

@@ -114,11 +114,13 @@ def test_another_process_is_kept_out(file: Path, done: Path):
 
 
 def test_a_run_is_another_where_its_recipe_is(file: Path, tmp_path: Path):
-    """Whatever the file is called; and it is the same one where its fields are spelled out."""
+    """Whatever the file is called, and whether it spells out what is so by default."""
     content = yaml.safe_load(file.read_text())
     names = []
     for base, change in (("base.yaml", {}), ("renamed.yaml", {}), ("base.yaml", {"clip": 0.5})):
         recipe = yaml.safe_load(Path(content["recipe"]).read_text())
+        if base == "renamed.yaml":
+            assert recipe.pop("report_to") == []
         (tmp_path / base).write_text(yaml.safe_dump(recipe | change))
         (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content | {"recipe": str(tmp_path / base)}))
         names.append([job.name for job in sweep.load(tmp_path / "sweep.yaml", "out")])
