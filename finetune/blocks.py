@@ -93,7 +93,7 @@ class BlocksConfig(PreTrainedConfig):
 
     norm: NormKind = "ln"
     first_norm: NormKind | None = None
-    """Block 0's first norm. None: as `norm`. The published code has an LN there where `norm` is none."""
+    """Block 0's first norm. None: as `norm`, but where that is none an LN, as in the published code."""
     final_norm: NormKind = "ln"
     """The model's last norm. The published code always has an LN there, under RMSNorm and none too."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -146,8 +146,8 @@ class BlocksConfig(PreTrainedConfig):
     residual_init_std: Number | None = None
     """Of normal projections and of the MLP's output. None: GPT-2's `initializer_range` / √(2 · n_layer)."""
     vp_init_std: Number | None = None
-    """Of normal values and projections that train. None: values as `initializer_range` says, projections as
-    `residual_init_std`."""
+    """Of normal values and projections that are ordinary matrices. None: values as `initializer_range` says,
+    projections as `residual_init_std`."""
     query_init_std: Number | None = None
     """0: attention starts uniform."""
     key_init_std: Number | None = None
@@ -165,6 +165,9 @@ class BlocksConfig(PreTrainedConfig):
         for name, bound in (least | dict.fromkeys(stds, 0)).items():
             if (value := getattr(self, name)) is not None and value < bound:
                 raise BlockError(f"{name} is {value}: it must be at least {bound}.")
+        for name in BlocksConfig.__annotations__:
+            if isinstance(value := getattr(self, name), float) and not math.isfinite(value):
+                raise BlockError(f"{name} is {value}: it must be finite.")
         for name in ("norm_epsilon", "softcap"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise BlockError(f"{name} is {value}: it must be above 0.")
@@ -197,7 +200,6 @@ _SKIPLESS = {
     "query_init_std": 0.0,
     "residual_init_std": 0.02,
 }
-_NO_NORM = {"norm": "none", "first_norm": "ln"}
 BLOCKS: dict[str, dict[str, Any]] = {
     "pre-ln": {},
     "post-ln": {"norm_position": "post"},
@@ -206,9 +208,9 @@ BLOCKS: dict[str, dict[str, Any]] = {
     | {"value_skip_gain": None, "value_init": "orthogonal", "proj_skip_gain": None, "proj_init": "orthogonal"},
     "skipless": _SKIPLESS,
     "skipless-parallel": _SKIPLESS | {"parallel": True, "mlp_skip_gain": 0.0},
-    "skipless-nonorm": _SKIPLESS | _NO_NORM,
-    "skipless-parallel-nonorm": _SKIPLESS | {"parallel": True, "mlp_skip_gain": 0.0} | _NO_NORM,
-    "op": _NO_NORM | {"qk_norm": "rmsnorm", "residual_init_std": 0.02},
+    "skipless-nonorm": _SKIPLESS | {"norm": "none"},
+    "skipless-parallel-nonorm": _SKIPLESS | {"parallel": True, "mlp_skip_gain": 0.0, "norm": "none"},
+    "op": {"norm": "none", "qk_norm": "rmsnorm", "residual_init_std": 0.02},
 }
 """What sets each block apart from GPT-2's, as in the published code and its scripts: V-SkipInit with shaped attention
 (without: `attn_softmax_gain` and `attn_centre_gain` 0), SAS and SAS-P of [S24] with and without norms, OP of [O24]."""
@@ -221,7 +223,8 @@ def block_config(name: str, **knobs: Any) -> BlocksConfig:
     blocks without a skip around attention; 0.2 at the published default of 12 layers, of both branches of OP.
 
     Raises:
-        BlockError: an unknown block or knob, a value of another type, or knobs that contradict each other.
+        BlockError: an unknown block or knob, a value of another type, or knobs that contradict each other or would do
+            nothing.
     """
     if name not in BLOCKS:
         raise BlockError(f"There is no block {name}: the blocks are {', '.join(BLOCKS)}.")
@@ -231,6 +234,8 @@ def block_config(name: str, **knobs: Any) -> BlocksConfig:
         config = BlocksConfig(**BLOCKS[name] | knobs)
     except StrictDataclassFieldValidationError as error:
         raise BlockError(str(error)) from error
+    if idle := [f"{knob} is {knobs[knob]}, but {why}" for knob, why in _idle(config).items() if knob in knobs]:
+        raise BlockError(f"Knobs that would do nothing: {'; '.join(idle)}.")
     small = {}
     if name == "op":
         small = dict.fromkeys(("attn_gain", "mlp_gain"), 0.2 * math.sqrt(12 / config.n_layer))
@@ -239,6 +244,21 @@ def block_config(name: str, **knobs: Any) -> BlocksConfig:
     for gain in small.keys() - knobs.keys():
         setattr(config, gain, small[gain])
     return config
+
+
+def _idle(config: BlocksConfig) -> dict[str, str]:
+    """Return why which knobs change nothing in a model of this config."""
+    idle = {}
+    if config.value_skip_gain is None:
+        idle |= dict.fromkeys(("value_gain", "first_value_gain", "train_value_gains"), "value_skip_gain is None")
+    if config.proj_skip_gain is None:
+        idle |= dict.fromkeys(("proj_gain", "last_proj_gain", "train_proj_gains"), "proj_skip_gain is None")
+    if config.activation_function != "leaky_relu":
+        idle["negative_slope"] = f"activation_function is {config.activation_function}"
+    ordinary = [("value_skip_gain", "value_init"), ("proj_skip_gain", "proj_init")]
+    if not any(getattr(config, gain) is None and getattr(config, init) == "normal" for gain, init in ordinary):
+        idle["vp_init_std"] = "no value or projection matrix is both normal and an ordinary one"
+    return idle
 
 
 class Gain(nn.Module):
@@ -480,7 +500,8 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config: BlocksConfig, layer: int) -> None:
         super().__init__()
         self.parallel, self.post = config.parallel, config.norm_position == "post"
-        self.ln1 = _norm(_except_in(layer == 0, config.first_norm, config.norm), config.n_embd, config)
+        first_norm = config.first_norm or ("ln" if config.norm == "none" else config.norm)
+        self.ln1 = _norm(first_norm if layer == 0 else config.norm, config.n_embd, config)
         self.ln2 = _norm("none" if self.parallel else config.norm, config.n_embd, config)
         self.attn, self.mlp = Attention(config, layer), MLP(config)
         self.attn_gain = _gain(config.attn_gain, config.train_attn_gains)

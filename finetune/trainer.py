@@ -224,9 +224,11 @@ def check_processes(recipe: Training) -> None:
     if recipe.device not in ("auto", state.device.type):
         raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
     if recipe.batch % (recipe.micro_batch * state.num_processes):
+        fitting = [n for n in range(1, recipe.micro_batch + 1) if recipe.batch % (n * state.num_processes) == 0]
+        remedy = f"micro_batch {fitting[-1]} would do" if fitting else "change batch or the number of processes"
         raise RecipeError(
             f"A batch of {recipe.batch} cannot be shared by {state.num_processes} processes in micro-batches of "
-            f"{recipe.micro_batch}: change micro_batch, batch or the number of processes."
+            f"{recipe.micro_batch}: {remedy}."
         )
 
 

@@ -54,7 +54,8 @@ def forward_by_hand(name: str, model: BlocksForCausalLM, tokens: Tensor) -> Tens
     parallel = "parallel" in name
 
     def norm(x: Tensor, at: str) -> Tensor:
-        kind = {"blocks.0.ln1": knobs.first_norm or norms, "ln_final": knobs.final_norm}.get(at, norms)
+        first = knobs.first_norm or ("ln" if norms == "none" else norms)
+        kind = {"blocks.0.ln1": first, "ln_final": knobs.final_norm}.get(at, norms)
         return x if kind == "none" else normalise(kind, x, w[f"{at}.weight"], w.get(f"{at}.bias"), eps)
 
     def linear(x: Tensor, at: str) -> Tensor:
@@ -129,6 +130,7 @@ def forward_by_hand(name: str, model: BlocksForCausalLM, tokens: Tensor) -> Tens
     [
         *((name, {}) for name in BLOCKS),
         ("pre-ln", {"norm": "rmsnorm", "final_norm": "rmsnorm", "norm_epsilon": 0.1}),
+        ("pre-ln", {"norm": "none"}),
         ("pre-ln", {"first_norm": "none", "final_norm": "none", "qk_norm": "ln", "softcap": 0.5}),
         ("pre-ln", {"activation_function": "leaky_relu", "n_inner": 20, "vp_bias": False, "mlp_bias": False}),
         ("pre-ln", {"activation_function": "leaky_relu", "negative_slope": 0.2}),
@@ -146,17 +148,55 @@ def test_logits_are_those_of_the_equations(name: str, knobs: dict, implementatio
     torch.testing.assert_close(model(TOKENS).logits, expected)
 
 
+ATTENTION = {"attn.alpha", "attn.beta", "attn.gamma"}
+GAINS_IN_BLOCK_1 = {
+    "op": {"attn_gain", "mlp_gain"},
+    **dict.fromkeys(["v-skipinit", *SAS], ATTENTION | {"attn_gain", "mlp_gain", "mlp_skip_gain"}),
+    **dict.fromkeys([name for name in SAS if "parallel" in name], ATTENTION | {"attn_gain", "mlp_gain"}),
+}
+
+
 @each_block
 def test_at_initialisation_the_gains_are_the_published_ones(name: str):
     at_depth = {"op": 12}.get(name, 18)
     model = BlocksForCausalLM(block_config(name, **{**SHAPE, "n_layer": at_depth}))
     gains = {key: value.unique().tolist() for key, value in model.state_dict().items() if key.endswith("value")}
+    own = GAINS_IN_BLOCK_1.get(name, set())
+    assert {key for key in gains if "blocks.1." in key} == {f"blocks.1.{gain}.value" for gain in own}
+    in_first = {"attn.v.gain", "attn.v.skip_gain"} if name in SAS else set()
+    assert {key for key in gains if "blocks.0." in key} == {f"blocks.0.{gain}.value" for gain in own | in_first}
     small = {"op": 0.2}.get(name, 0.1)
     for key, value in gains.items():
         is_small = "mlp_gain" in key or (name == "op" and "attn_gain" in key)
         assert value == pytest.approx([small if is_small else 1]), key
     deeper = block_config(name, n_layer=4 * at_depth)
     assert deeper.mlp_gain == pytest.approx(small / 2 if gains else 1)
+    assert block_config(name, mlp_gain=0.7).mlp_gain == 0.7
+
+
+@each_block
+def test_mlps_start_where_the_published_ones_do(name: str):
+    model = make(name, n_embd=96)
+    std = 0.02 if name in GAINS_IN_BLOCK_1 else 0.02 / math.sqrt(2 * SHAPE["n_layer"])
+    assert model.blocks[1].mlp.proj.weight.std().item() == pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flag", "gains"),
+    {
+        "train_attn_gains": {"attn_gain", "attn_skip_gain"},
+        "train_mlp_gains": {"mlp_gain", "mlp_skip_gain"},
+        "train_attn_matrix_gains": ATTENTION,
+        "train_value_gains": {"attn.v.gain", "attn.v.skip_gain"},
+        "train_proj_gains": {"attn.o.gain", "attn.o.skip_gain"},
+    }.items(),
+)
+def test_flag_trains_its_gains_and_no_others(flag: str, gains: set[str]):
+    names = ["attn_gain", "attn_skip_gain", "mlp_gain", "mlp_skip_gain", "attn_identity_gain", "attn_softmax_gain"]
+    names += ["attn_centre_gain", "value_gain", "value_skip_gain", "proj_gain", "proj_skip_gain"]
+    block = make("pre-ln", **dict.fromkeys(names, 0.9), **{flag: True}).blocks[1]
+    assert {f"{gain}.value" for gain in gains} == {key for key, _ in block.named_parameters() if key.endswith("value")}
+    assert len({key for key in block.state_dict() if key.endswith("value")}) == len(names)
 
 
 def test_gains_and_stds_start_where_the_knobs_say():
@@ -361,7 +401,9 @@ def test_softcap_bounds_the_logits():
 @pytest.mark.parametrize("tie", ["all_blocks", "last_block"])
 def test_tied_values_and_projections_cancel(skip_gain: float | None, tie: str):
     knobs = {"value_skip_gain": skip_gain, "proj_skip_gain": skip_gain, "vp_bias": False}
-    model = make("v-skipinit", tie_value_proj_init=tie, value_gain=0.5, proj_gain=0.5, **knobs)
+    if skip_gain is not None:
+        knobs |= {"value_gain": 0.5, "proj_gain": 0.5}
+    model = make("v-skipinit", tie_value_proj_init=tie, **knobs)
     x = torch.randn(1, 1, 12).double()
     y = x
     for block in model.blocks:
@@ -379,6 +421,9 @@ def test_gained_matrix_is_what_eq_6_says():
     fresh = make("skipless", **knobs)
     assert [fresh.blocks[i].attn.v.gain.value.item() for i in (0, 1)] == pytest.approx([0.4, 0.2])
     assert fresh.blocks[1].attn.v.weight.abs().max() == 0
+    assert make("skipless", n_embd=96, **knobs).blocks[1].attn.v.initial.std().item() == pytest.approx(
+        96**-0.5, rel=0.05
+    )
     assert "blocks.1.attn.v.initial" in fresh.state_dict()
 
 
@@ -491,10 +536,18 @@ def test_what_cannot_be_is_refused():
         ("initializer_range", -1.0, "initializer_range is -1.0: it must be at least 0"),
         ("softcap", 0, "softcap is 0: it must be above 0"),
         ("norm_epsilon", 0.0, "norm_epsilon is 0.0: it must be above 0"),
+        ("softcap", math.nan, "softcap is nan: it must be finite"),
+        ("attn_gain", math.inf, "attn_gain is inf: it must be finite"),
+        ("value_gain", 0.2, "value_gain is 0.2, but value_skip_gain is None"),
+        ("train_proj_gains", True, "train_proj_gains is True, but proj_skip_gain is None"),
+        ("negative_slope", 0.3, "negative_slope is 0.3, but activation_function is gelu_new"),
         ("architectures", ["x"], "no knobs architectures"),
     ]:
         with pytest.raises(BlockError, match=said):
             block_config("op", **{knob: value})
+    for name in ("v-skipinit", "skipless"):
+        with pytest.raises(BlockError, match="vp_init_std is 3.0, but no value"):
+            block_config(name, vp_init_std=3.0)
     with pytest.raises(BlockError, match="identity"):
         block_config("skipless", tie_value_proj_init="all_blocks")
     model = make("pre-ln")
