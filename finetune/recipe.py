@@ -550,14 +550,17 @@ def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
     Raises:
         RecipeError: as `validate` does; `what` is what the message calls the result.
     """
+    fields = {str(name): value for name, value in fields.items()}
     if "steps" in fields:
-        recipe = recipe.scaled(fields["steps"])
+        if not isinstance(steps := fields["steps"], int):
+            raise RecipeError(f"The {what} does not hold: steps is {steps!r}, which is no whole number.")
+        recipe = recipe.scaled(steps)
     content = dataclasses.asdict(recipe)
     for name, value in fields.items():
         *parents, field = name.split(".")
-        part = content
+        part: Any = content
         for parent in parents:
-            part = part.get(parent, {})
+            part = part.get(parent) if isinstance(part, dict) else None
         if not isinstance(part, dict) or field not in part:
             raise RecipeError(f"The {what} does not hold: {name} is no field of a recipe.")
         part[field] = value

@@ -15,10 +15,9 @@ OUT/results.csv     a row a run
 OUT/documents.csv   each model of each run on each document of each text, to resample
 OUT/figure.html     gap to control and JSD to the original against tokens seen
 
-Runs that differ only in how LN is removed share their control. What has a row is not run again, unless it failed for
-another reason than that it diverged; a run that was cut off is resumed. A run is called after all that its recipe says,
-so that a recipe that changed is run anew.
-1. One run for each control still to be trained. 2. The others, with these controls.
+Runs that differ only in how LN is removed share their control: the first of them trains it, and the others wait for it.
+What has a row is not run again, unless it failed for another reason than that it diverged; a run that was cut off is
+resumed. A run is called after all that its recipe says, so that a recipe that changed is run anew.
 """
 
 import dataclasses
@@ -27,7 +26,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,9 +42,9 @@ from tqdm.auto import tqdm
 from finetune import NolnError, checkpoint, evaluate
 from finetune import recipe as recipes
 from finetune import run as runs
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, RecipeError
 from finetune.run_directory import alone_in, write
-from finetune.text import load_blocks
+from finetune.text import Blocks, load_blocks
 from finetune.trainer import DivergedError
 
 MODELS = ("original", "control", "ln_free")
@@ -80,6 +79,11 @@ class Job:
         return self.directory.name
 
     @property
+    def trains_control(self) -> bool:
+        """Whether the run trains a control, if there is none yet."""
+        return self.recipe.control and self.recipe.control_from is None
+
+    @property
     def control(self) -> Recipe:
         """What the control depends on: the recipe without what says how LN is removed, and what is kept of a run."""
         recipe = dataclasses.replace(self.recipe, schedule=recipes.Schedule(start=1, gap=recipes.Gaps()))
@@ -92,21 +96,30 @@ def load(path: str | Path, out: str | Path) -> list[Job]:
     """Read a sweep file; return its runs, whose directories lie in `out`.
 
     Raises:
-        RecipeError: the file cannot be read, or a run does not hold; the message says which.
+        RecipeError: the file cannot be read, it holds no run or the same one twice, or a run does not hold; the message
+            says which.
     """
     path = Path(path)
     sweep = recipes.validate(Sweep, recipes.read_yaml(path, "sweep"), f"sweep {path}")
-    jobs = []
+    if "choose" in sweep.texts:
+        raise RecipeError("texts.choose is the recipe's own held-out text: name yours otherwise.")
+    jobs: dict[Path, Job] = {}
     for run, *values in itertools.product(sweep.runs, *sweep.grid.values()):
         overrides = sweep.set | run | dict(zip(sweep.grid, values, strict=True))
-        base = overrides.pop("recipe", sweep.recipe)
+        base = str(overrides.pop("recipe", sweep.recipe))
+        if "seed" in overrides:
+            raise RecipeError(f"The sweep's run {overrides} has a seed of its own: say it in `seeds`, for all runs.")
         for seed in sweep.seeds:
             recipe = recipes.override(recipes.load(base), overrides | {"seed": seed}, f"sweep's run {overrides}")
             said = recipes.said(dataclasses.replace(recipe, name="", seed=0))
             digest = hashlib.sha256(json.dumps([said, sweep.texts], sort_keys=True).encode()).hexdigest()
             directory = Path(out).absolute() / "runs" / f"{digest[:8]}-seed{seed}"
-            jobs.append(Job(recipe, base, overrides, sweep.texts, directory))
-    return jobs
+            if directory in jobs:
+                raise RecipeError(f"The sweep's runs {jobs[directory].overrides} and {overrides} are the same.")
+            jobs[directory] = Job(recipe, base, overrides, sweep.texts, directory)
+    if not jobs:
+        raise RecipeError(f"The sweep {path} holds no run.")
+    return list(jobs.values())
 
 
 def run(path: str | Path, out: str | Path, processes: int = 1) -> pd.DataFrame:
@@ -129,21 +142,16 @@ def _run(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
     if not documents.empty:
         documents = documents[documents["run"].isin(done)]  # the others' were written, but their rows no more
     controls = {job.control: job.directory / "control" for job in jobs if (job.directory / "control").is_dir()}
-    first: dict[Recipe, Job] = {}
-    for job in jobs:
-        if job.name not in done and job.control not in controls:
-            first.setdefault(job.control, job)
-    waves = [list(first.values()), [job for job in jobs if job.name not in done and job not in first.values()]]
-    with tqdm(total=sum(map(len, waves)), desc="sweep", unit="run", disable=not any(waves)) as bar:
-        for wave in waves:
-            for job, (row, measured) in _do(wave, controls, processes):
-                if (job.directory / "control").is_dir():
-                    controls[job.control] = job.directory / "control"
-                rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
-                documents = pd.concat([documents, measured], ignore_index=True)
-                write(out / "documents.csv", documents.to_csv(index=False))
-                write(out / "results.csv", rows.to_csv(index=False))
-                bar.update()
+    to_do = [job for job in jobs if job.name not in done]
+    with tqdm(total=len(to_do), desc="sweep", unit="run", disable=not to_do) as bar:
+        for job, (row, measured) in _do(to_do, controls, processes):
+            if (job.directory / "control").is_dir():  # for those to come
+                controls[job.control] = job.directory / "control"
+            rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
+            documents = pd.concat([documents, measured], ignore_index=True)
+            write(out / "documents.csv", documents.to_csv(index=False))
+            write(out / "results.csv", rows.to_csv(index=False))
+            bar.update()
     order = {job.name: i for i, job in enumerate(jobs)}
     rows = rows.sort_values("run", key=lambda names: names.map(order), ignore_index=True)
     # As the file has them, and no longer as they came to be done.
@@ -163,12 +171,19 @@ def _do(
             yield job, do(job, controls.get(job.control))
         return
     os.environ["TQDM_DISABLE"] = "1"  # for the processes to come, whose bars would write over each other
+    waiting, running = jobs.copy(), dict[Future, Job]()
+    # No more are handed to the pool than it has processes: it would not give them back when one raises.
     with ProcessPoolExecutor(
         processes, get_context("spawn"), _share_cores, (processes,), max_tasks_per_child=1
     ) as pool:
-        futures = {pool.submit(do, job, controls.get(job.control)): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        while waiting or running:
+            for job in waiting.copy():
+                in_the_making = {other.control for other in running.values() if other.trains_control} - {*controls}
+                if len(running) < processes and not (job.trains_control and job.control in in_the_making):
+                    waiting.remove(job)
+                    running[pool.submit(do, job, controls.get(job.control))] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
 
 
 def _share_cores(processes: int) -> None:
@@ -180,6 +195,7 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
     row: dict[str, Any] = {"recipe": job.base, "seed": job.recipe.seed}
     overridden = {f"override.{name}": json.dumps(value) for name, value in job.overrides.items()}
     try:
+        texts = _texts(job)
         if job.directory.is_dir():
             result = runs.resume(job.directory)
         else:
@@ -189,14 +205,9 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
         failed = {"run": job.name, "error": f"{type(error).__name__}: {error}"}
         return row | failed | overridden, pd.DataFrame()
     documents = {"choose": pd.read_csv(job.directory / "documents.csv")}
-    if job.texts:
+    if texts:
         models = {name: result.load(name) for name in documents["choose"]["model"].unique()}
-        tokenizer = checkpoint.load_tokenizer(job.directory / "ln_free")
-        config = models["original"].config
-        for suffix, source in job.texts.items():
-            text = dataclasses.replace(job.recipe.text, source=source, held_out=None)
-            blocks = load_blocks(text, tokenizer, config.n_positions, config.vocab_size, most=text.held_out_blocks)
-            documents[suffix] = evaluate.measure_documents(models, blocks)
+        documents |= {suffix: evaluate.measure_documents(models, blocks) for suffix, blocks in texts.items()}
     spent = result.results.set_index("model").loc["ln_free"]
     log = (json.loads(line) for line in (job.directory / "log.jsonl").read_text().splitlines())
     tables = {suffix: evaluate.compare(frame).set_index("model") for suffix, frame in documents.items()}
@@ -221,6 +232,17 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
     return row | overridden, pd.concat(
         [frame.assign(run=job.name, text=suffix) for suffix, frame in documents.items()], ignore_index=True
     )
+
+
+def _texts(job: Job) -> dict[str, Blocks]:
+    """Return the texts that the models of a run are measured on beside the recipe's own."""
+    recipe, texts = job.recipe, {}
+    for suffix, source in job.texts.items():
+        tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
+        config = checkpoint.load_config(recipe.model, recipe.revision)
+        text = dataclasses.replace(recipe.text, source=source, held_out=None)
+        texts[suffix] = load_blocks(text, tokenizer, config.n_positions, config.vocab_size, most=text.held_out_blocks)
+    return texts
 
 
 def summarise(results: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:

@@ -546,7 +546,7 @@ def test_what_cannot_be_is_refused():
         with pytest.raises(BlockError, match=said):
             block_config("op", **{knob: value})
     for name in ("v-skipinit", "skipless"):
-        with pytest.raises(BlockError, match="vp_init_std is 3.0, but no value"):
+        with pytest.raises(BlockError, match=r"vp_init_std is 3\.0, but no value"):
             block_config(name, vp_init_std=3.0)
     with pytest.raises(BlockError, match="identity"):
         block_config("skipless", tie_value_proj_init="all_blocks")

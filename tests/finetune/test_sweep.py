@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,6 +160,62 @@ def test_several_processes_come_to_the_same(file: Path, done: Path, tmp_path: Pa
     assert_same_numbers(tmp_path / "out", done)
 
 
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Path | None]]:
+    """Learning rates and controls of the runs that have begun, in threads; with a learning rate of 2e-3 they fail."""
+    begun = []
+
+    def do(job: sweep.Job, control: Path | None) -> tuple[dict, pd.DataFrame]:
+        begun.append((job.recipe.lr, control))
+        if job.recipe.lr == 2e-3:
+            raise OSError("The disk is full.")
+        if job.recipe.schedule.fade > 1 and control is None:  # without a fade it diverges, and leaves none
+            (job.directory / "control").mkdir(parents=True)
+        return {"run": job.name, "error": "DivergedError: "}, pd.DataFrame()
+
+    monkeypatch.setattr(sweep, "do", do)
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda processes, *_, **__: ThreadPoolExecutor(processes))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    return begun
+
+
+def changed(file: Path, directory: Path, **content) -> Path:
+    (directory / "changed.yaml").write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | content))
+    return directory / "changed.yaml"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_fails_unexpectedly_ends_the_sweep(file: Path, begun: list, processes: int, tmp_path: Path):
+    file = changed(file, tmp_path, grid={"lr": [2e-3, 1e-3, 3e-3, 4e-3]}, runs=[{}], seeds=[0])
+    with pytest.raises(OSError, match="disk is full"):
+        sweep.run(file, tmp_path / "out", processes)
+    assert len(begun) <= processes
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_others_wait_for_a_control_that_is_being_trained(file: Path, begun: list, processes: int, tmp_path: Path):
+    file = changed(file, tmp_path, grid={"schedule.fade": [1, 2, 3, 4], "lr": [1e-3, 3e-3]}, runs=[{}], seeds=[0])
+    sweep.run(file, tmp_path / "out", processes)
+    for lr in (1e-3, 3e-3):
+        controls = [control for its_lr, control in begun if its_lr == lr]
+        assert controls[:2] == [None, None]  # the first diverged
+        assert controls[2] == controls[3] != None  # noqa: E711
+
+
+def test_without_controls_nothing_waits(file: Path, begun: list, tmp_path: Path):
+    file = changed(file, tmp_path, set={"control": False}, seeds=[0, 1, 2, 3], runs=[{}], grid={"lr": [1e-3]})
+    assert not any(job.trains_control for job in sweep.load(file, tmp_path))
+    sweep.run(file, tmp_path / "out", processes=4)
+    assert len(begun) == 4
+
+
+def test_a_text_that_cannot_be_read_is_said_before_training(file: Path, tmp_path: Path):
+    file = changed(few(file, tmp_path), tmp_path, texts={"report": "nope.jsonl"}, seeds=[0])
+    table = sweep.run(file, tmp_path / "out")
+    assert "nope.jsonl" in table["error"][0]
+    assert not (tmp_path / "out/runs").exists()
+
+
 def assert_same_numbers(out: Path, done: Path) -> None:
     found = pd.read_csv(out / "results.csv").sort_values("seed")
     whole = pd.read_csv(done / "results.csv")
@@ -176,6 +233,14 @@ def assert_same_numbers(out: Path, done: Path) -> None:
         ({"recipe": "micro", "seed": [1]}, "seed"),
         ({"seeds": [1]}, "recipe"),
         ({"recipe": "macro"}, "macro"),
+        ({"recipe": "micro", "runs": []}, "holds no run"),
+        ({"recipe": "micro", "runs": [{}, {"kl_weight": 1.0}]}, r"runs \{\} and \{'kl_weight': 1.0\} are the same"),
+        ({"recipe": "micro", "runs": [{"seed": 3}]}, "seed of its own"),
+        ({"recipe": "micro", "texts": {"choose": "books-report"}}, "held-out text"),
+        ({"recipe": "micro", "runs": [{"steps": "many"}]}, "steps is 'many'"),
+        ({"recipe": "micro", "runs": [{"steps": 61.5}]}, "steps is 61.5"),
+        ({"recipe": "micro", "runs": [{"model.a.b": 1}]}, "model.a.b is no field"),
+        ({"recipe": "micro", "runs": [{"recipe": 3}]}, "No recipe 3"),
     ],
 )
 def test_a_sweep_that_does_not_hold_is_refused_before_anything_is_run(content, said, tmp_path: Path):
