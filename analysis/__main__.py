@@ -37,7 +37,7 @@ class Options:
     analyses that look at one text."""
     pairs: Path | None = None
     """A JSON file of prompt pairs for patching, a list of objects with the texts clean, corrupt, correct and wrong.
-    None: pairs that come with the package."""
+    None: pairs that come with the package or, where the tokenizer cuts their words, some made for it."""
     tokens: int = 8_192
     """Tokens of each text, at most, in blocks spread evenly over it."""
     out: Path | None = None

@@ -7,7 +7,6 @@
 """
 
 import functools
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -47,12 +46,12 @@ from analysis import (
     residual_norms,
     token_view,
 )
-from analysis.loading import Model, load_trio
+from analysis.loading import load_trio
 from analysis.prompts import Pair, choose_pairs, encode_pairs, read_pairs
 from finetune import NolnError, checkpoint
 from finetune.bundled import resolve_text
 from finetune.recipe import Text
-from finetune.run_directory import recipe_of
+from finetune.run_directory import control_of, recipe_of, version_of
 from finetune.text import load_blocks
 
 ROWS_SHOWN = 40
@@ -404,9 +403,9 @@ def _benchmarks(tasks: Sequence[str]) -> Analysis:
 
 
 def run(
-    original: Model | None = None,
-    control: Model | None = None,
-    ln_free: Model | None = None,
+    original: str | Path | None = None,
+    control: str | Path | None = None,
+    ln_free: str | Path | None = None,
     revision: str | None = None,
     text: Sequence[str] = ("books-report", "shifted-peps"),
     pairs: str | Path | None = None,
@@ -420,8 +419,8 @@ def run(
     """Load models and texts, write a report of them, and return its page: what `python -m analysis report` does.
 
     Args:
-        original: as for `load_trio`, as are the other two. All None: those of the newest run under runs/, or the
-            bundled ones where there is no run.
+        original: a short name, a directory or a Hub id, as are the other two; `write` takes models in memory. All
+            None: those of the newest run under runs/, or the bundled ones where there is no run.
         control: the model fine-tuned in the same way with LN kept.
         ln_free: the LN-free model.
         revision: of the original, a model on the Hub; that of the run's recipe where the run is.
@@ -435,13 +434,15 @@ def run(
         benchmark: tasks for `benchmarks.measure`, NAME or NAME=FILE.jsonl.
 
     Raises:
-        ReportError: no models or texts, an analysis that there is not, `out` exists, a batch size below 1, or what PNGs
-            need is not there.
+        ReportError: no models, texts or tokens, an analysis that there is not, `out` exists, a batch size below 1, or
+            what PNGs need is not there.
         BenchmarkError: as `benchmarks.check` does.
         CheckpointError, TextError, PairError: models, texts or pairs do not do.
     """
     directory = Path(out) if out is not None else Path("reports") / time.strftime("%Y%m%d-%H%M%S")
     check(directory, only, batch_size, png, benchmark)
+    if tokens < 1:
+        raise ReportError(f"--tokens is {tokens}, but is to be at least 1.")
     if not text:
         raise ReportError("Name at least one text with --text, or leave it away.")
     tokenizer = None
@@ -469,7 +470,7 @@ def run(
     )
 
 
-def _newest() -> tuple[Model, str | None, Model | None, Model, Any]:
+def _newest() -> tuple[str, str | None, str | Path | None, Path | str, Any]:
     """Return original, its revision, control and LN-free model, and their tokenizer, of the run completed last.
 
     A run writes its `ln_free/` before it trains the control, and its results at the end.
@@ -479,7 +480,7 @@ def _newest() -> tuple[Model, str | None, Model | None, Model, Any]:
         return "micro", None, "micro-control", "micro-ln-free", None
     newest = max(runs, key=lambda run: (run / "results.csv").stat().st_mtime)
     recipe: Any = recipe_of(newest)
-    control = recipe.control_from or (newest / "control" if recipe.control else None)
+    control = control_of(recipe, newest)
     return recipe.model, recipe.revision, control, newest / "ln_free", checkpoint.load_tokenizer(newest / "ln_free")
 
 
@@ -546,7 +547,7 @@ def write(
     """Run the analyses, write their tables and figures and a page of them all to `out`, and return the page.
 
     Args:
-        models: as `load_trio` returns them, `original` among them.
+        models: as `load_trio` returns them, `original` and `ln_free` among them.
         samples: the texts by name, as `read_text` returns them; the first one serves the analyses that look at one.
         out: the directory to write, whole or not at all.
         names: what the models are, on top of the page and in its Python; where None, their keys.
@@ -558,12 +559,15 @@ def write(
         benchmark: tasks for `benchmarks.measure`, NAME or NAME=FILE.jsonl.
 
     Raises:
-        ReportError: `out` exists, an analysis that there is not, a batch size below 1, or what PNGs need is not there.
+        ReportError: no `original` or `ln_free`, `out` exists, an analysis that there is not, a batch size below 1, or
+            what PNGs need is not there.
         BenchmarkError: as `benchmarks.check` does.
         PairError: `pairs` cannot be read or do not suit the tokenizer, or none can be made for it.
     """
     out, names = Path(out), dict(names or {name: name for name in models})
     check(out, only, batch_size, png, benchmark)
+    if not {"original", "ln_free"} <= models.keys():
+        raise ReportError(f"The models are {', '.join(models)}: a report compares `original` and `ln_free`.")
     analyses = [analysis for analysis in ANALYSES if not only or analysis.name in only]
     analyses += [_benchmarks(benchmark)] if benchmark else []
     chosen: list[Pair] = []
@@ -715,7 +719,7 @@ def _facts(model: Any, samples: Mapping[str, Sample]) -> dict[str, str]:
         "Versions": ", ".join(
             [
                 f"python {platform.python_version()}",
-                *(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+                *(f"{name} {version_of(name)}" for name in PACKAGES),
             ]
         ),
     }

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar
 
 import tyro
 
@@ -150,7 +150,9 @@ def _sweep(arguments: list[str]) -> None:
 
 
 def _list(arguments: list[str]) -> None:
-    kind: type[Training] = PretrainRecipe if arguments == ["pretrain"] else Recipe
+    if arguments not in ([], ["pretrain"]):
+        _usage("list, or list pretrain", arguments)
+    kind: type[Training] = PretrainRecipe if arguments else Recipe
     names = recipes.shipped(kind)
     for name in names:
         print(f"{name:{max(map(len, names))}}  {recipes.about(name, kind)}")
@@ -164,9 +166,18 @@ def _show(arguments: list[str]) -> None:
 
 
 def _only(arguments: list[str], usage: str) -> str:
-    if len(arguments) != 1:
-        sys.exit(f"usage: python -m finetune {usage}")
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        _usage(usage, arguments)
     return arguments[0]
+
+
+def _usage(usage: str, arguments: list[str]) -> NoReturn:
+    """Leave, saying how a command is used; successfully if that was asked."""
+    usage = f"usage: python -m finetune {usage}"
+    if arguments in (["-h"], ["--help"]):
+        print(usage)
+        sys.exit()
+    sys.exit(usage)
 
 
 def _report(run: "Run") -> None:

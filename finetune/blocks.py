@@ -248,7 +248,7 @@ def block_config(name: str, **knobs: Any) -> BlocksConfig:
 
 def _idle(config: BlocksConfig) -> dict[str, str]:
     """Return why which knobs change nothing in a model of this config."""
-    idle = {}
+    idle: dict[str, str] = {}
     if config.value_skip_gain is None:
         idle |= dict.fromkeys(("value_gain", "first_value_gain", "train_value_gains"), "value_skip_gain is None")
     if config.proj_skip_gain is None:

@@ -28,7 +28,18 @@ from finetune import checkpoint, evaluate, pretrain, schedule
 from finetune import recipe as recipes
 from finetune.checkpoint import CausalLM
 from finetune.recipe import Recipe, Text
-from finetune.run_directory import Run, alone_in, new_directory, push, recipe_of, render, write, write_recipe
+from finetune.run_directory import (
+    Run,
+    alone_in,
+    control_of,
+    new_directory,
+    on_hub,
+    push,
+    recipe_of,
+    render,
+    write,
+    write_recipe,
+)
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import TextSplits, load_text
@@ -207,8 +218,8 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
     if state.is_main_process:
         recipe = setup.recipe
         models: dict[str, CausalLM] = {"original": setup.model}
-        if recipe.control:
-            models["control"] = checkpoint.load(recipe.control_from or directory / "control")
+        if control := control_of(recipe, directory):
+            models["control"] = checkpoint.load(control)
         models["ln_free"] = checkpoint.load(directory / "ln_free")
         documents = evaluate.measure_documents(
             {name: model.to(state.device) for name, model in models.items()}, setup.text.held_out
@@ -229,12 +240,13 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
 
 
 def _card(setup: Setup, directory: Path, name: str, results: pd.DataFrame, log: list[dict[str, Any]]) -> str:
-    in_memory = Path(setup.recipe.model) == directory / "original"
+    model = setup.recipe.model
+    base = "a local model" if Path(model) == directory / "original" else Path(model).name
     return render(
         "model_card.md.jinja",
         name=name,
-        base="a local model" if in_memory else Path(setup.recipe.model).name,
-        base_model=None if in_memory else setup.recipe.model,
+        base=base,
+        base_model=model if on_hub(model) else None,
         recipe=setup.recipe,
         config=setup.model.config,
         events=[(line["step"], line["frozen"]) for line in log if line["model"] == name and line["frozen"]],

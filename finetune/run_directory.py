@@ -50,8 +50,8 @@ class Run:
         named = recipe_of(self.directory)
         if name == "original" and isinstance(named, Recipe):
             return checkpoint.load(named.model, named.revision)
-        if name == "control" and isinstance(named, Recipe) and named.control_from is not None:
-            return checkpoint.load(named.control_from)
+        if name == "control" and isinstance(named, Recipe) and (control := control_of(named, self.directory)):
+            return checkpoint.load(control)
         return checkpoint.load(self.directory / name)
 
 
@@ -67,6 +67,11 @@ def recipe_of(directory: Path) -> Recipe | PretrainRecipe:
     if isinstance(recipe, Recipe) and original.is_dir():
         return dataclasses.replace(recipe, model=str(original))
     return recipe
+
+
+def control_of(recipe: Recipe, directory: Path) -> str | Path | None:
+    """Return where the control of a run lies, if it has one: in its directory, or where the recipe takes it from."""
+    return (recipe.control_from or directory / "control") if recipe.control else None
 
 
 def new_directory(recipe: Training, out: str | Path | None) -> Path:
@@ -86,10 +91,11 @@ def new_directory(recipe: Training, out: str | Path | None) -> Path:
 
 
 def render(template: str, **fields: Any) -> str:
-    """Return a template of the package, filled in."""
+    """Return a template of the package, filled in. Its filter `public` leaves the last part alone of local paths."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("finetune", ""), trim_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["public"] = lambda name: name if on_hub(name) else Path(name).name
     return environment.get_template(template).render(**fields)
 
 
@@ -137,17 +143,24 @@ def write(path: Path, content: str) -> None:
 
 
 def _absolute(recipe: Trains) -> Trains:
-    """Return `recipe` with local paths made absolute, so that it can be replayed from anywhere."""
+    """Return `recipe` with local paths absolute, so that it can be replayed from anywhere."""
 
     def absolute(part: Any, *fields: str) -> dict[str, Any]:
         names = {field: getattr(part, field) for field in fields if hasattr(part, field)}
         return {
-            field: str(Path(name).absolute()) if name and name not in MODELS | TEXTS and Path(name).exists() else name
+            field: name
+            if not name or name in MODELS | TEXTS or on_hub(name)
+            else str(Path(name).expanduser().absolute())
             for field, name in names.items()
         }
 
     text = dataclasses.replace(recipe.text, **absolute(recipe.text, "source", "held_out"))
     return dataclasses.replace(recipe, **absolute(recipe, "model", "control_from", "tokenizer"), text=text)
+
+
+def on_hub(name: str) -> bool:
+    """Return whether a name is one on the Hub: neither bundled nor here."""
+    return name not in MODELS | TEXTS and not Path(name).expanduser().exists()
 
 
 def _provenance() -> dict[str, Any]:
@@ -156,14 +169,14 @@ def _provenance() -> dict[str, Any]:
     return {
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in packages},
         "git": _commit(),
         "processes": PartialState().num_processes,
         "device": str(PartialState().device),
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     """Return which version is installed; this package may be run where it is not."""
     try:
         return importlib.metadata.version(package)

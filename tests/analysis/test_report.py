@@ -364,6 +364,13 @@ class TestBadInput:
     def test_batch_size(self):
         assert "--batch-size is 0" in self.fail("--original", "micro", "--ln-free", "x", "--batch-size", "0")
 
+    def test_tokens(self):
+        assert "--tokens is 0" in self.fail("--original", "micro", "--ln-free", "x", "--tokens", "0")
+
+    def test_nothing_to_compare_with(self, trio, tmp_path):
+        with pytest.raises(report.ReportError, match="models are original, control: a report compares"):
+            report.write({key: trio[key] for key in ("original", "control")}, {}, tmp_path / "r")
+
     def test_unknown_analysis(self):
         message = self.fail("--only", "los")
         assert "los" in message

@@ -90,6 +90,16 @@ class TestCommands:
             call("show", name)
             assert yaml.safe_load(capsys.readouterr().out)["name"] == name
 
+    @pytest.mark.parametrize("command", ["resume", "show", "list"])
+    def test_usage_of_those_without_flags(self, command: str, capsys: pytest.CaptureFixture):
+        usage = f"usage: python -m finetune {command}"
+        with pytest.raises(SystemExit) as exit:
+            call(command, "--help")
+        assert exit.value.code is None
+        assert capsys.readouterr().out.startswith(usage)
+        with pytest.raises(SystemExit, match=usage):
+            call(command, "pretrian", "--out")
+
     def test_script_is_the_module(self):
         (script,) = importlib.metadata.entry_points(group="console_scripts", name="noln-finetune")
         assert script.load() is main

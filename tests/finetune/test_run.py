@@ -25,7 +25,7 @@ from finetune import checkpoint, run_directory
 from finetune import recipe as recipes
 from finetune.bundled.__main__ import bundle
 from finetune.recipe import Recipe, Text
-from finetune.run import remove_layernorm, resume
+from finetune.run import _card, remove_layernorm, resume, set_up
 from finetune.run_directory import InUseError, Run, alone_in, write_recipe
 from finetune.sites import Sites
 from finetune.text import load_text
@@ -234,7 +234,11 @@ for i, path in enumerate(sys.argv[1:]):
         card = (run.directory / name / "README.md").read_text()
 
         _, front, body = card.split("---\n", 2)
-        assert yaml.safe_load(front)["base_model"] == recipe.model
+        assert "base_model" not in yaml.safe_load(front)  # which is a name on the Hub
+        assert f"Base model: {Path(recipe.model).name};" in body
+        assert f"`{Path(recipe.text.source).name}`" in body
+        for local in (recipe.model, recipe.text.source):  # the rest of whose paths is not to be published
+            assert str(Path(local).parent) not in card
         assert ("layernorm-free" in yaml.safe_load(front)["tags"]) == (name == "ln_free")
         for row in run.results.to_dict("records"):
             assert f"| {row['model']} | {row['loss']:.4f} ± " in body
@@ -242,13 +246,15 @@ for i, path in enumerate(sys.argv[1:]):
         assert ("| 8 | ln_f |" in body) == (name == "ln_free")
         assert "nan" not in body
 
-    def test_front_matter_holds_any_path(self, recipe: Recipe, tiny: Path, tmp_path: Path):
-        odd = shutil.copytree(tiny, tmp_path / "a: b #c")
+    def test_model_card_names_a_base_model_on_the_hub(self, run: Run, recipe: Recipe):
+        setup = set_up(recipe)
+        on_hub = replace(recipe, model="someone/gpt2", text=Text("someone/text"))
+        card = _card(replace(setup, recipe=on_hub), run.directory, "ln_free", run.results, [])
 
-        run = remove_layernorm(odd, recipe=replace(recipe, control=False), out=tmp_path / "run")
-
-        front = (run.directory / "ln_free/README.md").read_text().split("---\n")[1]
-        assert yaml.safe_load(front)["base_model"] == str(odd)
+        _, front, body = card.split("---\n", 2)
+        assert yaml.safe_load(front)["base_model"] == "someone/gpt2"
+        assert "Base model: `someone/gpt2`;" in body
+        assert "Text: `someone/text`," in body
 
     def test_pushes_the_ln_free_model(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         hub = mock.Mock()
