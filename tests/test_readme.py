@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -25,6 +26,7 @@ import finetune.__main__
 from finetune import recipe as recipes
 from finetune import sweep
 from finetune.bundled import MODELS
+from finetune.trainer import check_processes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,7 +74,12 @@ def call(module: str, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS + INLINE)
 def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch):
-    def reach(*_, **__):
+    def reach(recipe=None, *_, **__):
+        if command.startswith("torchrun"):
+            several = torch.distributed.run.parse_args(shlex.split(command, comments=True)[1:])
+            state = mock.Mock(num_processes=int(several.nproc_per_node), device=torch.device("cpu"))
+            monkeypatch.setattr("finetune.trainer.processes", lambda _: state)
+            check_processes(recipe)
         raise Reached
 
     def read_sweep(path: Path, *_):

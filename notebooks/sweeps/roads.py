@@ -42,9 +42,10 @@ def measure(model: Any, is_sum: bool = True) -> dict[str, float]:
 
 
 def training(run: Path) -> dict[str, Any]:
-    """Return what a run of `finetune pretrain` was: its block, with the knobs that the block's recipe has otherwise."""
+    """Return what a run of `finetune pretrain` was: its block, with what the block's recipe has otherwise."""
     recipe: Any = recipe_of(run)
-    own = recipe.knobs.items() - load_pretraining(recipe.block).knobs.items()
+    shipped = load_pretraining(recipe.block)
+    own = (recipe.knobs | {"lr": recipe.lr}).items() - (shipped.knobs | {"lr": shipped.lr}).items()
     row = {"model": ", ".join([recipe.block, *(f"{knob} {value}" for knob, value in sorted(own))])}
     row |= {"seed": recipe.seed, "lr": recipe.lr}
     return row | pd.read_csv(run / "results.csv")[["parameters", "trained_tokens"]].iloc[0].to_dict()

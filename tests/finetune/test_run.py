@@ -29,6 +29,7 @@ from finetune.run import _card, remove_layernorm, resume, set_up
 from finetune.run_directory import InUseError, Run, alone_in, write_recipe
 from finetune.sites import Sites
 from finetune.text import load_text
+from finetune.trainer import check_processes
 
 KILLED = -signal.SIGKILL
 
@@ -334,9 +335,20 @@ def test_batch_that_cannot_be_shared(recipe: Recipe, tmp_path: Path, monkeypatch
         monkeypatch.setattr(f"finetune.{module}.PartialState", lambda **_: three)
     monkeypatch.setattr("finetune.run_directory.broadcast_object_list", lambda objects: objects)
 
-    with pytest.raises(recipes.RecipeError, match="3 processes"):
+    with pytest.raises(recipes.RecipeError, match=r"3 processes .*: change batch or the number of processes"):
         remove_layernorm(recipe=recipe, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(recipes.RecipeError, match="in micro-batches of 3: micro_batch 2 would do"):
+        check_processes(replace(recipe, batch=12, micro_batch=3))
+    check_processes(replace(recipe, batch=12, micro_batch=2))
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.shipped() if name.startswith("gpt2")])
+def test_several_processes_share_the_batches_of_shipped_recipes(name: str):
+    recipe = recipes.load(name)
+    most = 2 if name == "gpt2-medium-b25" else 8  # 506 = 2 · 11 · 23
+    for processes in (2, 4, 8):
+        assert (recipe.batch % (recipe.micro_batch * processes) == 0) == (processes <= most)
 
 
 def test_what_is_held_out_goes_with_the_text():
