@@ -719,7 +719,7 @@ def _facts(model: Any, samples: Mapping[str, Sample]) -> dict[str, str]:
         "Versions": ", ".join(
             [
                 f"python {platform.python_version()}",
-                *(f"{name} {version_of(name)}" for name in PACKAGES),
+                *(f"{name} {version_of(name) or 'not installed'}" for name in PACKAGES),
             ]
         ),
     }

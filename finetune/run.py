@@ -26,14 +26,15 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from finetune import checkpoint, evaluate, pretrain, schedule
 from finetune import recipe as recipes
+from finetune.bundled import MODELS
 from finetune.checkpoint import CausalLM
 from finetune.recipe import Recipe, Text
 from finetune.run_directory import (
     Run,
     alone_in,
     control_of,
+    is_local,
     new_directory,
-    on_hub,
     push,
     recipe_of,
     render,
@@ -246,7 +247,7 @@ def _card(setup: Setup, directory: Path, name: str, results: pd.DataFrame, log: 
         "model_card.md.jinja",
         name=name,
         base=base,
-        base_model=model if on_hub(model) else None,
+        base_model=None if is_local(model) or model in MODELS else model,
         recipe=setup.recipe,
         config=setup.model.config,
         events=[(line["step"], line["frozen"]) for line in log if line["model"] == name and line["frozen"]],

@@ -95,7 +95,7 @@ def render(template: str, **fields: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("finetune", ""), trim_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["public"] = lambda name: name if on_hub(name) else Path(name).name
+    environment.filters["public"] = lambda name: Path(name).name if is_local(name) else name
     return environment.get_template(template).render(**fields)
 
 
@@ -148,9 +148,7 @@ def _absolute(recipe: Trains) -> Trains:
     def absolute(part: Any, *fields: str) -> dict[str, Any]:
         names = {field: getattr(part, field) for field in fields if hasattr(part, field)}
         return {
-            field: name
-            if not name or name in MODELS | TEXTS or on_hub(name)
-            else str(Path(name).expanduser().absolute())
+            field: str(Path(name).expanduser().absolute()) if name and is_local(name) else name
             for field, name in names.items()
         }
 
@@ -158,9 +156,9 @@ def _absolute(recipe: Trains) -> Trains:
     return dataclasses.replace(recipe, **absolute(recipe, "model", "control_from", "tokenizer"), text=text)
 
 
-def on_hub(name: str) -> bool:
-    """Return whether a name is one on the Hub: neither bundled nor here."""
-    return name not in MODELS | TEXTS and not Path(name).expanduser().exists()
+def is_local(name: str) -> bool:
+    """Return whether a name, of a model or a text, is a path that is there, and not what is bundled."""
+    return name not in MODELS | TEXTS and Path(name).expanduser().exists()
 
 
 def _provenance() -> dict[str, Any]:

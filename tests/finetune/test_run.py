@@ -235,7 +235,7 @@ for i, path in enumerate(sys.argv[1:]):
         card = (run.directory / name / "README.md").read_text()
 
         _, front, body = card.split("---\n", 2)
-        assert "base_model" not in yaml.safe_load(front)  # which is a name on the Hub
+        assert "base_model" not in yaml.safe_load(front)  # for it would be a name on the Hub
         assert f"Base model: {Path(recipe.model).name};" in body
         assert f"`{Path(recipe.text.source).name}`" in body
         for local in (recipe.model, recipe.text.source):  # the rest of whose paths is not to be published
