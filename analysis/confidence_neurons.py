@@ -161,7 +161,8 @@ def _weights(model: Any) -> tuple[Float[Tensor, "neuron d_model"], Float[Tensor,
 
 def _norm_and_logit_var(model: Any) -> tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"]]:
     W_out, W_U = _weights(model)
-    covariance = torch.cov(W_U / W_U.norm(dim=0), correction=0)
+    used = W_U.norm(dim=0) > 0  # what a vocabulary is padded with has no direction
+    covariance = torch.cov(W_U[:, used] / W_U[:, used].norm(dim=0), correction=0)
     norm = W_out.norm(dim=1)
     unit = W_out / norm[:, None]
     return norm, ((unit @ covariance) * unit).sum(1)

@@ -208,10 +208,11 @@ def measure(
 def summarise(components: pd.DataFrame) -> pd.DataFrame:
     """Summarise what `measure_components` returns, a row a model, in the order of the models.
 
-    Columns: model, target, unembedding; nmae, the mean over heads of their NMAE, %, as in the paper; nmae_pooled, 100 ·
-    Σ mean|DLA − direct effect| / Σ mean|direct effect| over heads, %, as in its code; residue, the largest |logit − sum
-    of the DLA of all components| of a token, logits; residue_relative, the same over the largest |logit|, without unit;
-    effect_residue and effect_residue_relative, these with direct effects in place of DLA; tokens.
+    Columns: model, target, unembedding; nmae, the mean over heads (those without any effect apart) of their NMAE, %, as
+    in the paper; nmae_pooled, 100 · Σ mean|DLA − direct effect| / Σ mean|direct effect| over heads, %, as in its code;
+    residue, the largest |logit − sum of the DLA of all components| of a token, logits; residue_relative, the same over
+    the largest |logit|, without unit; effect_residue and effect_residue_relative, these with direct effects in place of
+    DLA; tokens.
     """
     rows = []
     for model, frame in components.groupby("model", sort=False):

@@ -305,7 +305,8 @@ class Recipe(Training):
     std_mean: StdMean = "arithmetic"
     """What the running means are of: σ, log σ, or 1/σ."""
     control: bool = True
-    """Also fine-tune with LayerNorm kept, to tell what fine-tuning did from what losing LayerNorm did."""
+    """Also fine-tune with LayerNorm kept, by cross-entropy alone, to tell what fine-tuning did from what losing
+    LayerNorm did. With `kl_weight` or `match_weight` the original tells the latter better."""
     control_from: str | None = None
     """The directory of a control that an earlier run made, used instead of training one."""
     export_format: Literal["b25", "h24"] = "b25"

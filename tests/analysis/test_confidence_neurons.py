@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +132,14 @@ def test_a_planted_confidence_neuron_is_found_and_acts_through_ln_alone(make_gpt
     assert frame["through_ln"].abs().max() > 1e-2
     (in_null, _) = confidence_neurons.measure_spectrum({"m": model}, [13]).groupby("neurons", sort=False)
     assert in_null[1]["cumulative"].iloc[-3] == pytest.approx(0, abs=1e-12)
+
+
+def test_padding_of_the_vocabulary_has_no_direction(make_gpt2):
+    model = trio(make_gpt2)["original"]
+    padded = SimpleNamespace(blocks=model.blocks, cfg=model.cfg, W_U=torch.nn.functional.pad(model.W_U, (0, 3)))
+    table = confidence_neurons.measure_neurons({"original": model, "padded": padded}, NEURONS)
+    found = [frame["logit_var"].to_numpy() for _, frame in table.groupby("model", sort=False)]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-10)
 
 
 def test_candidates_have_a_large_norm_and_the_smallest_logit_var(make_gpt2):

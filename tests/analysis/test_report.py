@@ -22,7 +22,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from analysis import answers, load_trio, patching, prompts, report
+from analysis import (
+    answers,
+    faithfulness,
+    load_bridge,
+    load_trio,
+    logit_attribution,
+    loss,
+    patching,
+    prompts,
+    report,
+    token_view,
+)
 from analysis.__main__ import main
 from finetune import checkpoint, recipe
 from finetune.bundled import resolve_text
@@ -184,72 +195,104 @@ class TestAnswers:
         ("paid", "said"),
         [((0.07, 0.004), "worse"), ((0.005, 0.001), "Little"), ((0.01, 0.02), "chance"), ((-0.1, 0.01), "better")],
     )
-    def test_loss(self, paid, said):
-        answer = answers.loss_paid("books", paid, "control", (0.5, 0.1))
+    @pytest.mark.parametrize("baseline", ["original", "control"])
+    def test_loss(self, paid, said, baseline):
+        other = {"original": "control", "control": "original"}[baseline]
+        losses = {baseline: answers.Paid(*paid, 30), other: answers.Paid(-0.5, 0.1, 30)}
+        answer = answers.loss_paid("books", baseline, losses)
         assert said in answer.sentence
+        assert f"the {baseline}" in answer.sentence
+        assert f"The {other} predicts it less well" in answer.sentence
+        assert "−0.500 ± 0.100" in answer.sentence
+        assert baseline in answer.unit
         assert "OpenWebText" in answer.published
 
-    def test_loss_from_the_table(self):
+    @pytest.mark.parametrize(("documents", "is_told"), [(1, False), (2, False), (3, False), (5, True), (50, True)])
+    def test_few_documents_tell_less(self, documents, is_told):
+        """2.9 standard errors are beyond the 97.5th percentile of t of 4 degrees of freedom, 2.78; not of 2, 4.30."""
+        assert answers.Paid(0.029, 0.01, documents).is_told_from() == is_told
+        assert answers.Paid(0.042, 0.008, documents).is_told_from(answers.Paid(0.013, 0.006, 60)) == is_told
+
+    @pytest.mark.parametrize(("of_control", "baseline"), [(-0.1, "control"), (0.1, "original")])
+    def test_loss_from_the_table(self, of_control, baseline):
+        """Against whichever of the original and the control is better on the first text."""
         tokens = pd.DataFrame({"document": [0, 0, 1, 1], "loss": [1.0, 2.0, 3.0, 2.0]})
         frames = [
             tokens.assign(model=model, text=text, loss=tokens["loss"] + more)
             for text, scale in (("books", 1), ("peps", 2))
-            for model, more in (("original", 0.0), ("control", -0.1 * scale), ("ln_free", 0.2 * scale))
+            for model, more in (("original", 0.0), ("control", of_control * scale), ("ln_free", 0.2 * scale))
         ]
         answer, elsewhere = answers.answer({("loss", "token"): pd.concat(frames)})
-        assert answer.number == "+0.300 ± 0.000"
-        assert "Against the original it is +0.200 ± 0.000" in answer.sentence
-        assert elsewhere.number == "+0.600 ± 0.000"
-        assert elsewhere.sentence == "It costs more on peps than on books: +0.600 ± 0.000 against +0.300 ± 0.000."
+        cost = 0.2 - min(of_control, 0)
+        assert answer.number == f"+{cost:.3f} ± 0.000"
+        assert answer.unit.startswith(f"nats/token above the {baseline}")
+        assert f"the LN-free model is +{0.2 - max(of_control, 0):.3f} ± 0.000 above that" in answer.sentence
+        assert elsewhere.number == f"+{2 * cost:.3f} ± 0.000"
+        assert elsewhere.sentence.startswith(f"It costs more on peps than on books: +{2 * cost:.3f} ± 0.000 against")
         alone = pd.concat([frames[0], frames[2]])
         answer = answers.answer({("loss", "token"): alone})[0]
         assert answer.number == "+0.200 ± 0.000"
         assert "Without a control" in answer.sentence
 
     def test_loss_of_one_document_has_no_known_error(self):
-        answer = answers.loss_paid("books", (0.07, math.nan), "control", (0.5, 0.1))
+        answer = answers.loss_paid("books", "original", {"original": answers.Paid(0.07, math.nan, 1)})
         assert answer.number == "+0.070 ± unknown"
         assert "chance" in answer.sentence
 
     @pytest.mark.parametrize(
         ("there", "said"),
         [
-            ((0.2, 0.01), "more on peps"),
-            ((0.08, 0.01), "chance"),
-            ((0.01, 0.01), "No more"),
-            ((0.2, math.nan), "chance"),
+            ((0.2, 0.01, 9), "more on peps"),
+            ((0.08, 0.01, 9), "chance"),
+            ((0.01, 0.01, 9), "No more"),
+            ((0.2, math.nan, 1), "chance"),
         ],
     )
     def test_loss_elsewhere(self, there, said):
-        answer = answers.loss_elsewhere({"books": (0.07, 0.01), "peps": there, "notes": (-0.1, 0.01)})
+        there, notes = answers.Paid(*there), answers.Paid(-0.1, 0.2, 9)
+        answer = answers.loss_elsewhere(
+            "control", {"books": answers.Paid(0.07, 0.01, 9), "peps": there, "notes": notes}
+        )
         assert said in answer.sentence
-        assert answer.number == answers._signed(*there)
-        assert answer.sentence.endswith("On others: notes −0.100 ± 0.010.")
+        assert answer.number == str(there)
+        assert answer.sentence.endswith("On others: notes −0.100 ± 0.200.")
         assert "The Pile" in answer.published
+
+    def test_what_is_told_apart_comes_before_what_is_only_larger(self):
+        books, notes, peps = ((0.02, 0.001), (0.3, 0.2), (0.2, 0.01))
+        texts = {"books": books, "notes": notes, "peps": peps}
+        answer = answers.loss_elsewhere("control", {name: answers.Paid(*paid, 30) for name, paid in texts.items()})
+        assert "costs more on peps than on books" in answer.sentence
+        gains = {"books": answers.Paid(-0.1, 0.001, 30), "peps": answers.Paid(-0.02, 0.001, 30)}
+        assert "gains less on peps" in answers.loss_elsewhere("original", gains).sentence
 
     @pytest.mark.parametrize(
         ("before", "after", "said"),
         [
             (1.2, 1.1, "nothing to lose"),
+            (1.2, 8.0, "LN-free model alone: 8.0 times"),
             (2.0, 1.0, "weakly"),
-            (14, 1.2, "shrinks to 1.2"),
+            (14, 1.2, "falls to 1.2"),
             (14, 13, "stays at"),
-            (5, 40, "grows"),
+            (10, 5.1, "falls to 5.1"),
+            (5, 40, "rises to 40.0"),
         ],
     )
     def test_position_0(self, before, after, said):
+        """Each model where its own ratio is largest: the original before block 1, the LN-free model before block 0."""
         points = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
         frame = pd.DataFrame(
             [
                 {"model": model, "point": point, "token_class": token_class, "norm": norm}
-                for model, ratio in (("original", before), ("ln_free", after))
-                for point, factor in zip(points, (0.5, 1.0), strict=True)
+                for model, ratio, factors in (("original", before, (0.5, 1.0)), ("ln_free", after, (1.0, 0.5)))
+                for point, factor in zip(points, factors, strict=True)
                 for token_class, norm in (("ordinary", 10.0), ("position 0", 10 * ratio * factor))
             ]
         )
         answer = answers.answer({("residual_norms", "point"): frame})[0]
         assert said in answer.sentence
-        assert "before block 1" in answer.sentence
+        assert ("before block 1" in answer.sentence) == (before >= 1.5)
+        assert ("before block 0" in answer.sentence) == (max(before, after) >= 1.5)
         assert answer.number == f"{before:.1f} → {after:.1f}"
 
     @pytest.mark.parametrize(
@@ -270,10 +313,19 @@ class TestAnswers:
         assert answer.published_model == "GPT-2 medium"
 
     @pytest.mark.parametrize(
-        ("before", "after", "said"), [(49, 0.0, "misses"), (5, 0, "a little"), (0.3, 0, "nearly was"), (49, 3, "not")]
+        ("before", "after", "residue", "said"),
+        [
+            (49, 0.0, 1e-6, "misses"),
+            (5, 0, 1e-6, "a little"),
+            (0.3, 0, 1e-6, "nearly was"),
+            (49, 3, 1e-6, "not entirely gone"),
+            (49, 0, 1.4, "not entirely gone"),
+            (49, 0, math.nan, "not entirely gone"),
+        ],
     )
-    def test_attribution(self, before, after, said):
+    def test_attribution(self, before, after, residue, said):
         frame = pd.DataFrame({"model": ["original", "ln_free"], "nmae": [before, after]})
+        frame["residue_relative"] = [0.9, residue]
         answer = answers.answer({("logit_attribution", "model"): frame})[0]
         assert said in answer.sentence
         assert answer.number == f"{before:.2f} → {after:.2f}"
@@ -287,6 +339,33 @@ class TestAnswers:
         models = {"original": 0.0, "ln_free": ln_free} | ({} if control is None else {"control": control})
         frame = pd.DataFrame({"model": models.keys(), "jsd": models.values()})
         assert said in answers.answer({("faithfulness", "model"): frame})[0].sentence
+
+    def test_a_model_that_only_says_that_it_has_no_ln_is_found_out(self):
+        model = load_bridge("micro")
+        tokens = report.read_text("books-report", model, 512).tokens
+        sentences = []
+        for says in ("LNPre", None):
+            model.cfg.normalization_type = says
+            frame = logit_attribution.measure({"original": model, "ln_free": model}, tokens)
+            assert (frame["nmae"][1] > 1) == (says is not None)
+            sentences.append(answers.answer({("logit_attribution", "model"): frame})[0].sentence)
+        assert all("not entirely gone" in sentence for sentence in sentences)
+
+
+def test_token_view_is_of_the_numbers_that_the_analyses_have(trio):
+    tokens = report.read_text("books-report", trio["original"], 512).tokens
+    view = token_view.measure(trio, tokens).set_index(["model", "block", "position"])
+    keys = ["model", "block", "position"]
+    losses = loss.measure_tokens(trio, tokens).set_index(keys)["loss"]
+    far = faithfulness.measure_tokens(trio, tokens).set_index(keys)["jsd"]
+    assert len(view) == len(losses)
+    np.testing.assert_allclose(view["loss"], losses.reindex(view.index), rtol=1e-5)
+    compared = view.drop("original", level="model")
+    np.testing.assert_allclose(compared["jsd"], far.reindex(compared.index), atol=1e-6)
+    first = view.loc["ln_free", 0, 1]
+    logits = trio["ln_free"](tokens[:1])[0, 0]
+    assert first["tokens"][0] == logits.argmax()
+    assert first["probabilities"][0] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-5)
 
 
 class TestBadInput:
