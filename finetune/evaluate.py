@@ -48,7 +48,7 @@ def mean_and_error(
 
     `values` are tokens', or means over `weights` tokens each. The linearised error of a ratio: with S_d the sum of a
     document's deviations from the mean, N the sum of the weights and D documents, √(D/(D−1) · Σ_d S_d²) / N. NaN for a
-    single document.
+    single document. Where documents are pieces of one book it is the error for that book, and not for books.
     """
     weights = np.ones_like(values) if weights is None else weights
     mean = np.average(values, weights=weights)
