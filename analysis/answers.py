@@ -97,7 +97,7 @@ def loss_paid(text: str, baseline: str, paid: Mapping[str, Paid]) -> Answer:
     else:
         sentence = f"The LN-free model predicts {text} worse than the {baseline} does."
     if others := [model for model in paid if model != baseline]:
-        sentence += f" The {others[0]} predicts it less well: the LN-free model is {paid[others[0]]} above that."
+        sentence += f" The difference to the {others[0]}, which predicts it less well, is {paid[others[0]]}."
     else:
         sentence += " Without a control, what fine-tuning did and what losing LN did cannot be told apart."
     return Answer(
