@@ -73,16 +73,10 @@ class Paid(NamedTuple):
 
     def is_told_from(self, other: "Paid | None" = None) -> bool:
         """Return whether the difference to `other`, or to 0, is beyond chance: two-sided t-test at 5 %."""
-        mean, error, documents = (
-            self
-            if other is None
-            else (
-                self.mean - other.mean,
-                math.hypot(self.error, other.error),
-                min(self.documents, other.documents),
-            )
-        )
-        return documents > 1 and abs(mean) > t.ppf(0.975, documents - 1) * error
+        other = other or Paid(0, 0, self.documents)
+        documents = min(self.documents, other.documents)
+        error = math.hypot(self.error, other.error)
+        return documents > 1 and abs(self.mean - other.mean) > t.ppf(0.975, documents - 1) * error
 
 
 def loss_paid(text: str, baseline: str, paid: Mapping[str, Paid]) -> Answer:

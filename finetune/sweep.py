@@ -236,13 +236,16 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
 
 def _texts(job: Job) -> dict[str, Blocks]:
     """Return the texts that the models of a run are measured on beside the recipe's own."""
-    recipe, texts = job.recipe, {}
-    for suffix, source in job.texts.items():
-        tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
-        config = checkpoint.load_config(recipe.model, recipe.revision)
-        text = dataclasses.replace(recipe.text, source=source, held_out=None)
-        texts[suffix] = load_blocks(text, tokenizer, config.n_positions, config.vocab_size, most=text.held_out_blocks)
-    return texts
+    if not job.texts:
+        return {}
+    recipe = job.recipe
+    tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
+    config = checkpoint.load_config(recipe.model, recipe.revision)
+    texts = {name: dataclasses.replace(recipe.text, source=source, held_out=None) for name, source in job.texts.items()}
+    return {
+        name: load_blocks(text, tokenizer, config.n_positions, config.vocab_size, most=text.held_out_blocks)
+        for name, text in texts.items()
+    }
 
 
 def summarise(results: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:

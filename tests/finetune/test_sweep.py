@@ -1,4 +1,5 @@
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -199,12 +200,23 @@ def test_others_wait_for_a_control_that_is_being_trained(file: Path, begun: list
     for lr in (1e-3, 3e-3):
         controls = [control for its_lr, control in begun if its_lr == lr]
         assert controls[:2] == [None, None]  # the first diverged
-        assert controls[2] == controls[3] != None  # noqa: E711
+        assert controls[2] is not None
+        assert controls[2] == controls[3]
 
 
-def test_without_controls_nothing_waits(file: Path, begun: list, tmp_path: Path):
-    file = changed(file, tmp_path, set={"control": False}, seeds=[0, 1, 2, 3], runs=[{}], grid={"lr": [1e-3]})
-    assert not any(job.trains_control for job in sweep.load(file, tmp_path))
+@pytest.mark.parametrize("control", [{"control": False}, {"control_from": "elsewhere"}])
+def test_where_no_control_is_trained_nothing_waits(
+    file: Path, begun: list, control: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    all_at_once, do = threading.Barrier(4), sweep.do
+
+    def together(*arguments):
+        all_at_once.wait(timeout=20)
+        return do(*arguments)
+
+    monkeypatch.setattr(sweep, "do", together)
+    file = changed(file, tmp_path, set=control, seeds=[0], runs=[{}], grid={"aux_weight": [0.1, 0.2, 0.3, 0.4]})
+    assert len({job.control for job in sweep.load(file, tmp_path)}) == 1
     sweep.run(file, tmp_path / "out", processes=4)
     assert len(begun) == 4
 
