@@ -76,9 +76,9 @@ def _run(arguments: list[str]) -> None:
         description="Fine-tune the LayerNorm out of a GPT-2-type model, beside a control that keeps it.",
     )
 
-    from finetune import run
+    from finetune import removal
 
-    _report(run.start(options.recipe, options.out))
+    _report(removal.start(options.recipe, options.out))
 
 
 def _pretrain(arguments: list[str]) -> None:
@@ -119,9 +119,9 @@ def _given(arguments: list[str], flag: str, kind: Callable[[str], Any] = str) ->
 
 def _resume(arguments: list[str]) -> None:
     directory = _only(arguments, "resume RUN")
-    from finetune import run
+    from finetune.resuming import resume
 
-    _report(run.resume(directory))
+    _report(resume(directory))
 
 
 @dataclass(frozen=True)
