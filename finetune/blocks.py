@@ -50,7 +50,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from finetune import NolnError
+from finetune.errors import NolnError
 from finetune.features import FeatureSums
 
 NormKind = Literal["ln", "rmsnorm", "none"]

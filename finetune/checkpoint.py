@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from finetune import NolnError
 from finetune.blocks import BlockError, BlocksConfig, BlocksForCausalLM, Norm
 from finetune.bundled import resolve_model
+from finetune.errors import NolnError
 
 CausalLM = GPT2LMHeadModel | BlocksForCausalLM
 """What a checkpoint holds: a GPT-2, LN-free or not, or a model of other blocks, which `finetune.pretrain` trains."""

@@ -18,7 +18,7 @@ import pydantic
 import tyro
 import yaml
 
-from finetune import NolnError
+from finetune.errors import NolnError
 
 TokenClass = Literal["eot", "bos"]
 """A class of token with a constant of its own while training goes on: end-of-text, and position 0."""

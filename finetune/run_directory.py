@@ -25,10 +25,11 @@ from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
-from finetune import NolnError, checkpoint
+from finetune import checkpoint
 from finetune import recipe as recipes
 from finetune.bundled import MODELS, TEXTS
 from finetune.checkpoint import CausalLM
+from finetune.errors import NolnError
 from finetune.recipe import PretrainRecipe, Recipe, Training
 from finetune.trainer import processes
 

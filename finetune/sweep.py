@@ -39,9 +39,10 @@ import torch
 from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
-from finetune import NolnError, checkpoint, evaluate
+from finetune import checkpoint, evaluate
 from finetune import recipe as recipes
 from finetune import run as runs
+from finetune.errors import NolnError
 from finetune.recipe import Recipe, RecipeError
 from finetune.run_directory import alone_in, write
 from finetune.text import Blocks, load_blocks

@@ -37,8 +37,9 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
-from finetune import NolnError, objective, schedule
+from finetune import objective, schedule
 from finetune.checkpoint import without_bars
+from finetune.errors import NolnError
 from finetune.objective import Head
 from finetune.recipe import Recipe, RecipeError, Training
 from finetune.schedule import Event
