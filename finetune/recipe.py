@@ -405,7 +405,7 @@ class PretrainRecipe(Training):
     lr_decay: Literal["cosine", "linear"] = "cosine"
     """How the learning rate falls."""
     block: Block = "pre-ln"
-    """The blocks of the model: see `finetune/blocks.py`."""
+    """The blocks of the model: see `finetune/blocks/`."""
     n_layer: int = 6
     """Blocks."""
     n_embd: int = 192

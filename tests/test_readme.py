@@ -184,6 +184,8 @@ def test_modules_are_named():
         named = {*re.findall(r"\b\w+\.py\b", part[1])}
         there = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
         assert named | {"__main__.py"} == there
+        packages = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+        assert {*re.findall(r"\b(\w+)/(?=[, ])", part[1])} == packages
     analyses = set(re.findall(r"^\| .*\? \| `(\w+)`", README, re.MULTILINE))
     assert analyses - {"loading"} == {entry.name for entry in importlib.import_module("analysis.report").ANALYSES} | {
         "benchmarks"
