@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from finetune import NolnError
+from finetune.errors import NolnError
 
 USAGE = """\
 Compare an LN-free model with what it was made from.

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from analysis import palette
-from finetune import NolnError
+from finetune.errors import NolnError
 
 if importlib.util.find_spec("lm_eval"):
     from lm_eval.api.model import TemplateLM

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from analysis import palette
 from analysis.batches import forwards
-from finetune import NolnError
+from finetune.errors import NolnError
 from finetune.evaluate import losses
 
 LARGE = 0.1

@@ -25,8 +25,8 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformers import PreTrainedTokenizerBase
 
-from finetune import NolnError
 from finetune.blocks import BlocksForCausalLM
+from finetune.errors import NolnError
 
 
 class HookedBlocks(HookedRootModule):

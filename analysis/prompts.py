@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from finetune import NolnError
+from finetune.errors import NolnError
 
 MICRO = Path(__file__).parent / "pairs" / "micro.json"
 """Pairs that the bundled `micro` can do: pronouns and verbs that agree with a noun."""

@@ -48,8 +48,9 @@ from analysis import (
 )
 from analysis.loading import load_trio
 from analysis.prompts import Pair, choose_pairs, encode_pairs, read_pairs
-from finetune import NolnError, checkpoint
+from finetune import checkpoint
 from finetune.bundled import resolve_text
+from finetune.errors import NolnError
 from finetune.recipe import Text
 from finetune.run_directory import control_of, recipe_of, version_of
 from finetune.text import load_blocks

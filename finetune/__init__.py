@@ -3,12 +3,13 @@
 `remove_layernorm` does it, a `Recipe` says how, and a `Run` is what it leaves. Beside these, `recipe` reads and writes
 recipes, `text` packs any text, `checkpoint` reads and writes LN-free models, `evaluate` measures models on held-out
 text, `sweep` does many runs, `blocks` has models that need no norms, and `pretrain` trains them: `pretrain.pretrain`
-runs a `PretrainRecipe`.
+runs a `PretrainRecipe`. What a user can mend is raised as a `NolnError`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from finetune.errors import NolnError
     from finetune.recipe import Gaps, Layers, PretrainRecipe, Recipe, Schedule, Text
     from finetune.removal import remove_layernorm
     from finetune.resuming import resume
@@ -28,14 +29,11 @@ __all__ = [
 ]
 
 _HOMES = dict.fromkeys(("Gaps", "Layers", "PretrainRecipe", "Recipe", "Schedule", "Text"), "recipe") | {
+    "NolnError": "errors",
     "Run": "run_directory",
     "remove_layernorm": "removal",
     "resume": "resuming",
 }
-
-
-class NolnError(Exception):
-    """Something that the user can mend: the message says what is wrong, where, and what to do."""
 
 
 def __getattr__(name: str) -> Any:

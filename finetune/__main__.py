@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar
 
 import tyro
 
-from finetune import NolnError
 from finetune import recipe as recipes
+from finetune.errors import NolnError
 from finetune.recipe import PretrainRecipe, Recipe, Training
 
 if TYPE_CHECKING:

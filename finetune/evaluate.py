@@ -90,7 +90,9 @@ def measure_tokens(
     }
 
 
-def measure_documents(models: Mapping[str, PreTrainedModel], blocks: Blocks, reference: str = "original") -> pd.DataFrame:
+def measure_documents(
+    models: Mapping[str, PreTrainedModel], blocks: Blocks, reference: str = "original"
+) -> pd.DataFrame:
     """Measure each model on each document of `blocks`: a row each, with the number of its tokens and means over them.
 
     Columns are model, document, tokens, and loss, kl and jsd to `reference` in nats/token: see `measure_tokens`.

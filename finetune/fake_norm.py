@@ -141,8 +141,8 @@ class _Normalise(torch.autograd.Function):
 class FakeLayerNorm(nn.Module):
     """A LayerNorm whose std can be frozen, read on one path or, as that in front of attention, on several (QK and V).
 
-    It has a `Divisor` for each path. It takes over the parameters of `norm` and starts as LayerNorm exactly. `live_std` holds the σ of the last forward,
-    [batch pos], with its graph: the auxiliary loss trains through it.
+    It has a `Divisor` for each path. It takes over the parameters of `norm` and starts as LayerNorm exactly. `live_std`
+    holds the σ of the last forward, [batch pos], with its graph: the auxiliary loss trains through it.
     """
 
     divisors: Sequence[Divisor]

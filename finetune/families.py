@@ -66,7 +66,7 @@ class Norm(NamedTuple):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Its sites, one for each path that reads it. In a frozen checkpoint the norm holds the first one's constant."""
+        """Its sites, one for each path that reads it. A frozen norm holds the constant of the first."""
         kinds = dict.fromkeys(kind for reader in self.readers for kind in reader.kinds)
         return tuple(Site(kind, self.layer) for kind in kinds)
 
@@ -167,4 +167,3 @@ def family_of(model: nn.Module | PreTrainedConfig, name: str | None = None) -> F
     if refused := family.refusal(config):
         raise CheckpointError(f"{name} has {refused}, which is not supported in a {family.architecture}.")
     return family
-

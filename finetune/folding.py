@@ -128,7 +128,8 @@ def freeze(model: PreTrainedModel, constants: Mapping[str, Float[Tensor, ""]]) -
         std = constants[first.name].double()
         for reader in norm.readers:
             for site in others:
-                weight, bias = _weight(linear := model.get_submodule(reader.path)), linear.bias
+                linear: Any = model.get_submodule(reader.path)
+                weight, bias = matrix(linear), linear.bias
                 columns = reader.columns(site.kind, weight.shape[1])
                 ratio, before = std / constants[site.name].double(), weight[:, columns].double()
                 put(bias[columns], bias[columns].double() + (1 - ratio) * (module.bias.double() @ before))
@@ -138,8 +139,8 @@ def freeze(model: PreTrainedModel, constants: Mapping[str, Float[Tensor, ""]]) -
     setattr(model.config, family.eps, FROZEN_EPS)
 
 
-def _weight(linear: Any) -> Float[Tensor, "d_in d_out"]:
-    """Return the weight of a `Conv1D`, or that of an `nn.Linear` transposed: views of the parameter."""
+def matrix(linear: Any) -> Float[Tensor, "d_in d_out"]:
+    """Return the weight of a `Conv1D`, or that of an `nn.Linear` transposed: a view of the parameter."""
     return linear.weight.detach().T if isinstance(linear, nn.Linear) else linear.weight.detach()
 
 
@@ -156,7 +157,7 @@ def _fold(norm: Any, reader: Any, centre: bool) -> tuple[Float[Tensor, "d_in d_o
 
     Folded in float64, on the CPU as not every device has it; returned in the reader's dtype and place.
     """
-    weight = _weight(reader).to("cpu", torch.float64, copy=True)
+    weight = matrix(reader).to("cpu", torch.float64, copy=True)
     scale = norm.weight.to("cpu", torch.float64)
     if norm.eps >= _LEAST_FROZEN_EPS:
         scale = scale / math.sqrt(norm.eps)
@@ -182,7 +183,7 @@ def linear_maps(
         for reader in norm.readers:
             linear: Any = model.get_submodule(reader.path)
             if isinstance(module, nn.Identity):
-                weight = _weight(linear)
+                weight = matrix(linear)
                 bias = weight.new_zeros(weight.shape[1]) if linear.bias is None else linear.bias.detach()
             else:
                 weight, bias = _fold(module, linear, centre=True)
@@ -229,7 +230,7 @@ def convert(model: Model, format: Format) -> Model:
             for reader in norm.readers:
                 linear: Any = converted.get_submodule(reader.path)
                 weight, bias = _fold(module, linear, centre=False)
-                _weight(linear).copy_(weight)
+                matrix(linear).copy_(weight)
                 linear.bias.copy_(bias)
             module.weight.fill_(math.sqrt(module.eps))
             module.bias.zero_()

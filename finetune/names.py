@@ -1,4 +1,4 @@
-"""The short names of models, bundled and published, and what a name stands for: a directory here, or a model on the Hub.
+"""The short names of models, bundled and published, and what each stands for: a directory, or a model on the Hub.
 
 A name that is neither bundled nor published is a directory or a Hub id.
 """

@@ -43,12 +43,12 @@ class DeferredUnembedding(nn.Module):
 
 def defer_unembedding(model: PreTrainedModel) -> None:
     """Have `model` return what it unembeds in place of logits, for a loss that takes these in pieces."""
-    model.set_output_embeddings(DeferredUnembedding(model.get_output_embeddings()))  # type: ignore[arg-type]
+    model.set_output_embeddings(DeferredUnembedding(model.get_output_embeddings()))
 
 
 def unembedding(model: PreTrainedModel) -> Float[Tensor, "vocab d"]:
     """Return the weight of a model's unembedding, deferred or not."""
-    return model.get_output_embeddings().weight  # type: ignore[return-value]
+    return model.get_output_embeddings().weight
 
 
 class NextTokenLoss(NamedTuple):
@@ -136,8 +136,8 @@ def residual_distance(
 def auxiliary_loss(std: Float[Tensor, "batch pos"], classes: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
     """Return the mean of (σ_token − σ̂)² over all positions, with σ̂ the mean of σ over ordinary tokens.
 
-    It keeps the stds at the final norm uniform, so that dividing by a constant changes little. No gradient flows through σ̂
-    (Baroni et al. 2025, arXiv 2507.02559, section 3). `classes` are indices into `fake_norm.CLASSES`.
+    It keeps the stds at the final norm uniform, so that dividing by a constant changes little. No gradient flows
+    through σ̂ (Baroni et al. 2025, arXiv 2507.02559, section 3). `classes` are indices into `fake_norm.CLASSES`.
     """
     ordinary = classes == CLASSES.index("ordinary")
     target = (std.detach() * ordinary).sum() / ordinary.sum()

@@ -27,5 +27,3 @@ def check_processes(recipe: Training) -> None:
             f"A batch of {recipe.batch} cannot be shared by {state.num_processes} processes in micro-batches of "
             f"{recipe.micro_batch}: {remedy}."
         )
-
-

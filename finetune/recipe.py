@@ -18,7 +18,7 @@ import pydantic
 import tyro
 import yaml
 
-from finetune import NolnError
+from finetune.errors import NolnError
 
 TokenClass = Literal["eot", "bos"]
 """A class of token with a constant of its own while training goes on: end-of-text, and position 0."""
@@ -405,7 +405,7 @@ class PretrainRecipe(Training):
     lr_decay: Literal["cosine", "linear"] = "cosine"
     """How the learning rate falls."""
     block: Block = "pre-ln"
-    """The blocks of the model: see `finetune/blocks.py`."""
+    """The blocks of the model: see `finetune/blocks/`."""
     n_layer: int = 6
     """Blocks."""
     n_embd: int = 192

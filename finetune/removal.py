@@ -133,10 +133,7 @@ def set_up(
             raise CheckpointError("A model in memory needs its tokenizer: pass it as `tokenizer`.")
         tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
     # A model in memory stays as it is, on its device and in its mode.
-    if model is None:
-        model = checkpoint.load(recipe.model, recipe.revision)
-    else:
-        model = copy.deepcopy(model).float()
+    model = checkpoint.load(recipe.model, recipe.revision) if model is None else copy.deepcopy(model).float()
     if (norms := folding.norm_state(model)) != "live":
         name = model.name_or_path or "the model in memory"
         raise CheckpointError(f"The norms of {name} are {norms}: there is no LayerNorm left to remove.")

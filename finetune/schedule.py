@@ -1,8 +1,8 @@
 """When each site freezes: a recipe's schedule, resolved for a model's depth into a list of events.
 
 1. A cursor starts at `schedule.start` and walks through `schedule.order`.
-2. A kind of site has one event a layer, up or down through the layers, or all of them together (the final norm has
-   one in all); a single site and a class of token have one event. After each the cursor moves on by the gap of its kind.
+2. A kind of site has one event a layer, up or down through the layers, or all of them together (`final` has one in
+   all); a single site and a class of token have one event. After each the cursor moves on by the gap of its kind.
 3. An event acts from its step on: over `fade` steps its progress rises from 1/fade to 1. At 1 step it jumps, as in the
    published schedules.
 4. With a tolerance the gaps are the least ones, and `Pacing` says while training goes on when each event begins.

@@ -17,7 +17,7 @@ from finetune import folding
 from finetune.checkpoint import no_progress_bars
 from finetune.errors import CheckpointError
 from finetune.fake_norm import CLASSES, STD_MEANS, Divisor, FakeLayerNorm, NormedConv1D, TokenClasses
-from finetune.families import Norm, Reader, family_of
+from finetune.families import Norm, family_of
 from finetune.recipe import StdMean, TokenClass
 from finetune.schedule import Event
 
@@ -67,10 +67,11 @@ class Sites:
             if norm.layer is None:  # what reads it takes logits in pieces, with the loss
                 model.set_submodule(norm.path, fake)
             else:
-                self._put_before_reader(norm, *norm.readers, fake)
+                self._put_before_reader(norm, fake)
         model.base_model.register_forward_pre_hook(self._classify, with_kwargs=True)
 
-    def _put_before_reader(self, norm: Norm, reader: Reader, fake: FakeLayerNorm) -> None:
+    def _put_before_reader(self, norm: Norm, fake: FakeLayerNorm) -> None:
+        (reader,) = norm.readers
         conv: Any = self.model.get_submodule(reader.path)
         columns = [reader.columns(site.kind, conv.nf) for site in norm.sites]
         normed = NormedConv1D(fake, conv, widths=tuple(part.stop - part.start for part in columns))
@@ -163,9 +164,7 @@ class Sites:
         """
         own = [CLASSES.index(name) for name in self.classes.own]
         begun = {name for name, divisor in self._divisors.items() if divisor.alpha > 0 or divisor.merged.any()}
-        frozen = {
-            name for name, divisor in self._divisors.items() if divisor.alpha == 1 and divisor.merged[own].all()
-        }
+        frozen = {name for name, divisor in self._divisors.items() if divisor.alpha == 1 and divisor.merged[own].all()}
         if begun and frozen != set(self._divisors):
             raise CheckpointError(
                 f"Still to be frozen or merged: {', '.join(name for name in self if name not in frozen)}. Such a model "
@@ -177,9 +176,13 @@ class Sites:
             if ".divisors." not in name:
                 state[f"{self._plain_paths.get(module, module)}.{parameter}"] = tensor
         with no_progress_bars():
-            plain: PreTrainedModel = family_of(self.model).model_class.from_pretrained(
-                None, config=copy.deepcopy(self.model.config), state_dict=state, dtype=self.model.dtype
-            ).eval()
+            plain: PreTrainedModel = (
+                family_of(self.model)
+                .model_class.from_pretrained(
+                    None, config=copy.deepcopy(self.model.config), state_dict=state, dtype=self.model.dtype
+                )
+                .eval()
+            )
         plain.config.name_or_path = self.model.config.name_or_path
         plain.generation_config = copy.deepcopy(self.model.generation_config)
         if frozen:

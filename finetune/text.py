@@ -29,8 +29,8 @@ from filelock import FileLock
 from jaxtyping import Int, UInt
 from transformers import PreTrainedTokenizerBase
 
-from finetune import NolnError
 from finetune.bundled import resolve_text
+from finetune.errors import NolnError
 from finetune.recipe import Text
 
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

@@ -16,9 +16,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from finetune.__main__ import main
+from finetune.families import FAMILIES, Site
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["finetune.run"])
+_context.set_forkserver_preload(["finetune.removal"])
 
 
 def tiny_gpt2(**config: int) -> GPT2LMHeadModel:
@@ -29,6 +30,11 @@ def tiny_gpt2(**config: int) -> GPT2LMHeadModel:
     for name, parameter in model.named_parameters():
         parameter.data.normal_(1.0 if "ln_" in name and name.endswith("weight") else 0.0, 0.2, generator=generator)
     return model
+
+
+def gpt2_sites(n_layer: int) -> list[Site]:
+    """The sites of a GPT-2 of `n_layer` layers."""
+    return FAMILIES["gpt2"].sites_of(n_layer)
 
 
 def read_log(directory: Path, model: str | None = None) -> list[dict]:
