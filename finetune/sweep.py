@@ -85,12 +85,9 @@ class Job:
         return self.recipe.control and self.recipe.control_from is None
 
     @property
-    def control(self) -> Recipe:
-        """What the control depends on: the recipe without what says how LN is removed, and what is kept of a run."""
-        recipe = dataclasses.replace(self.recipe, schedule=recipes.Schedule(start=1, gap=recipes.Gaps()))
-        recipe = dataclasses.replace(recipe, std_decay=0, std_mean="arithmetic", export_format="b25")
-        recipe = dataclasses.replace(recipe, kl_weight=0, match_weight=0, aux_weight=0)
-        return dataclasses.replace(recipe, name="", log_every=1, save_every=1, report_to=(), push_to_hub=None)
+    def control_settings(self) -> tuple[Any, ...]:
+        """What the control depends on: the runs for which this is the same share one."""
+        return self.recipe.control_settings
 
 
 def load(path: str | Path, out: str | Path) -> list[Job]:
@@ -142,12 +139,12 @@ def _run(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
     done = {*rows.get("run", ())}
     if not documents.empty:
         documents = documents[documents["run"].isin(done)]  # the others' were written, but their rows no more
-    controls = {job.control: job.directory / "control" for job in jobs if (job.directory / "control").is_dir()}
+    controls = {job.control_settings: job.directory / "control" for job in jobs if (job.directory / "control").is_dir()}
     to_do = [job for job in jobs if job.name not in done]
     with tqdm(total=len(to_do), desc="sweep", unit="run", disable=not to_do) as bar:
         for job, (row, measured) in _do(to_do, controls, processes):
             if (job.directory / "control").is_dir():  # for those to come
-                controls[job.control] = job.directory / "control"
+                controls[job.control_settings] = job.directory / "control"
             rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
             documents = pd.concat([documents, measured], ignore_index=True)
             write(out / "documents.csv", documents.to_csv(index=False))
@@ -164,12 +161,12 @@ def _run(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
 
 
 def _do(
-    jobs: list[Job], controls: dict[Recipe, Path], processes: int
+    jobs: list[Job], controls: dict[tuple[Any, ...], Path], processes: int
 ) -> Iterator[tuple[Job, tuple[dict[str, Any], pd.DataFrame]]]:
     """Do `jobs`, in this process or in several; yield each with what it came to, as it is done."""
     if processes == 1:
         for job in jobs:
-            yield job, do(job, controls.get(job.control))
+            yield job, do(job, controls.get(job.control_settings))
         return
     os.environ["TQDM_DISABLE"] = "1"  # for the processes to come, whose bars would write over each other
     waiting, running = jobs.copy(), dict[Future, Job]()
@@ -179,10 +176,11 @@ def _do(
     ) as pool:
         while waiting or running:
             for job in waiting.copy():
-                in_the_making = {other.control for other in running.values() if other.trains_control} - {*controls}
-                if len(running) < processes and not (job.trains_control and job.control in in_the_making):
+                in_training = {other.control_settings for other in running.values() if other.trains_control}
+                must_wait = job.trains_control and job.control_settings in in_training - {*controls}
+                if len(running) < processes and not must_wait:
                     waiting.remove(job)
-                    running[pool.submit(do, job, controls.get(job.control))] = job
+                    running[pool.submit(do, job, controls.get(job.control_settings))] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
 

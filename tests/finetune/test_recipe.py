@@ -8,6 +8,7 @@ import pytest
 
 from finetune import NolnError, recipe
 from finetune.recipe import Gaps, Layers, PretrainRecipe, Recipe, RecipeError, Schedule, Text
+from finetune.recipe.fields import SHAPES_CONTROL
 
 B25 = recipe.load("micro-b25")
 TWICE = ("mlp", "mlp", "qk", "v", "final", "eot", "position_0")
@@ -149,6 +150,21 @@ def test_scaling_scales_fades():
 def test_recipes_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         B25.steps = 3
+
+
+def test_every_field_is_said_to_shape_the_control_or_not():
+    assert {*SHAPES_CONTROL} == {field.name for field in dataclasses.fields(Recipe)}
+
+
+def test_controls_are_the_same_whatever_says_how_layernorm_is_removed_or_what_is_kept_of_a_run():
+    removal = {"std_decay": 0.5, "std_mean": "harmonic", "export_format": "h24"}
+    removal |= {"kl_weight": 0.5, "match_weight": 2.0, "aux_weight": 0.3}
+    kept = {"name": "other", "log_every": 3, "save_every": 7, "report_to": ("wandb",), "push_to_hub": "me/mine"}
+    schedule = dataclasses.replace(B25.schedule, fade=6)
+    same = dataclasses.replace(B25, schedule=schedule, **removal, **kept)
+    assert same.control_settings == B25.control_settings
+    for field, value in {"seed": 1, "weight_decay": 0.5, "text": Text("books-report"), "control_from": "run"}.items():
+        assert dataclasses.replace(same, **{field: value}).control_settings != B25.control_settings
 
 
 def test_errors_are_those_that_the_user_can_mend():

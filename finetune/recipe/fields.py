@@ -1,22 +1,13 @@
-"""A recipe: everything that a run needs, typed, validated, saved with the run and replayable from that file.
+"""The fields of a recipe that removes LayerNorm, typed and validated: what they mean, and which of them contradict."""
 
-Nothing here imports torch, so that the command line answers at once.
-"""
-
-import ast
-import contextlib
 import dataclasses
-import itertools
 import math
 import re
 import textwrap
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import pydantic
 import tyro
-import yaml
 
 from finetune.errors import NolnError
 
@@ -30,12 +21,10 @@ StdMean = Literal["arithmetic", "geometric", "harmonic"]
 
 _Kind = TypeVar("_Kind")
 
-RECIPES = Path(__file__).parent / "recipes"
-
-_strict = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+strict = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-def _described(kind: type[_Kind]) -> type[_Kind]:
+def described(kind: type[_Kind]) -> type[_Kind]:
     """Return a dataclass with the docstrings of its fields in its own, where pydoc and Jupyter show them."""
     fields = [field for base in reversed(kind.__mro__) for field in vars(base).get("__pydantic_fields__", {}).items()]
     told = {name: " ".join(field.description.split()) for name, field in fields if field.description}
@@ -48,8 +37,8 @@ class RecipeError(NolnError):
     """A recipe that contradicts itself, or the model it is to be run on; the message says what to change."""
 
 
-@_described
-@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+@described
+@pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Text:
     """Where the text comes from, and which part of it is held out."""
 
@@ -86,8 +75,8 @@ class Text:
             raise RecipeError("text.train_blocks takes blocks from all of the text, text.streaming none again: choose.")
 
 
-@_described
-@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+@described
+@pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Gaps:
     """Steps from one event of a phase to the next event, its own or the next phase's. Fractions add up."""
 
@@ -114,8 +103,8 @@ Direction = Literal["up", "down", "together"]
 """How a kind of site goes through the layers: from the first, from the last, or all at one step."""
 
 
-@_described
-@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+@described
+@pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Layers:
     """How each kind of site goes through the layers."""
 
@@ -127,8 +116,8 @@ class Layers:
     """Through the V paths."""
 
 
-@_described
-@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+@described
+@pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Schedule:
     """When the LNs go, relative to the number of layers, so that it serves a model of any depth."""
 
@@ -186,8 +175,8 @@ class Schedule:
         return tuple(entry for entry in get_args(TokenClass) if entry in self.order)
 
 
-@_described
-@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+@described
+@pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Training:
     """What every run needs, whatever it trains. Steps count from 0."""
 
@@ -280,8 +269,8 @@ class Training:
         }
 
 
-@_described
-@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
+@described
+@pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Recipe(Training):
     """Everything that a run needs which removes LayerNorm."""
 
@@ -326,6 +315,11 @@ class Recipe(Training):
         if self.control_from is not None and not self.control:
             raise RecipeError(f"control_from names {self.control_from}, but control is switched off: choose one.")
 
+    @property
+    def control_settings(self) -> tuple[Any, ...]:
+        """The values of the fields on which the control depends: recipes with equal ones have the same control."""
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if SHAPES_CONTROL[field.name])
+
     def _scaled(self, steps: int) -> dict[str, Any]:
         factor = steps / self.steps
         start = max(1.0, self.schedule.start * factor)
@@ -342,245 +336,19 @@ class Recipe(Training):
         return super()._scaled(steps) | {"schedule": schedule}
 
 
-Block = Literal[
-    "pre-ln",
-    "post-ln",
-    "parallel",
-    "v-skipinit",
-    "skipless",
-    "skipless-parallel",
-    "skipless-nonorm",
-    "skipless-parallel-nonorm",
-    "op",
-]
-"""The blocks of `finetune.blocks`."""
-
-
-def _from_flag(words: list[str]) -> dict[str, Any]:
-    """Return names and their values, which follow each other; what is no number, bool or None is a string."""
-    if len(words) % 2:
-        raise ValueError(f"names and values are to alternate, but these are {len(words)}")
-    values = {}
-    for name, word in zip(words[::2], words[1::2], strict=True):
-        value = word
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(word, word))
-        values[name] = value if isinstance(value, bool | int | float | None) else word
-    return values
-
-
-_NAMES_AND_VALUES = tyro.constructors.PrimitiveConstructorSpec(
-    nargs="*",
-    metavar="[KNOB VALUE …]",
-    instance_from_str=_from_flag,
-    is_instance=lambda value: isinstance(value, dict),
-    str_from_instance=lambda values: [str(word) for pair in values.items() for word in pair],
+SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
+    (
+        *("model", "revision", "control", "control_from"),
+        *("text", "seed", "steps", "batch", "micro_batch", "lr", "min_lr", "warmup", "lr_horizon", "max_rise"),
+        *("weight_decay", "betas", "clip", "device", "bf16", "compile", "gradient_checkpointing"),
+    ),
+    True,
+) | dict.fromkeys(
+    (
+        *("schedule", "std_decay", "std_mean", "kl_weight", "match_weight", "aux_weight", "export_format"),
+        *("name", "log_every", "save_every", "report_to", "push_to_hub"),
+    ),
+    False,
 )
-"""A dict as a flag: tyro's own flags of a dict that is not empty take no other keys, and no values of other types."""
-
-
-@_described
-@pydantic.dataclasses.dataclass(frozen=True, config=_strict)
-class PretrainRecipe(Training):
-    """Everything that a run needs which trains from random weights. The defaults: 3 M tokens, the shape of `micro`."""
-
-    steps: Annotated[int, tyro.conf.Suppress] = 366
-    """Optimizer steps of the run."""
-    batch: int = 32
-    """Sequences a step, over all processes and micro-batches. A sequence is as long as the model's context."""
-    micro_batch: int = 8
-    """Sequences in one forward of one process; the batch is made up by accumulating gradients."""
-    lr: float = 2e-3
-    """The highest learning rate, after the warm-up."""
-    min_lr: float = 2e-4
-    """The learning rate at `lr_horizon`, to which it falls."""
-    warmup: int = 13
-    """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.1
-    """AdamW's decay of matrices; vectors (biases, gains) have none."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's betas."""
-    text: Annotated[Text, tyro.conf.arg(name="text")] = Text(held_out="books-validation")
-    """Where the text comes from."""
-    lr_decay: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls."""
-    block: Block = "pre-ln"
-    """The blocks of the model: see `finetune/blocks/`."""
-    n_layer: int = 6
-    """Blocks."""
-    n_embd: int = 192
-    """Width of the residual stream."""
-    n_head: int = 6
-    """Heads of a block."""
-    n_positions: int = 256
-    """Context, in tokens: the length of a sequence."""
-    vocab_size: int | None = None
-    """Tokens of the vocabulary. None: as many as the tokenizer has."""
-    knobs: Annotated[dict[str, bool | int | float | str | None], _NAMES_AND_VALUES] = dataclasses.field(
-        default_factory=dict
-    )
-    """Other fields of `finetune.blocks.BlocksConfig`, in place of what `block` says. Those of the flag join those of
-    the recipe, and replace them where the name is the same."""
-    tokenizer: str = "micro"
-    """The model whose tokenizer to use: a bundled name (micro), a local directory, or a name on the Hub."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field, least in {"n_layer": 1, "n_embd": 1, "n_head": 1, "n_positions": 2}.items():
-            if getattr(self, field) < least:
-                raise RecipeError(f"{field} is {getattr(self, field)}; at least {least} is needed.")
-        if own := sorted(set(self.knobs) & {field.name for field in dataclasses.fields(self)}):
-            raise RecipeError(f"knobs holds {', '.join(own)}: say it as a field of the recipe itself.")
-        if self.lr_decay == "linear" and self.min_lr == self.lr:
-            raise RecipeError(f"lr_decay is linear, but min_lr is lr, {self.lr}: lower min_lr.")
-        norm = self.knobs.get("norm", "none")
-        if norm != "none" and (self.block.endswith("nonorm") or self.block == "op"):
-            raise RecipeError(f"block is {self.block}, which has no norms, but knobs.norm is {norm}: choose one.")
-
-
-_Training = TypeVar("_Training", bound=Training)
-_FOLDERS: dict[type[Training], Path] = {Recipe: RECIPES, PretrainRecipe: RECIPES / "pretrain"}
-
-
-def shipped(kind: type[Training] = Recipe) -> list[str]:
-    """Return the names of the recipes of a kind that ship with the package."""
-    return sorted(path.stem for path in _FOLDERS[kind].glob("*.yaml"))
-
-
-def about(name: str, kind: type[Training] = Recipe) -> str:
-    """Return the first sentence of the comment that a shipped recipe begins with."""
-    lines = (_FOLDERS[kind] / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    comment = " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line[:1] == "#", lines))
-    return re.split(r"(?<=\.) (?=[A-Z])", comment)[0]
-
-
-def load(name_or_path: str | Path) -> Recipe:
-    """Read a recipe: a shipped name or a YAML file, a run's `recipe.yaml` among them.
-
-    Raises:
-        RecipeError: there is none, it is no YAML, a field is unknown or of the wrong type, or fields contradict.
-    """
-    return _load(name_or_path, Recipe)
-
-
-def load_pretraining(name_or_path: str | Path) -> PretrainRecipe:
-    """Read a recipe of pretraining, as `load` does."""
-    return _load(name_or_path, PretrainRecipe)
-
-
-def load_run(directory: Path) -> Recipe | PretrainRecipe:
-    """Read the recipe of a run, of whichever kind it is.
-
-    Raises:
-        RecipeError: as `load`, or `directory` is no run directory.
-    """
-    path = directory / "recipe.yaml"
-    if not path.is_file():
-        raise RecipeError(f"{directory} is no run directory: it holds no recipe.yaml.")
-    return load_pretraining(path) if "block" in read_yaml(path, "recipe") else load(path)
-
-
-def _load(name_or_path: str | Path, kind: type[_Training]) -> _Training:
-    names = shipped(kind)
-    if str(name_or_path) not in names and not Path(name_or_path).exists():
-        other = PretrainRecipe if kind is Recipe else Recipe
-        command = "pretrain" if kind is Recipe else "run"
-        elsewhere = f" {name_or_path} is a recipe of `{command}`." if str(name_or_path) in shipped(other) else ""
-        raise RecipeError(f"No recipe {name_or_path}: name a YAML file or one of {', '.join(names)}.{elsewhere}")
-    path = _FOLDERS[kind] / f"{name_or_path}.yaml" if str(name_or_path) in names else Path(name_or_path)
-    content = {"name": path.stem, **read_yaml(path, "recipe")}
-    content.pop("run", None)  # what `dump` says of a run, which changes nothing
-    if kind is Recipe and "block" in content:
-        raise RecipeError(
-            f"The recipe {path} trains a block from random weights: `python -m finetune pretrain` takes it."
-        )
-    if kind is PretrainRecipe and "schedule" in content:
-        raise RecipeError(f"The recipe {path} removes LayerNorm on a schedule: `python -m finetune run` takes it.")
-    return validate(kind, content, f"recipe {path}")
-
-
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """Read the fields in a YAML file, which the message of an error calls `what`.
-
-    Raises:
-        RecipeError: it cannot be read, or holds no fields.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"The {what} {path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"The {what} {path} holds no fields.")
-    return content
-
-
-def validate(kind: type[_Kind], content: dict[str, Any], what: str) -> _Kind:
-    """Return `content` as a `kind`, all fields checked.
-
-    Raises:
-        RecipeError: a field is unknown or of the wrong type, or fields contradict.
-    """
-    try:
-        return pydantic.TypeAdapter(kind).validate_python(content)
-    except RecipeError as error:
-        raise RecipeError(f"The {what} does not hold: {error}") from error
-    except pydantic.ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise RecipeError(f"The {what} does not hold: {'; '.join(problems)}") from error
-
-
-def with_text(recipe: _Training, text: str | Path | Text | None) -> _Training:
-    """Return `recipe` with another text: a source, of which a part is held out, or a whole `Text`. None: its own.
-
-    What a recipe holds out, and the column and split to read, go with the source that it names.
-    """
-    if isinstance(text, str | Path) and str(text) == recipe.text.source:
-        text = None
-    if isinstance(text, str | Path):
-        text = dataclasses.replace(
-            recipe.text, source=str(text), held_out=None, column=None, subset=None, split=Text.split
-        )
-    return recipe if text is None else dataclasses.replace(recipe, text=text)
-
-
-def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
-    """Return `recipe` with `fields` in place of its own: dotted names, `schedule.gap.v`, and values as in YAML.
-
-    `steps` comes first and scales the schedule, as `--steps` does.
-
-    Raises:
-        RecipeError: as `validate` does; `what` is what the message calls the result.
-    """
-    fields = {str(name): value for name, value in fields.items()}
-    if "steps" in fields:
-        if not isinstance(steps := fields["steps"], int):
-            raise RecipeError(f"The {what} does not hold: steps is {steps!r}, which is no whole number.")
-        recipe = recipe.scaled(steps)
-    content = dataclasses.asdict(recipe)
-    for name, value in fields.items():
-        *parents, field = name.split(".")
-        part: Any = content
-        for parent in parents:
-            part = part.get(parent) if isinstance(part, dict) else None
-        if not isinstance(part, dict) or field not in part:
-            raise RecipeError(f"The {what} does not hold: {name} is no field of a recipe.")
-        part[field] = value
-    return validate(Recipe, content, what)
-
-
-def said(recipe: Training) -> dict[str, Any]:
-    """Return the fields in which `recipe` is not what a recipe is by default, as JSON has them."""
-    return pydantic.TypeAdapter(type(recipe)).dump_python(recipe, mode="json", exclude_defaults=True)
-
-
-def dump(recipe: Training, run: dict[str, Any] | None = None) -> str:
-    """Return `recipe` as YAML that `load` reads, with what there is to say of a run of it."""
-    content = dataclasses.asdict(recipe) | ({} if run is None else {"run": run})
-    return yaml.safe_dump(_plain(content), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` with tuples, which YAML lacks, as lists."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
+"""Of each field of `Recipe`, whether the control depends on it. The others say how LN is removed, and what is kept and
+reported of the run. A new field needs an entry."""

@@ -1,0 +1,59 @@
+"""A recipe: everything that a run needs, typed, validated, saved with the run and replayable from that file.
+
+Nothing here imports torch, so that the command line answers at once.
+"""
+
+from finetune.recipe.fields import (
+    Direction,
+    Gaps,
+    Layers,
+    Phase,
+    Recipe,
+    RecipeError,
+    Schedule,
+    StdMean,
+    Text,
+    TokenClass,
+    Training,
+)
+from finetune.recipe.files import (
+    about,
+    dump,
+    load,
+    load_pretraining,
+    load_run,
+    override,
+    read_yaml,
+    said,
+    shipped,
+    validate,
+    with_text,
+)
+from finetune.recipe.pretraining import Block, PretrainRecipe
+
+__all__ = [
+    "Block",
+    "Direction",
+    "Gaps",
+    "Layers",
+    "Phase",
+    "PretrainRecipe",
+    "Recipe",
+    "RecipeError",
+    "Schedule",
+    "StdMean",
+    "Text",
+    "TokenClass",
+    "Training",
+    "about",
+    "dump",
+    "load",
+    "load_pretraining",
+    "load_run",
+    "override",
+    "read_yaml",
+    "said",
+    "shipped",
+    "validate",
+    "with_text",
+]
