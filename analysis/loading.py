@@ -30,7 +30,7 @@ from finetune.checkpoint import load, load_tokenizer
 from finetune.errors import CheckpointError, NoTokenizerError
 from finetune.families import Part, Written, family_of
 from finetune.folding import NormState, linear_maps, matrix, norm_state, norms_of, to_identity
-from finetune.names import PUBLISHED, Published
+from finetune.names import PUBLISHED
 
 Model = str | Path | nn.Module
 """A short name, a directory, a Hub id, or a model in memory."""
@@ -44,8 +44,15 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, tor
 _ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
 """What TransformerLens and transformers have under one name."""
 _NAMES: dict[Part | Written, str] = {
-    **{"embed": "embed", "pos_embed": "pos_embed", "unembed": "unembed"},
-    **{"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "in": "mlp.in", "out": "mlp.out"},
+    "embed": "embed",
+    "pos_embed": "pos_embed",
+    "unembed": "unembed",
+    "q": "attn.q",
+    "k": "attn.k",
+    "v": "attn.v",
+    "o": "attn.o",
+    "in": "mlp.in",
+    "out": "mlp.out",
 }
 """TransformerBridge's names of linear maps, within a block where they belong to one, by what they compute."""
 _HOOKED_NAMES = {

@@ -50,7 +50,7 @@ class Options(Generic[Trains]):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that `arguments` (None: the process's own) name; what the user can mend is said in a line."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_current_flag(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return
@@ -63,6 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         again = "the same command" if command == "sweep" else "`python -m finetune resume RUN`, RUN being its directory"
         print(f"\ninterrupted: what had begun goes on with {again}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _current_flag(word: str) -> str:
+    """Return a flag of a schedule's phase by today's name of the phase."""
+    if not word.startswith("--schedule."):
+        return word
+    flag, equals, value = word.partition("=")
+    return f"--{recipes.current_name(flag.removeprefix('--').replace('-', '_'))}{equals}{value}"
 
 
 def _run(arguments: list[str]) -> None:

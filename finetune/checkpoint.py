@@ -25,6 +25,7 @@ from transformers.utils import logging
 from finetune import families, folding, names
 from finetune.blocks import BlockError, BlocksConfig, BlocksForCausalLM
 from finetune.errors import CheckpointError, NoTokenizerError
+from finetune.folding import convert, linear_maps, norm_state, to_identity  # noqa: F401  their former home
 
 _CONFIG_FILES = ["config.json", "generation_config.json"]
 _WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]

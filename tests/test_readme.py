@@ -19,7 +19,6 @@ from unittest import mock
 import pandas as pd
 import pytest
 import torch.distributed.run
-from finetune.processes import check_processes
 
 import analysis
 import analysis.__main__
@@ -27,6 +26,7 @@ import finetune.__main__
 from finetune import recipe as recipes
 from finetune import sweep
 from finetune.bundled import MODELS
+from finetune.processes import check_processes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -86,7 +86,12 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch):
         assert sweep.load(path, "runs")
         raise Reached
 
-    for work in ("finetune.removal.start", "finetune.resuming.resume", "finetune.pretrain.start", "analysis.report.run"):
+    for work in (
+        "finetune.removal.start",
+        "finetune.resuming.resume",
+        "finetune.pretrain.start",
+        "analysis.report.run",
+    ):
         monkeypatch.setattr(work, reach)
     monkeypatch.setattr("finetune.sweep.run", read_sweep)
     monkeypatch.chdir(ROOT)

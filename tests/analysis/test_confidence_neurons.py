@@ -9,9 +9,9 @@ from scipy.stats import entropy
 
 from analysis import confidence_neurons, load_bridge, load_trio
 from finetune import NolnError
+from finetune.families import FAMILIES
 from finetune.recipe import Gaps, Schedule
 from finetune.schedule import resolve
-from finetune.families import FAMILIES
 from finetune.sites import Sites
 
 NEURONS = [7, 0, 31]

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from analysis import load_bridge, load_trio, logit_attribution
 from finetune.checkpoint import load, load_tokenizer
+from finetune.families import FAMILIES
 from finetune.recipe import Gaps, Schedule
 from finetune.schedule import resolve
-from finetune.families import FAMILIES
 from finetune.sites import Sites
 
 FINAL = "blocks.1.hook_resid_post"

@@ -27,12 +27,12 @@ from unittest import mock
 import machine
 import pandas as pd
 import torch
-from finetune.fake_norm import FakeLayerNorm, NormedConv1D
 from test_training_speed import DEVICE, SIZES, WARM_UP, make_recipe, make_trainer
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
 from finetune import objective
+from finetune.fake_norm import FakeLayerNorm, NormedConv1D
 
 VARIANTS = ("constant", "kl")
 TOP = 15

@@ -3,12 +3,12 @@ import lzma
 from pathlib import Path
 
 import pytest
-from finetune.removal import remove_layernorm
 from helpers import tiny_gpt2
 from transformers import AutoTokenizer
 
 from finetune.bundled import MODELS, TEXTS
 from finetune.recipe import Gaps, Recipe, Schedule, Text
+from finetune.removal import remove_layernorm
 from finetune.run_directory import Run
 
 

@@ -11,8 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCau
 from transformers.utils import logging
 
 from finetune import checkpoint
+from finetune.bundled import MODELS
 from finetune.checkpoint import load, save
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, NoTokenizerError
 from finetune.folding import convert, linear_maps, norm_state, to_identity
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])

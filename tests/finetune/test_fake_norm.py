@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from finetune.fake_norm import CLASSES, FakeLayerNorm, NormedConv1D, TokenClasses, _Normalise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -10,6 +9,8 @@ from torch.autograd import gradcheck
 from torch.autograd.functional import jacobian
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
+
+from finetune.fake_norm import CLASSES, FakeLayerNorm, NormedConv1D, TokenClasses, _Normalise
 
 EOT = 9
 TOKENS = torch.tensor([[1, 2, EOT, 3, EOT], [EOT, 4, 5, 6, 7]])

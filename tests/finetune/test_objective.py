@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from finetune.fake_norm import CLASSES
 from torch.nn import functional as F
 
 from finetune import objective
+from finetune.fake_norm import CLASSES
 from finetune.objective import Head, auxiliary_loss, next_token_loss
 
 

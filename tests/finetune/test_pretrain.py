@@ -12,24 +12,24 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from finetune import resume
-from finetune.removal import set_up as set_up_removal
-from finetune.training import DivergedError
 from helpers import finetune, kill_at, read_log, run_forked
 from safetensors.torch import load_file
 from test_trainer import in_two_processes
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from finetune import blocks, checkpoint
+from finetune import blocks, checkpoint, folding, resume
 from finetune import recipe as recipes
 from finetune.__main__ import main
 from finetune.blocks import BlocksForCausalLM
 from finetune.bundled import MODELS
+from finetune.errors import CheckpointError
 from finetune.objective import NextTokenLoss, next_token_loss
 from finetune.pretrain import pretrain, set_up
 from finetune.recipe import PretrainRecipe, RecipeError, Text
+from finetune.removal import set_up as set_up_removal
 from finetune.run_directory import Run
+from finetune.training import DivergedError
 
 SHIPPED = recipes.shipped(PretrainRecipe)
 NAMES = get_args(recipes.Block)

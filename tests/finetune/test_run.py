@@ -18,16 +18,16 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from finetune import remove_layernorm, resume
-from finetune.removal import _card, set_up
-from finetune.processes import check_processes
 from helpers import finetune, kill_at, read_log, run_forked, tiny_gpt2
 from safetensors.torch import load_file
 
-from finetune import checkpoint, run_directory
+from finetune import checkpoint, folding, remove_layernorm, resume, run_directory
 from finetune import recipe as recipes
 from finetune.bundled.__main__ import bundle
+from finetune.errors import CheckpointError
+from finetune.processes import check_processes
 from finetune.recipe import Recipe, Text
+from finetune.removal import _card, set_up
 from finetune.run_directory import InUseError, Run, directory_lock, write_recipe
 from finetune.sites import Sites
 from finetune.text import load_text

@@ -62,9 +62,7 @@ def test_events_follow_the_order_of_the_schedule():
 
 
 def test_a_kind_goes_up_or_down_through_the_layers_or_all_at_once():
-    schedule = Schedule(
-        start=3, gap=EVERY, layers=Layers(mlp="down", qk="together"), order=("mlp", "qk", "v", "final")
-    )
+    schedule = Schedule(start=3, gap=EVERY, layers=Layers(mlp="down", qk="together"), order=("mlp", "qk", "v", "final"))
     assert [(event.step, event.name) for event in resolve(schedule, gpt2_sites(2), 20)] == [
         (3, "h.1.mlp"),
         (4, "h.0.mlp"),

@@ -3,15 +3,15 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import gpt2_sites
 import torch
-from finetune.fake_norm import CLASSES
+from helpers import gpt2_sites
 from torch import nn
 from transformers import AttentionInterface
 
 from finetune import objective, recipe
 from finetune.checkpoint import load
 from finetune.errors import CheckpointError
+from finetune.fake_norm import CLASSES
 from finetune.folding import convert, to_identity
 from finetune.recipe import Gaps, Schedule
 from finetune.schedule import Event, resolve
@@ -67,7 +67,9 @@ def norm_inputs_std(model, tokens) -> dict[str, np.ndarray]:
 
 
 def norm_of(site: str) -> str:
-    return site.replace("qk", "ln_1").replace(".v", ".ln_1")
+    if site == "final":
+        return "ln_f"
+    return site.replace("qk", "ln_1").replace(".v", ".ln_1").replace("mlp", "ln_2")
 
 
 def masks(tokens) -> list[np.ndarray]:

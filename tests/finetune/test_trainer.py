@@ -16,9 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from finetune.removal import fit, set_up
-from finetune.removal_trainer import RemovalTrainer
-from finetune.training import DivergedError, checkpoints, training_arguments
 from helpers import Finished, finetune, read_log, run_all_forked, run_forked, tiny_gpt2
 from safetensors.torch import load_file
 from torch import nn
@@ -28,8 +25,11 @@ from transformers import GPT2LMHeadModel, TrainingArguments
 from finetune import recipe as recipes
 from finetune.objective import NextTokenLoss, next_token_loss
 from finetune.recipe import Recipe, Text
+from finetune.removal import fit, set_up
+from finetune.removal_trainer import RemovalTrainer
 from finetune.run_directory import Run
 from finetune.sites import Sites
+from finetune.training import DivergedError, checkpoints, training_arguments
 
 
 def fitted(recipe: Recipe, directory: Path, name: str = "ln_free") -> dict[str, torch.Tensor]:
