@@ -369,8 +369,8 @@ def _maps(
     readers = {reader.path: (norm.layer, reader.parts) for norm in norms_of(source) for reader in norm.readers}
     for path, weight, bias in linear_maps(source):
         layer, parts = readers[path]
-        chunks = zip(parts, weight.chunk(len(parts), dim=1), bias.chunk(len(parts)), strict=True)
-        for part, its_weight, its_bias in chunks:
+        biases = [None] * len(parts) if bias is None else bias.chunk(len(parts))
+        for part, its_weight, its_bias in zip(parts, weight.chunk(len(parts), dim=1), biases, strict=True):
             yield _block(layer), _NAMES[part], its_weight, its_bias
 
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -84,11 +85,8 @@ def load_config(name_or_path: str | Path, revision: str | None = None) -> PreTra
     family = families.FAMILIES.get(config.get("model_type"))
     architectures = config.get("architectures") or [family and family.architecture]
     if family is None or family.architecture not in architectures:
-        known = [f"{known.architecture} of type {model_type}" for model_type, known in families.FAMILIES.items()]
-        raise CheckpointError(
-            f"{name_or_path} is a {', '.join(map(str, architectures))} of type {config.get('model_type')}. These can "
-            f"be loaded: {', '.join(known)}, and BlocksForCausalLM of type {BlocksConfig.model_type}."
-        )
+        kind = f"{', '.join(map(str, architectures))} of type {config.get('model_type')}"
+        raise CheckpointError(f"{name_or_path} is a {kind}{families.why_not(SimpleNamespace(**config))}")
     config_class: Any = family.model_class.config_class
     return config_class.from_dict(config)
 

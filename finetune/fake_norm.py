@@ -1,27 +1,27 @@
-"""The LayerNorm whose standard deviation can be frozen, and the only place with its arithmetic.
+"""The norm whose divisor can be frozen, and the only place with its arithmetic.
 
-LayerNorm divides a token's centred residual vector by its live standard deviation σ = √(var + eps). Here the scale is
+LayerNorm divides a token's centred residual vector by its live standard deviation σ = √(var + eps). RMSNorm is the same
+without the centring: in what follows σ is then the root mean square, √(mean x² + eps). Here the scale is
 
     s = σ^(1−α) · σ̄^α
 
-with σ̄ a constant: α = 0 is LayerNorm, α = 1 is a constant and linear in the residual vector (FakeLN of Heimersheim
+with σ̄ a constant: α = 0 is the live norm, α = 1 is a constant and linear in the residual vector (FakeLN of Heimersheim
 2024, arXiv 2409.13710, section 2). α and σ̄ are buffers, so that freezing neither recompiles a compiled model nor waits
 for the device. Tokens at position 0 and end-of-text tokens have constants of their own until these are merged into
 the ordinary one.
 
 The norm in front of attention is read on two paths, QK and V, that freeze at different times. The scale is one number
-a token, so it commutes with the weights: the QKV product is taken once, of the vector scaled for QK, and its V columns
-are rescaled.
+a token, so it commutes with the weights: every product is taken of the vector scaled for QK, and what belongs to V is
+rescaled, be it columns of a packed QKV or a Linear of its own.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from finetune.recipe import StdMean, TokenClass
 
@@ -99,138 +99,212 @@ class Divisor(nn.Module):
         return self.constants().pow(self.alpha)[classes].unsqueeze(-1)
 
 
+class NormStyle(NamedTuple):
+    """What distinguishes the norms of families."""
+
+    centred: bool = True
+    """LayerNorm; False: RMSNorm."""
+    gain_offset: float = 0.0
+    """What is added to the weight: 1 in Gemma, where a norm multiplies by 1 + weight."""
+    eps: str = "eps"
+    """The attribute of the module."""
+
+
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics are float32, or float64 for a float64 model."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _std(centred: Float[Tensor, "batch pos d"], eps: float) -> Float[Tensor, "batch pos 1"]:
-    """Return σ = √(var + eps) of centred vectors. A vector norm is an order faster than torch.var on the CPU."""
+    """Return σ = √(mean square + eps) of vectors. A vector norm is an order faster than torch.var on the CPU."""
     norm = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     return (norm.square() / centred.shape[-1] + eps).sqrt()
 
 
-class _Normalise(torch.autograd.Function):
-    """Centre x and divide by s = σ^(1−α)·c; also return σ. Gradients in closed form, without the graph's temporaries.
+def _centre(x: Float[Tensor, "*shape d"], centred: bool) -> Float[Tensor, "*shape d"]:
+    return x - x.mean(-1, keepdim=True) if centred else x
 
-    With y = (x − μ)/s, gradients g of y and h of σ, width d and C the centring:
+
+class _Normalise(torch.autograd.Function):
+    """Divide x, centred if `centred`, by s = σ^(1−α)·c; also return σ. Gradients in closed form, without temporaries.
+
+    With y = (x − μ)/s, gradients g of y and h of σ, width d and C the centring (the identity under RMSNorm):
     dx = C(g/s) + y · [h·s/(d·σ) − (1−α)·s/σ² · mean(g·y)]. At α = 1 no live term is left.
     """
 
     @staticmethod
-    def forward(x: Tensor, c: Tensor, alpha: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        centred = x - x.mean(-1, keepdim=True)
-        std = _std(centred, eps)
-        return centred / (std.pow(1 - alpha) * c), std
+    def forward(x: Tensor, c: Tensor, alpha: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
+        x = _centre(x, centred)
+        std = _std(x, eps)
+        return x / (std.pow(1 - alpha) * c), std
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, c, alpha, _ = inputs
+        _, c, alpha, _, ctx.centred = inputs
         ctx.save_for_backward(*output, c, alpha)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, None, None, None, None]:
         y, std, c, alpha = ctx.saved_tensors
         scale = std.pow(1 - alpha) * c
         width = y.shape[-1]
         along = torch.linalg.vecdot(g, y).unsqueeze(-1) / width
         slope = h * scale / (width * std) - (1 - alpha) * scale / std.square() * along
-        return torch.addcmul((g - g.mean(-1, keepdim=True)) / scale, y, slope), None, None, None
+        return torch.addcmul(_centre(g, ctx.centred) / scale, y, slope), None, None, None, None
 
 
-class FakeLayerNorm(nn.Module):
-    """A LayerNorm whose std can be frozen, read on one path or, as that in front of attention, on several (QK and V).
+class FakeNorm(nn.Module):
+    """A norm whose divisor can be frozen, read on one path or, as that in front of attention, on several (QK and V).
 
-    It has a `Divisor` for each path. It takes over the parameters of `norm` and starts as LayerNorm exactly. `live_std`
-    holds the σ of the last forward, [batch pos], with its graph: the auxiliary loss trains through it.
+    It has a `Divisor` for each path. It takes over the parameters of `norm` and starts as that norm exactly. Where it
+    `has_readers`, these are `NormedReader`s: they apply its gain and bias, which go into their weights and not into the
+    activations. `live_std` holds the σ of the last forward, [batch pos], with its graph: the auxiliary loss trains
+    through it.
+
+    While no path has begun to freeze, `live` may be set: then the norm is an ordinary one. When every path is frozen
+    and every class merged, `constant` may be set: then it disappears into the readers' weights. Both only save time.
     """
 
     divisors: Sequence[Divisor]
 
     def __init__(
-        self, norm: nn.LayerNorm, n_paths: int, classes: TokenClasses, std_mean: StdMean = "arithmetic"
+        self,
+        norm: nn.Module,
+        style: NormStyle,
+        n_paths: int,
+        classes: TokenClasses,
+        std_mean: StdMean = "arithmetic",
+        has_readers: bool = True,
     ) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        dtype = _statistics_dtype(norm.weight.dtype)
-        divisors = (Divisor(dtype, norm.weight.device, std_mean) for _ in range(n_paths))
+        self.weight: Tensor = norm.weight  # type: ignore[assignment]
+        self.bias: Tensor | None = getattr(norm, "bias", None)
+        self.eps: float = getattr(norm, style.eps)
+        self.style, self.has_readers = style, has_readers
+        dtype = _statistics_dtype(self.weight.dtype)
+        divisors = (Divisor(dtype, self.weight.device, std_mean) for _ in range(n_paths))
         self.divisors = nn.ModuleList(divisors)  # type: ignore[assignment]
         self.classes = classes
+        self.live = self.constant = False
         self.live_std: Float[Tensor, "batch pos"]
+        self.ratios: list[Float[Tensor, "batch pos 1"]] = []
+        """Of the last forward: the first path's scale over each other path's."""
+
+    @property
+    def gain(self) -> Float[Tensor, " d"]:
+        """What the normalised vector is multiplied by."""
+        return self.weight + self.style.gain_offset if self.style.gain_offset else self.weight
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is run as an ordinary norm: never compiled, or each site that freezes would compile it again."""
+        return self.live and not torch.compiler.is_compiling()
 
     def normalise(
         self, x: Float[Tensor, "batch pos d"]
     ) -> tuple[Float[Tensor, "batch pos d"], list[Float[Tensor, "batch pos 1"]]]:
-        """Return x centred and divided by the first path's scale, and that scale over each other path's."""
+        """Return x divided by the first path's scale, centred where it is LayerNorm, and that scale over each other."""
         first, *others = self.divisors
         classes = self.classes.index
         frozen_part = first.frozen_part(classes)
-        y, std = _Normalise.apply(x.to(_statistics_dtype(x.dtype)), frozen_part, first.alpha, self.eps)
+        x = x.to(_statistics_dtype(x.dtype))
+        y, std = _Normalise.apply(x, frozen_part, first.alpha, self.eps, self.style.centred)
         self.live_std = std.squeeze(-1)
         return y, [std.pow(other.alpha - first.alpha) * frozen_part / other.frozen_part(classes) for other in others]
 
-    def layer_norm(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        """Return what `forward` does while no path is frozen, by one kernel; `live_std` has no graph."""
+    def ordinary(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        """Return what the ordinary norm returns, in as few kernels as there are for it; `live_std` has no graph."""
         dtype = _statistics_dtype(x.dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        y, _, reciprocal = torch.native_layer_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), bias, self.eps)
-        self.live_std = reciprocal.detach().reciprocal().squeeze(-1)
+        wide, gain = x.to(dtype), self.gain.to(dtype)
+        if self.style.centred:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            y, _, reciprocal = torch.native_layer_norm(wide, x.shape[-1:], gain, bias, self.eps)
+            self.live_std = reciprocal.detach().reciprocal().squeeze(-1)
+        else:
+            y = F.rms_norm(wide, x.shape[-1:], gain, self.eps)
+            self.live_std = _std(wide.detach(), self.eps).squeeze(-1)
         return y.to(x.dtype)
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        """Normalise x for the first path, with gain and bias."""
-        y = self.normalise(x)[0] * self.weight
+        """Return what its readers take, or, without readers, x normalised, with gain and bias."""
+        if self.has_readers:
+            if self.is_live:
+                return self.ordinary(x)
+            if self.constant:
+                self._measure(x)
+                return x
+            y, self.ratios = self.normalise(x)
+            return y.to(x.dtype)
+        y = self.normalise(x)[0] * self.gain
         return (y if self.bias is None else y + self.bias).to(x.dtype)
-
-
-class NormedConv1D(nn.Module):
-    """A FakeLayerNorm and the Conv1D that reads it, as one map: γ and β go into the weights, not the activations.
-
-    `widths` says how many output columns belong to each path of the norm. While no path has begun to freeze, `live` may
-    be set: then the norm is an ordinary one. When every path is frozen and every class merged, `constant` may be set:
-    then it is nothing but a linear map and disappears into the weights too. Both only save time.
-    """
-
-    def __init__(self, norm: FakeLayerNorm, conv: Conv1D, widths: tuple[int, ...]) -> None:
-        super().__init__()
-        self.norm, self.conv, self.widths = norm, conv, widths
-        self.live = self.constant = False
-
-    def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos out"]:
-        """Return LN(x)·W + b, each path's columns with that path's scale."""
-        if not torch.compiler.is_compiling() and self.live:  # else each site that freezes would compile it again
-            return self.conv(self.norm.layer_norm(x))
-        weight: Tensor = self.conv.weight
-        bias: Tensor = self.conv.bias
-        if self.norm.bias is not None:
-            # Not a matrix product, which autocast would round.
-            bias = bias + (self.norm.bias.unsqueeze(-1) * weight).sum(0)
-        weight = self.norm.weight.unsqueeze(-1) * weight
-        if self.constant:
-            self._measure(x)
-            weight = (weight - weight.mean(0)) / self._column_stds()
-            return F.linear(x, weight.T.to(x.dtype), bias)
-        y, ratios = self.norm.normalise(x)
-        y = y.to(x.dtype)
-        if not ratios:
-            return F.linear(y, weight.T, bias)
-        # The ratios scale (x − μ)γW, never the bias: the first path's bias is added by the product, the others' after.
-        first, *others = F.linear(y, weight.T, F.pad(bias[: self.widths[0]], (0, sum(self.widths[1:])))).split(
-            self.widths, dim=-1
-        )
-        biases = bias.split(self.widths)[1:]
-        rescaled = (
-            torch.addcmul(b, z, ratio).to(first.dtype) for z, ratio, b in zip(others, ratios, biases, strict=True)
-        )
-        return torch.cat([first, *rescaled], dim=-1)
-
-    def _column_stds(self) -> Float[Tensor, " out"]:
-        """Return the constant that divides each output column."""
-        divisors = zip(self.norm.divisors, self.widths, strict=True)
-        return torch.cat([divisor.frozen[0].expand(width) for divisor, width in divisors])
 
     @torch.no_grad()
     def _measure(self, x: Float[Tensor, "batch pos d"]) -> None:
         """Keep the live std for the log, although nothing depends on it."""
         x = x.to(_statistics_dtype(x.dtype))
-        self.norm.live_std = _std(x - x.mean(-1, keepdim=True), self.norm.eps).squeeze(-1)
+        self.live_std = _std(_centre(x, self.style.centred), self.eps).squeeze(-1)
+
+
+class NormedReader(nn.Module):
+    """A linear module that reads a `FakeNorm`: gain and bias of the norm go into its weights, not the activations.
+
+    It takes over the parameters of `linear`, an `nn.Linear` or a `Conv1D`, by their names. Its output consists of
+    `groups` times as many equally wide parts as `paths` has entries: `paths` says which path of the norm each part
+    belongs to. Those of the first path come first.
+    """
+
+    norm: FakeNorm
+
+    def __init__(self, norm: FakeNorm, linear: nn.Module, paths: tuple[int, ...] = (0,), groups: int = 1) -> None:
+        super().__init__()
+        assert list(paths) == sorted(paths)
+        self.__dict__["norm"] = norm  # a module of the model, but not of this one
+        self.weight: Tensor = linear.weight  # type: ignore[assignment]
+        self.bias: Tensor | None = linear.bias  # type: ignore[assignment]
+        self.paths, self.groups, self._is_linear = paths, groups, isinstance(linear, nn.Linear)
+
+    @property
+    def matrix(self) -> Float[Tensor, "out d"]:
+        """The weight as `F.linear` takes it."""
+        return self.weight if self._is_linear else self.weight.T
+
+    def forward(self, y: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos out"]:
+        """Return norm(x)·W + b, each part with the scale of its path, from what the norm returns of x."""
+        norm = self.norm
+        matrix = self.matrix
+        if norm.is_live:
+            return F.linear(y, matrix, self.bias)
+        bias = self.bias
+        if norm.bias is not None:
+            # Not a matrix product, which autocast would round.
+            through = (norm.bias * matrix).sum(-1)
+            bias = through if bias is None else bias + through
+        matrix = norm.gain * matrix
+        if norm.constant:
+            if norm.style.centred:
+                matrix = matrix - matrix.mean(-1, keepdim=True)
+            return F.linear(y, (matrix / self._stds().unsqueeze(-1)).to(y.dtype), bias)
+        if not any(self.paths):
+            return F.linear(y, matrix, bias)
+        # The ratios scale (x − μ)γW, never the bias: the first path's bias is added by the product, the others' after.
+        first = self.paths.count(0)
+        biases = None if bias is None else bias.view(self.groups, len(self.paths), -1)
+        first_bias = None if biases is None or not first else _zero_from(biases, first).flatten()
+        z = F.linear(y, matrix, first_bias).unflatten(-1, (self.groups, len(self.paths), -1))
+        parts = [z[..., :first, :]] if first else []
+        for i in range(first, len(self.paths)):
+            part, ratio = z[..., i : i + 1, :], norm.ratios[self.paths[i] - 1][..., None, None]
+            scaled = part * ratio if biases is None else torch.addcmul(biases[:, i : i + 1], part, ratio)
+            parts.append(scaled.to(z.dtype))
+        return torch.cat(parts, dim=-2).flatten(-3)
+
+    def _stds(self) -> Float[Tensor, " out"]:
+        """Return the constant that divides each output."""
+        of_parts = torch.stack([self.norm.divisors[path].frozen[0] for path in self.paths])
+        width = len(self.matrix) // (self.groups * len(self.paths))
+        return of_parts[:, None].expand(self.groups, -1, width).flatten()
+
+
+def _zero_from(biases: Float[Tensor, "groups part width"], first: int) -> Float[Tensor, "groups part width"]:
+    """Return `biases` with zeros from part `first` on."""
+    return F.pad(biases[:, :first], (0, 0, 0, biases.shape[1] - first))

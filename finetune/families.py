@@ -1,12 +1,12 @@
 """The families of models whose norms can be removed: the only file that knows the paths of their modules.
 
 A `Family` says, relative to a block, which norms there are and what reads each of them. With a model's depth follows
-the one list of its norms and sites, `Family.norms`, from which the schedule, `Sites`, `folding`, the model card and the
-loaders of `analysis` take theirs. To add a family, add an entry to `FAMILIES`.
+the one list of its norms and sites, `Family.norms_of`, from which the schedule, `Sites`, `folding`, the model card and
+the loaders of `analysis` take theirs. To add a family, add an entry to `FAMILIES`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import transformers
@@ -14,18 +14,27 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from finetune.errors import CheckpointError
+from finetune.fake_norm import NormStyle
 from finetune.recipe import SiteKind
 
-Part = Literal["q", "k", "v", "in", "unembed"]
-"""What a reader computes: queries, keys, values, the input of an MLP's activation function, or logits."""
+Part = Literal["q", "k", "v", "in", "gate", "unembed"]
+"""What a reader computes: queries, keys, values, what an MLP multiplies or activates, its gate, or logits."""
 Written = Literal["embed", "pos_embed", "o", "out"]
 """What a writer adds to the residual stream: embeddings of tokens or positions, or the output of attention or MLP."""
 
-_KIND_OF_PART: dict[Part, SiteKind] = {"q": "qk", "k": "qk", "v": "v", "in": "mlp", "unembed": "final"}
+_LAYER_NORM = NormStyle()
+_KIND_OF_PART: dict[Part, SiteKind] = {
+    "q": "qk",
+    "k": "qk",
+    "v": "v",
+    "in": "mlp",
+    "gate": "mlp",
+    "unembed": "final",
+}
 
 
 class Site(NamedTuple):
-    """One place that divides by a standard deviation: a norm, on one of the paths that read it."""
+    """One place that divides by a standard deviation or an RMS: a norm, on one of the paths that read it."""
 
     kind: SiteKind
     layer: int | None
@@ -43,45 +52,57 @@ class Reader(NamedTuple):
     path: str
     parts: tuple[Part, ...]
     """What its output consists of: equally wide parts, one after another."""
+    by_head: bool = False
+    """Whether the parts alternate head by head."""
 
     @property
     def kinds(self) -> tuple[SiteKind, ...]:
         """The kind of site through which it reads each of its parts."""
         return tuple(_KIND_OF_PART[part] for part in self.parts)
 
-    def columns(self, kind: SiteKind, width: int) -> slice:
-        """Return which of its `width` output columns are read through sites of `kind`."""
-        of_kind = [i for i, its_kind in enumerate(self.kinds) if its_kind == kind]
-        part = width // len(self.parts)
-        return slice(of_kind[0] * part, (of_kind[-1] + 1) * part)
-
 
 class Norm(NamedTuple):
-    """A norm of a model."""
+    """A norm of a model: it has readers, or it is a post-norm, which has a writer."""
 
     path: str
     layer: int | None
     """None: the final norm."""
     readers: tuple[Reader, ...]
+    writer: str | None
+    """The module whose output the norm normalises before the residual stream takes it."""
+    writer_kind: SiteKind | None
+    """Of a post-norm: the kind of its site."""
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Its sites, one for each path that reads it. A frozen norm holds the constant of the first."""
+        if self.writer_kind is not None:
+            return (Site(self.writer_kind, self.layer),)
         kinds = dict.fromkeys(kind for reader in self.readers for kind in reader.kinds)
         return tuple(Site(kind, self.layer) for kind in kinds)
+
+    def paths(self, reader: Reader) -> tuple[int, ...]:
+        """Return the index of the site through which `reader` reads each of its parts."""
+        kinds = [site.kind for site in self.sites]
+        return tuple(kinds.index(kind) for kind in reader.kinds)
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm of each block, or the final one: its path, and the parts that each of its readers computes."""
+    """A norm of each block, or the final one: its path, and the parts that each of its readers computes.
+
+    A post-norm has no readers, but a `writer` and a `kind`.
+    """
 
     path: str
-    readers: Mapping[str, tuple[Part, ...]]
+    readers: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
+    writer: str | None = None
+    kind: SiteKind | None = None
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where the models of one architecture have their norms, and how their configs and modules are called.
+    """Where the models of one architecture have their norms, and what their configs and modules call things.
 
     Paths of `norms`, of `writers` and of `attention` are relative to a block, the others to the model.
     """
@@ -94,11 +115,16 @@ class Family:
     embeddings: Mapping[str, Written]
     writers: Mapping[str, Written]
     attention: str
-    """The attention module, whose `scaling` multiplies its scores."""
+    """The attention module, whose `scaling`, 1 where it has none, multiplies its scores."""
     eps: str
     """The field of the config that holds the eps of the norms."""
     activation: str
     """The field of the config that holds the MLP's activation function."""
+    norm_class: str = "LayerNorm"
+    """The class of the norms."""
+    style: NormStyle = _LAYER_NORM
+    packed_by_head: bool = False
+    """Whether a packed QKV has queries, keys and values of head 0, then those of head 1, …"""
     refusal: Callable[[Any], str | None] = lambda config: None
     """Says of a config what is not supported, or returns None."""
 
@@ -118,8 +144,10 @@ class Family:
 
     def _norm(self, spec: NormSpec, layer: int | None) -> Norm:
         at = "" if layer is None else f"{self.blocks}.{layer}."
-        readers = tuple(Reader(at + path, parts) for path, parts in spec.readers.items())
-        return Norm(at + spec.path, layer, readers)
+        readers = tuple(
+            Reader(at + path, parts, self.packed_by_head and len(parts) > 1) for path, parts in spec.readers.items()
+        )
+        return Norm(at + spec.path, layer, readers, spec.writer and at + spec.writer, spec.kind)
 
     def writers_of(self, n_layer: int) -> list[tuple[int | None, Written, str]]:
         """Return (layer, what it writes, path) of each module that writes to the residual stream."""
@@ -130,6 +158,39 @@ class Family:
         ]
         return [*((None, written, path) for path, written in self.embeddings.items()), *blocks]
 
+
+_ATTENTION: dict[str, tuple[Part, ...]] = {
+    "self_attn.q_proj": ("q",),
+    "self_attn.k_proj": ("k",),
+    "self_attn.v_proj": ("v",),
+}
+_GATED_MLP: dict[str, tuple[Part, ...]] = {"mlp.gate_proj": ("gate",), "mlp.up_proj": ("in",)}
+
+
+def _llama(architecture: str, norm_class: str, **others: Any) -> Family:
+    """Return a family with Llama's modules: RMSNorm, separate projections, a gated MLP, no position embedding."""
+    entry: dict[str, Any] = {
+        "norms": (NormSpec("input_layernorm", _ATTENTION), NormSpec("post_attention_layernorm", _GATED_MLP)),
+        "activation": "hidden_act",
+        "style": NormStyle(centred=False, eps="variance_epsilon"),
+    }
+    return Family(
+        architecture=architecture,
+        blocks="model.layers",
+        final=NormSpec("model.norm", {"lm_head": ("unembed",)}),
+        embeddings={"model.embed_tokens": "embed"},
+        writers={"self_attn.o_proj": "o", "mlp.down_proj": "out"},
+        attention="self_attn",
+        eps="rms_norm_eps",
+        norm_class=norm_class,
+        **entry | others,
+    )
+
+
+_GEMMA: dict[str, Any] = {
+    "activation": "hidden_activation",
+    "style": NormStyle(centred=False, gain_offset=1.0),
+}
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
@@ -144,8 +205,66 @@ FAMILIES: dict[str, Family] = {
         activation="activation_function",
         refusal=lambda config: "cross-attention" if config.add_cross_attention else None,
     ),
+    "gpt_neox": Family(
+        architecture="GPTNeoXForCausalLM",
+        blocks="gpt_neox.layers",
+        norms=(
+            NormSpec("input_layernorm", {"attention.query_key_value": ("q", "k", "v")}),
+            NormSpec("post_attention_layernorm", {"mlp.dense_h_to_4h": ("in",)}),
+        ),
+        final=NormSpec("gpt_neox.final_layer_norm", {"lm_head": ("unembed",)}),
+        embeddings={"gpt_neox.embed_in": "embed"},
+        writers={"attention.dense": "o", "mlp.dense_4h_to_h": "out"},
+        attention="attention",
+        eps="layer_norm_eps",
+        activation="hidden_act",
+        packed_by_head=True,
+    ),
+    "gpt_neo": Family(
+        architecture="GPTNeoForCausalLM",
+        blocks="transformer.h",
+        norms=(
+            NormSpec(
+                "ln_1",
+                {
+                    "attn.attention.q_proj": ("q",),
+                    "attn.attention.k_proj": ("k",),
+                    "attn.attention.v_proj": ("v",),
+                },
+            ),
+            NormSpec("ln_2", {"mlp.c_fc": ("in",)}),
+        ),
+        final=NormSpec("transformer.ln_f", {"lm_head": ("unembed",)}),
+        embeddings={"transformer.wte": "embed", "transformer.wpe": "pos_embed"},
+        writers={"attn.attention.out_proj": "o", "mlp.c_proj": "out"},
+        attention="attn.attention",
+        eps="layer_norm_epsilon",
+        activation="activation_function",
+    ),
+    "llama": _llama("LlamaForCausalLM", "LlamaRMSNorm"),
+    "mistral": _llama("MistralForCausalLM", "MistralRMSNorm"),
+    "qwen2": _llama("Qwen2ForCausalLM", "Qwen2RMSNorm"),
+    "gemma": _llama("GemmaForCausalLM", "GemmaRMSNorm", **_GEMMA | {"activation": "hidden_act"}),
+    "gemma2": _llama(
+        "Gemma2ForCausalLM",
+        "Gemma2RMSNorm",
+        norms=(
+            NormSpec("input_layernorm", _ATTENTION),
+            NormSpec("post_attention_layernorm", writer="self_attn.o_proj", kind="attn_out"),
+            NormSpec("pre_feedforward_layernorm", _GATED_MLP),
+            NormSpec("post_feedforward_layernorm", writer="mlp.down_proj", kind="mlp_out"),
+        ),
+        **_GEMMA,
+    ),
 }
 """The families by the `model_type` of their configs."""
+
+_QK_NORMS = "norms of queries and keys, which share the config's eps with the others"
+REFUSED = {
+    **dict.fromkeys(("qwen3", "olmo2", "gemma3", "gemma3_text"), _QK_NORMS),
+    "opt": "no eps in its config, by which a frozen norm is stored",
+}
+"""What stands in the way of other well-known architectures, by their `model_type`."""
 
 
 def family_of(model: nn.Module | PreTrainedConfig, name: str | None = None) -> Family:
@@ -156,14 +275,30 @@ def family_of(model: nn.Module | PreTrainedConfig, name: str | None = None) -> F
     """
     config: Any = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
     name = name or getattr(config, "name_or_path", None) or "The model"
-    family = FAMILIES.get(getattr(config, "model_type", ""))
-    is_its_class = family is not None and (model is config or isinstance(model, family.model_class))
-    if family is None or not is_its_class:
+    model_type = getattr(config, "model_type", "")
+    family = FAMILIES.get(model_type)
+    if family is None or not (model is config or isinstance(model, family.model_class)):
         kind = ", ".join(getattr(config, "architectures", None) or []) if model is config else type(model).__name__
-        raise CheckpointError(
-            f"{name} is a {kind or 'model of an unnamed architecture'}. The norms of these can be removed and folded: "
-            f"{', '.join(family.architecture for family in FAMILIES.values())}."
-        )
+        raise CheckpointError(f"{name} is a {kind or model_type or 'model of another kind'}{why_not(config)}")
     if refused := family.refusal(config):
         raise CheckpointError(f"{name} has {refused}, which is not supported in a {family.architecture}.")
     return family
+
+
+def why_not(config: Any) -> str:
+    """Return how a sentence goes on that names the architecture of an unsupported model."""
+    model_type = getattr(config, "model_type", None)
+    if model_type == "noln-blocks":
+        return (
+            ": only the norms of Pre-LN blocks can be removed or folded, and `python -m finetune pretrain pre-ln` "
+            "saves these as a GPT2LMHeadModel (`finetune.blocks.to_gpt2`)."
+        )
+    reason = REFUSED.get(str(model_type))
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "an encoder, and only decoders are supported"
+    elif getattr(config, "vision_config", None) is not None:
+        reason = "a vision tower, and only language models are supported"
+    elif any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
+        reason = "a mixture of experts, which is not supported"
+    known = f"These are supported: {', '.join(family.architecture for family in FAMILIES.values())}."
+    return f", which has {reason}. {known}" if reason else f". {known}"

@@ -4,6 +4,9 @@ A frozen norm has an eps that dwarfs any variance, so that it divides by the con
 
     LN(x) = (x − μ)/√(σ² + eps) ⊙ weight + bias = (x − μ) ⊙ scale + bias,  scale = weight/√eps
 
+RMSNorm is the same without μ and bias; in Gemma the weight is counted from −1. A post-norm, which normalises what a
+module writes, folds backwards into that module.
+
 An ordinary checkpoint of the model's own class can hold that. There are two formats, with γ and β of the norm and σ̄ the
 constant in place of its σ:
     b25  every norm has weight = γ · 1e6/σ̄, bias = β (Baroni et al. 2025, arXiv 2507.02559)
@@ -19,14 +22,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.blocks import BlocksForCausalLM
 from finetune.blocks import Norm as BlocksNorm
 from finetune.errors import CheckpointError
-from finetune.families import Norm, family_of
+from finetune.families import Family, Norm, Reader, family_of
 from finetune.names import Format
 
 NormState = Literal["live", "frozen", "identity"]
@@ -65,27 +68,33 @@ def norm_state(model: nn.Module) -> NormState:
             )
     if isinstance(model, BlocksForCausalLM):
         return "live" if any(isinstance(module, BlocksNorm) for module in model.modules()) else "identity"
-    eps = family_of(model).eps
-    states = {norm.path: _state(norm.path, model.get_submodule(norm.path), eps) for norm in norms}
+    family = family_of(model)
+    states = {norm.path: _state(norm.path, model.get_submodule(norm.path), family) for norm in norms}
     groups = {state: [name for name in states if states[name] == state] for state in set(states.values())}
     if len(groups) > 1:
         raise CheckpointError(f"The norms are a mixture, neither LN-free nor an ordinary model's: {groups}.")
     return groups.popitem()[0]
 
 
-def _state(name: str, norm: nn.Module, eps_field: str) -> NormState:
+def _state(name: str, norm: Any, family: Family) -> NormState:
     if isinstance(norm, nn.Identity):
         return "identity"
-    if not isinstance(norm, nn.LayerNorm):
-        raise CheckpointError(f"{name} is a {type(norm).__name__}: only nn.LayerNorm and nn.Identity are known.")
-    frozen, largest = norm.eps >= _LEAST_FROZEN_EPS, norm.weight.abs().max().item()
+    if type(norm).__name__ != family.norm_class:
+        known = f"only {family.norm_class} and nn.Identity are known in a {family.architecture}"
+        raise CheckpointError(f"{name} is a {type(norm).__name__}: {known}.")
+    eps, largest = _eps(norm, family), norm.weight.abs().max().item()
+    frozen = eps >= _LEAST_FROZEN_EPS
     if frozen != (largest > _LARGEST_LIVE_WEIGHT):
-        kind, eps = ("an ordinary", 1e-5) if frozen else ("an LN-free", FROZEN_EPS)
+        kind, right = ("an ordinary", 1e-5) if frozen else ("an LN-free", FROZEN_EPS)
         raise CheckpointError(
-            f"{name} has weights up to {largest:.3g}, like {kind} model's, under an eps of {norm.eps:g}: set "
-            f"{eps_field} to {eps:g} in its config.json."
+            f"{name} has weights up to {largest:.3g}, like {kind} model's, under an eps of {eps:g}: set "
+            f"{family.eps} to {right:g} in its config.json."
         )
     return "frozen" if frozen else "live"
+
+
+def _eps(norm: nn.Module, family: Family) -> float:
+    return getattr(norm, family.style.eps)
 
 
 def check_can_be_saved(model: nn.Module) -> None:
@@ -102,7 +111,7 @@ def check_can_be_saved(model: nn.Module) -> None:
         raise CheckpointError("The Identity form cannot be loaded again: save the model that it was made from.")
     family, config = family_of(model), model.config
     for norm in norms_of(model):  # type: ignore[arg-type]
-        if (eps := model.get_submodule(norm.path).eps) != getattr(config, family.eps):
+        if (eps := _eps(model.get_submodule(norm.path), family)) != getattr(config, family.eps):
             raise CheckpointError(
                 f"{norm.path} has an eps of {eps:g}, but what is saved would be loaded with that of the config, "
                 f"{getattr(config, family.eps):g}: set config.{family.eps}."
@@ -114,29 +123,46 @@ def freeze(model: PreTrainedModel, constants: Mapping[str, Float[Tensor, ""]]) -
     """Freeze every norm of an ordinary model in place, as b25, at the constant of each site in `constants`, by name.
 
     A norm that is read on several paths has one scale: that of its first site. With r the ratio of that site's constant
-    to another's, the columns of that other path become r·W, and their bias b + (1−r)·βW. Computed in float64 and
-    rounded once.
+    to another's, what is read on that other path becomes r·W, and its bias b + (1−r)·βW. Values without a bias hand
+    (1−r)·βW on, through the output projection, to the bias of that: attention weights add up to 1. Computed in float64
+    and rounded once.
     """
-
-    def put(parameter: Tensor, value: Float[Tensor, "*shape"]) -> None:
-        parameter.copy_(value.to(parameter.dtype))
-
     family = family_of(model)
     for norm in norms_of(model):
         module: Any = model.get_submodule(norm.path)
-        first, *others = norm.sites
-        std = constants[first.name].double()
+        std = constants[norm.sites[0].name].double()
         for reader in norm.readers:
-            for site in others:
-                linear: Any = model.get_submodule(reader.path)
-                weight, bias = matrix(linear), linear.bias
-                columns = reader.columns(site.kind, weight.shape[1])
-                ratio, before = std / constants[site.name].double(), weight[:, columns].double()
-                put(bias[columns], bias[columns].double() + (1 - ratio) * (module.bias.double() @ before))
-                put(weight[:, columns], before * ratio)
-        put(module.weight, module.weight.double() * (math.sqrt(FROZEN_EPS) / std))
-        module.eps = FROZEN_EPS
+            linear: Any = model.get_submodule(reader.path)
+            ratios = torch.stack([std / constants[site.name].double() for site in norm.sites])
+            ratio = ratios[list(norm.paths(reader))][part_of_column(model, reader)]
+            if (ratio == 1).all():
+                continue
+            weight = matrix(linear).double()
+            if (beta := getattr(module, "bias", None)) is not None:
+                left = (1 - ratio) * (beta.double() @ weight)
+                if linear.bias is None:
+                    linear = _output_projection(model, norm)
+                    left = left @ matrix(linear).double()
+                _write(linear.bias, linear.bias.double() + left)
+            _write(matrix(model.get_submodule(reader.path)), weight * ratio)
+        _write(module.weight, _gain(module, family) * (math.sqrt(FROZEN_EPS) / std) - family.style.gain_offset)
+        setattr(module, family.style.eps, FROZEN_EPS)
     setattr(model.config, family.eps, FROZEN_EPS)
+
+
+def _write(parameter: Tensor, value: Float[Tensor, "*shape"]) -> None:
+    parameter.copy_(value.to(parameter.dtype))
+
+
+def _gain(norm: Any, family: Family) -> Float[Tensor, " d"]:
+    """Return what a norm multiplies by, in float64, on the CPU as not every device has it."""
+    return norm.weight.detach().to("cpu", torch.float64) + family.style.gain_offset
+
+
+def _output_projection(model: PreTrainedModel, norm: Norm) -> Any:
+    """Return the module through which the attention that reads `norm` writes."""
+    writers = family_of(model).writers_of(model.config.num_hidden_layers)
+    return model.get_submodule(next(path for layer, written, path in writers if layer == norm.layer and written == "o"))
 
 
 def matrix(linear: Any) -> Float[Tensor, "d_in d_out"]:
@@ -144,50 +170,74 @@ def matrix(linear: Any) -> Float[Tensor, "d_in d_out"]:
     return linear.weight.detach().T if isinstance(linear, nn.Linear) else linear.weight.detach()
 
 
-def _put(linear: Any, weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, " d_out"]) -> None:
+def part_of_column(model: PreTrainedModel, reader: Reader) -> Int[Tensor, " d_out"]:
+    """Return, for each output column of a reader, the index in `reader.parts` of the part that it belongs to."""
+    groups = model.config.num_attention_heads if reader.by_head else 1
+    width = matrix(model.get_submodule(reader.path)).shape[1] // (groups * len(reader.parts))
+    return torch.arange(len(reader.parts)).repeat_interleave(width).repeat(groups)
+
+
+def _put(linear: Any, weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, " d_out"] | None) -> None:
     """Give a reader a weight and a bias of its own: it may have shared the one and lacked the other."""
     weight = weight.T if isinstance(linear, nn.Linear) else weight
     linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-    linear.bias = nn.Parameter(bias.clone())
+    linear.bias = None if bias is None else nn.Parameter(bias.clone())
 
 
 @torch.no_grad()
-def _fold(norm: Any, reader: Any, centre: bool) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
+def _fold(
+    norm: Any, reader: Any, family: Family, centre: bool
+) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"] | None]:
     """Return the reader's weight and bias with the norm's scale and bias folded in; its centring if `centre`.
 
-    Folded in float64, on the CPU as not every device has it; returned in the reader's dtype and place.
+    Folded in float64, on the CPU; returned in the reader's dtype and place.
     """
     weight = matrix(reader).to("cpu", torch.float64, copy=True)
-    scale = norm.weight.to("cpu", torch.float64)
-    if norm.eps >= _LEAST_FROZEN_EPS:
-        scale = scale / math.sqrt(norm.eps)
-    bias = norm.bias.to("cpu", torch.float64) @ weight
-    if reader.bias is not None:
-        bias += reader.bias.cpu()
-    weight *= scale[:, None]
-    if centre:
+    bias = None if reader.bias is None else reader.bias.detach().to("cpu", torch.float64)
+    if (beta := getattr(norm, "bias", None)) is not None:
+        through = beta.detach().to("cpu", torch.float64) @ weight
+        bias = through if bias is None else bias + through
+    weight *= _scale(norm, family)[:, None]
+    if centre and family.style.centred:
         weight -= weight.mean(dim=0)
-    return weight.to(reader.weight), bias.to(reader.weight)
+    return weight.to(reader.weight), None if bias is None else bias.to(reader.weight)
+
+
+def _scale(norm: Any, family: Family) -> Float[Tensor, " d"]:
+    """Return what a frozen norm multiplies by, and a live one beside the division by its divisor, in float64."""
+    frozen = _eps(norm, family) >= _LEAST_FROZEN_EPS
+    return _gain(norm, family) / (math.sqrt(_eps(norm, family)) if frozen else 1)
 
 
 def linear_maps(
     model: PreTrainedModel,
-) -> Iterator[tuple[str, Float[Tensor, "d_model d_out"], Float[Tensor, " d_out"]]]:
-    """Yield (path, weight, bias) of every module that reads a norm, norms folded in.
+) -> Iterator[tuple[str, Float[Tensor, "d_model d_out"], Float[Tensor, " d_out"] | None]]:
+    """Yield (path, weight, bias) of every module that reads a norm, norms folded in; None: no bias.
 
     The residual stream x is mapped to x @ weight + bias where norms are frozen or Identity; where they are
-    live, (x − μ)/σ is mapped. One map is made at a time, so that a large model is not copied whole.
+    live, (x − μ)/σ is mapped, or x/RMS. One map is made at a time, so that a large model is not copied whole.
     """
+    family = family_of(model)
     for norm in norms_of(model):
         module = model.get_submodule(norm.path)
         for reader in norm.readers:
             linear: Any = model.get_submodule(reader.path)
             if isinstance(module, nn.Identity):
-                weight = matrix(linear)
-                bias = weight.new_zeros(weight.shape[1]) if linear.bias is None else linear.bias.detach()
+                yield reader.path, matrix(linear), None if linear.bias is None else linear.bias.detach()
             else:
-                weight, bias = _fold(module, linear, centre=True)
-            yield reader.path, weight, bias
+                yield reader.path, *_fold(module, linear, family, centre=True)
+
+
+@torch.no_grad()
+def _fold_backwards(model: PreTrainedModel, norm: Norm) -> None:
+    """Fold the scale of a post-norm into the module that writes through it, in place."""
+    if norm.writer is None or isinstance(module := model.get_submodule(norm.path), nn.Identity):
+        return
+    writer: Any = model.get_submodule(norm.writer)
+    scale = _scale(module, family_of(model)).to(writer.weight.device)
+    _write(matrix(writer), matrix(writer).double() * scale)
+    if writer.bias is not None:
+        _write(writer.bias, writer.bias.double() * scale)
 
 
 def to_identity(model: Model) -> Model:
@@ -200,12 +250,32 @@ def to_identity(model: Model) -> Model:
         CheckpointError: the norms are live, or what `norm_state` raises.
     """
     if norm_state(model) == "live":
-        raise CheckpointError("The LNs of this model are live: it has no Identity form before they are removed.")
+        raise CheckpointError("The norms of this model are live: it has no Identity form before they are removed.")
     folded = copy.deepcopy(model)
     for path, weight, bias in linear_maps(model):
         _put(folded.get_submodule(path), weight, bias)
     for norm in norms_of(model):
+        _fold_backwards(folded, norm)
         folded.set_submodule(norm.path, nn.Identity())
+    folded.config.tie_word_embeddings = False
+    return folded
+
+
+@torch.no_grad()
+def to_unit_gain(model: Model) -> Model:
+    """Return a copy of an ordinary model whose norms only centre and divide: gains and biases are in the readers.
+
+    The norms of what attention and MLPs write keep their gains, which nothing but their output reads.
+    """
+    folded, family = copy.deepcopy(model), family_of(model)
+    for path, weight, bias in linear_maps(model):
+        _put(folded.get_submodule(path), weight, bias)
+    for norm in norms_of(folded):
+        module: Any = folded.get_submodule(norm.path)
+        if norm.readers:
+            module.weight.fill_(1 - family.style.gain_offset)
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()
     folded.config.tie_word_embeddings = False
     return folded
 
@@ -217,11 +287,12 @@ def convert(model: Model, format: Format) -> Model:
     An h24 model is a b25 model already, with γ = σ̄ and β = 0 in its blocks.
 
     Raises:
-        CheckpointError: the norms are not frozen, or what `norm_state` raises.
+        CheckpointError: the norms are not frozen, a bias of a norm has no reader's bias to go into, or what
+            `norm_state` raises.
     """
     if (state := norm_state(model)) != "frozen":
         raise CheckpointError(f"The norms of this model are {state}: only frozen ones can be written as {format}.")
-    converted = copy.deepcopy(model)
+    converted, family = copy.deepcopy(model), family_of(model)
     if format == "h24":
         for norm in norms_of(converted):
             if norm.layer is None:
@@ -229,9 +300,16 @@ def convert(model: Model, format: Format) -> Model:
             module: Any = converted.get_submodule(norm.path)
             for reader in norm.readers:
                 linear: Any = converted.get_submodule(reader.path)
-                weight, bias = _fold(module, linear, centre=False)
-                matrix(linear).copy_(weight)
-                linear.bias.copy_(bias)
-            module.weight.fill_(math.sqrt(module.eps))
-            module.bias.zero_()
+                weight, bias = _fold(module, linear, family, centre=False)
+                if bias is not None and linear.bias is None:
+                    raise CheckpointError(
+                        f"{reader.path} has no bias, into which h24 folds that of {norm.path}: use the format b25."
+                    )
+                _write(matrix(linear), weight)
+                if bias is not None:
+                    linear.bias.copy_(bias)
+            _fold_backwards(converted, norm)
+            module.weight.fill_(math.sqrt(_eps(module, family)) - family.style.gain_offset)
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()
     return converted

@@ -83,10 +83,10 @@ def _groups(schedule: Schedule, entry: str, sites: Sequence[Site]) -> list[tuple
         _, layer, kind = entry.split(".")
         return [(cast("Phase", kind), [int(layer)])]
     phase = cast("Phase", entry)
-    layers = [site.layer for site in sites if site.kind == phase] or [None]  # a class of token is of no layer
+    layers = [None] if phase in get_args(TokenClass) else [site.layer for site in sites if site.kind == phase]
     match getattr(schedule.layers, phase, "up"):
         case "together":
-            return [(phase, layers)]
+            return [(phase, layers)] if layers else []
         case "down":
             layers.reverse()
     return [(phase, [layer]) for layer in layers]

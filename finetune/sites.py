@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from finetune import folding
 from finetune.checkpoint import no_progress_bars
 from finetune.errors import CheckpointError
-from finetune.fake_norm import CLASSES, STD_MEANS, Divisor, FakeLayerNorm, NormedConv1D, TokenClasses
-from finetune.families import Norm, family_of
+from finetune.fake_norm import CLASSES, STD_MEANS, Divisor, FakeNorm, NormedReader, TokenClasses
+from finetune.families import family_of
 from finetune.recipe import StdMean, TokenClass
 from finetune.schedule import Event
 
@@ -25,9 +25,8 @@ from finetune.schedule import Event
 class Sites:
     """The sites of one model, by name (`h.0.qk`, `h.0.v`, `h.0.mlp`, …, `final`), and what is done to them together.
 
-    Making it changes `model` in place: each norm of a block becomes `nn.Identity` and the module that reads it a
-    `NormedConv1D`, and the final norm becomes a `FakeLayerNorm`; parameters keep their values. `to_plain` returns an
-    ordinary model.
+    Making it changes `model` in place: each norm becomes a `FakeNorm`, and each module that reads the norm of a block a
+    `NormedReader`; parameters keep their values and names. `to_plain` returns an ordinary model.
     """
 
     def __init__(
@@ -47,43 +46,36 @@ class Sites:
         """
         if (state := folding.norm_state(model)) != "live":
             raise CheckpointError(
-                f"The norms of this model are {state} already, there is no LayerNorm to remove: name the model that it "
+                f"The norms of this model are {state} already, there is none left to remove: name the model that it "
                 f"was made from, or any other {type(model).__name__} with live norms."
             )
         self.model = model
         self.classes = TokenClasses(eot_token_id, classes)
         self._std_mean: StdMean = std_mean
-        self.norms: list[FakeLayerNorm] = []
+        self.norms: list[FakeNorm] = []
+        """Our norms, the final one last."""
         self._divisors: dict[str, Divisor] = {}
-        self._readers: list[NormedConv1D] = []
-        self._plain_paths: dict[str, str] = {}
-        """The paths that modules have in an ordinary model, by those that they have with our norms."""
         self._begun: set[Divisor] = set()
         self._observed: list[Float[Tensor, "norms+1 3"]] = []
+        style, heads = family_of(model).style, model.config.num_attention_heads
         for norm in folding.norms_of(model):
-            fake = FakeLayerNorm(model.get_submodule(norm.path), len(norm.sites), self.classes, std_mean)  # type: ignore[arg-type]
+            # Of the final norm's output the loss takes logits in pieces: it has no reader of ours.
+            readers = norm.readers if norm.layer is not None else ()
+            module = model.get_submodule(norm.path)
+            fake = FakeNorm(module, style, len(norm.sites), self.classes, std_mean, has_readers=bool(readers))
             self.norms.append(fake)
             self._divisors |= {site.name: divisor for site, divisor in zip(norm.sites, fake.divisors, strict=True)}
-            if norm.layer is None:  # what reads it takes logits in pieces, with the loss
-                model.set_submodule(norm.path, fake)
-            else:
-                self._put_before_reader(norm, fake)
+            model.set_submodule(norm.path, fake)
+            for reader in readers:
+                linear = model.get_submodule(reader.path)
+                normed = NormedReader(fake, linear, norm.paths(reader), groups=heads if reader.by_head else 1)
+                model.set_submodule(reader.path, normed)
         model.base_model.register_forward_pre_hook(self._classify, with_kwargs=True)
-
-    def _put_before_reader(self, norm: Norm, fake: FakeLayerNorm) -> None:
-        (reader,) = norm.readers
-        conv: Any = self.model.get_submodule(reader.path)
-        columns = [reader.columns(site.kind, conv.nf) for site in norm.sites]
-        normed = NormedConv1D(fake, conv, widths=tuple(part.stop - part.start for part in columns))
-        self.model.set_submodule(reader.path, normed)
-        self.model.set_submodule(norm.path, nn.Identity())
-        self._readers.append(normed)
-        self._plain_paths |= {f"{reader.path}.norm": norm.path, f"{reader.path}.conv": reader.path}
 
     @property
     def constant(self) -> bool:
         """Whether every norm is a constant."""
-        return self._readers[0].constant
+        return self.norms[0].constant
 
     def _classify(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         past = kwargs.get("past_key_values")
@@ -147,8 +139,9 @@ class Sites:
         complete = whole and all(step >= event.end for event in events)
         began = [event.name for event in events if event.step <= step and event.phase not in get_args(TokenClass)]
         self._begun |= {self._divisors[name] for name in began}
-        for reader in self._readers:
-            reader.live, reader.constant = self._begun.isdisjoint(reader.norm.divisors), complete
+        for norm in self.norms:
+            if norm.has_readers:
+                norm.live, norm.constant = self._begun.isdisjoint(norm.divisors), complete
         return [event for event in events if event.step == step]
 
     def constants(self) -> Float[Tensor, "sites 3"]:
@@ -170,11 +163,7 @@ class Sites:
                 f"Still to be frozen or merged: {', '.join(name for name in self if name not in frozen)}. Such a model "
                 "is neither LN-free nor an ordinary one: train on to the end of its schedule."
             )
-        state = {}
-        for name, tensor in self.model.state_dict().items():
-            module, _, parameter = name.rpartition(".")
-            if ".divisors." not in name:
-                state[f"{self._plain_paths.get(module, module)}.{parameter}"] = tensor
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if ".divisors." not in name}
         with no_progress_bars():
             plain: PreTrainedModel = (
                 family_of(self.model)

@@ -12,12 +12,13 @@ import tyro
 
 from finetune.errors import NolnError
 
-SiteKind = Literal["mlp", "qk", "v", "final"]
+SiteKind = Literal["mlp", "qk", "v", "attn_out", "mlp_out", "final"]
 """A kind of site, the same in all families: the norm that a block's MLP reads, the one that its attention reads on the
-path to queries and keys and on the path to values, and the model's final norm."""
+path to queries and keys and on the path to values, where a family has them the norms of what attention and MLP write,
+and the model's final norm."""
 TokenClass = Literal["eot", "position_0"]
 """A class of token with a constant of its own while training goes on: end-of-text, and position 0."""
-Phase = Literal["mlp", "qk", "v", "final", "eot", "position_0"]
+Phase = Literal["mlp", "qk", "v", "attn_out", "mlp_out", "final", "eot", "position_0"]
 """What one phase of a schedule does: freeze the sites of a kind, or merge a class of token."""
 StdMean = Literal["arithmetic", "geometric", "harmonic"]
 """The kind of mean of the stds that a constant is."""
@@ -110,6 +111,10 @@ class Gaps(_ByPhase):
     """From one layer's QK path to the next layer's."""
     v: float = 0.0
     """From one layer's V path to the next layer's: the fragile one."""
+    attn_out: float = 0.0
+    """From the norm of what one layer's attention writes to the next layer's. Gemma 2 has these two."""
+    mlp_out: float = 0.0
+    """From the norm of what one layer's MLP writes to the next layer's."""
     final: float = 0.0
     """From the final norm to the next phase."""
     eot: float = 0.0
@@ -138,6 +143,10 @@ class Layers(_ByPhase):
     """Through the QK paths."""
     v: Direction = "up"
     """Through the V paths."""
+    attn_out: Direction = "up"
+    """Through the norms of what attention writes."""
+    mlp_out: Direction = "up"
+    """Through the norms of what MLPs write."""
 
 
 @described
@@ -151,7 +160,8 @@ class Schedule:
     """Steps from one event to the next."""
     order: tuple[str, ...] = get_args(Phase)
     """What goes, one after another: kinds of site to freeze, layer by layer, or single sites (`h.3.qk`), and classes of
-    token to merge. A class that is left out has no constant of its own: its tokens are ordinary ones."""
+    token to merge. Kinds that a model lacks are passed over. A class that is left out has no constant of its own: its
+    tokens are ordinary ones."""
     layers: Layers = Layers()
     """How each kind of site goes through the layers: up, down or together."""
     fade: int = 1
@@ -177,14 +187,14 @@ class Schedule:
         if self.fade < 1:
             raise RecipeError(f"schedule.fade is {self.fade}; 1 is a jump, more steps are a fade.")
         for entry in self.order:
-            if entry not in get_args(Phase) and not re.fullmatch(r"h\.\d+\.(mlp|qk|v)", entry):
+            if entry not in get_args(Phase) and not re.fullmatch(r"h\.\d+\.(mlp|qk|v|attn_out|mlp_out)", entry):
                 raise RecipeError(
                     f"schedule.order names {entry}, which is no kind of site or class of token "
                     f"({', '.join(get_args(Phase))}) and no single site, such as h.3.qk."
                 )
         if len(set(self.order)) < len(self.order):
             raise RecipeError(f"schedule.order names something twice: {', '.join(self.order)}.")
-        for kind in get_args(SiteKind):
+        for kind in ("mlp", "qk", "v", "final"):
             if not any(entry.split(".")[-1] == kind for entry in self.order):
                 raise RecipeError(f"schedule.order lacks {kind}: it would never be frozen. Add it to the list.")
         if self.tolerance is not None and self.at:
