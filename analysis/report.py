@@ -26,10 +26,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io
 import torch
-from jaxtyping import Int
 from plotly.colors import get_colorscale
 from plotly.offline import get_plotlyjs
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from analysis import (
@@ -48,11 +46,9 @@ from analysis import (
 )
 from analysis.loading import load_trio
 from analysis.prompts import Pair, choose_pairs, encode_pairs, read_pairs
+from analysis.texts import Sample, read_text
 from finetune import NolnError, checkpoint
-from finetune.bundled import resolve_text
-from finetune.recipe import Text
 from finetune.run_directory import control_of, recipe_of, version_of
-from finetune.text import load_blocks
 
 ROWS_SHOWN = 40
 """Rows of a table on the page; the CSV has all."""
@@ -74,15 +70,6 @@ _PNG_NEEDS = (
 
 class ReportError(NolnError):
     """A report that cannot be made as asked; the message says why and what to do."""
-
-
-class Sample(NamedTuple):
-    """Blocks of a text, packed as in training, nothing prepended."""
-
-    tokens: Int[Tensor, "block pos"]
-    documents: Int[np.ndarray, "block pos"]
-    """The number of each token's document."""
-    description: str
 
 
 class Inputs(NamedTuple):
@@ -484,36 +471,6 @@ def _newest() -> tuple[str, str | None, str | Path | None, Path | str, Any]:
     return recipe.model, recipe.revision, control, newest / "ln_free", checkpoint.load_tokenizer(newest / "ln_free")
 
 
-def read_text(name: str, model: Any, tokens: int = 8_192) -> Sample:
-    """Pack a text for `model` as in training, nothing prepended, and take blocks spread evenly over it.
-
-    Of a Hub data set, which may be larger than the disk, no more is read than the first blocks.
-
-    Args:
-        name: a source as in a recipe: a bundled name, a file, a directory, or a Hub data set.
-        model: what `load_hooked` or `load_bridge` returns, with a tokenizer.
-        tokens: how many to take, at most, in whole blocks of the model's context.
-
-    Raises:
-        ReportError: the model has no tokenizer.
-        TextError: the text cannot be read, is shorter than a block, or has tokens beyond the vocabulary.
-    """
-    if model.tokenizer is None:
-        raise ReportError("The original model has no tokenizer beside it: put its tokenizer.json there.")
-    context = model.cfg.n_ctx
-    wanted, from_hub = max(1, tokens // context), not Path(resolve_text(name)).expanduser().exists()
-    text = Text(name, streaming=from_hub)
-    packed = load_blocks(text, model.tokenizer, context, model.cfg.d_vocab, most=wanted if from_hub else None)
-    chosen = np.linspace(0, len(packed) - 1, min(len(packed), wanted)).astype(int)
-    documents = packed.document_ids(chosen)
-    taken = f"its first {documents.size:,}" if from_hub else f"{documents.size:,} of {packed.blocks.size:,}"
-    return Sample(
-        torch.stack([packed[i]["input_ids"] for i in chosen]),
-        documents,
-        f"{name}: {taken} tokens, from {len(np.unique(documents)):,} documents",
-    )
-
-
 def check(
     out: Path, only: Sequence[str] = (), batch_size: int = 8, png: bool = False, benchmark: Sequence[str] = ()
 ) -> None:
@@ -692,7 +649,7 @@ def _code(
         [
             f"from analysis import {analysis.name}, load_trio",
             *(["from analysis.prompts import choose_pairs"] if analysis.module is patching else []),
-            "from analysis.report import read_text",
+            "from analysis.texts import read_text",
             "",
             f"models = load_trio({models})",
             f"tokens, documents, _ = read_text({text!r}, models['original'], {sample.tokens.numel()})",

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analysis import load_trio, logit_attribution, palette, residual_norms
-from analysis.report import read_text
+from analysis.texts import read_text
 
 THEMES = {"light": {"ink": "#1f2328", "lines": "#d1d9e0"}, "dark": {"ink": "#e6edf3", "lines": "#3d444d"}}
 LABELS = {"original": "original", "ln_free": "LN-free"}

@@ -13,7 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from analysis import load_hooked, load_hooked_blocks, logit_attribution, loss, outlier_features
-from analysis.report import read_text
+from analysis.texts import read_text
 from finetune.blocks import BlocksConfig
 from finetune.checkpoint import load_config
 from finetune.recipe import PretrainRecipe, load_pretraining

@@ -3,7 +3,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import lzma
 import math
 import os
 import re
@@ -12,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -32,11 +30,11 @@ from analysis import (
     patching,
     prompts,
     report,
+    texts,
     token_view,
 )
 from analysis.__main__ import main
 from finetune import checkpoint, recipe
-from finetune.bundled import resolve_text
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +60,7 @@ def trio(ln_free):
 def made(trio, tmp_path_factory):
     """A report of all analyses on one block of text."""
     out = tmp_path_factory.mktemp("reports") / "made"
-    samples = {name: report.read_text(name, trio["original"], 256) for name in ("books-report", "shifted-peps")}
+    samples = {name: texts.read_text(name, trio["original"], 256) for name in ("books-report", "shifted-peps")}
     names = {"original": "micro", "control": "micro", "ln_free": "models/ln_free"}
     pairs = out.parent / "pairs.json"
     pairs.write_text(json.dumps([dataclasses.asdict(pair) for pair in prompts.read_pairs(prompts.MICRO)[:2]]))
@@ -99,36 +97,6 @@ def test_the_page_is_whole_and_small(made):
     assert "&lt;NA&gt;" not in page
 
 
-def test_blocks_are_packed_as_in_training_and_spread_over_the_text(trio):
-    sample = report.read_text("books-validation", trio["original"], 1024)
-    few = report.read_text("books-validation", trio["original"], 1)
-    assert sample.tokens.shape == sample.documents.shape == (4, 256)
-    assert few.tokens.equal(sample.tokens[:1])
-    assert sample.documents[-1, -1] > 20
-    documents = report.load_blocks(report.Text("books-validation"), trio["original"].tokenizer, 256, 4096)
-    assert sample.tokens[0].equal(documents[0]["input_ids"])
-
-
-def test_a_hub_data_set_is_read_no_farther_than_is_needed(trio, monkeypatch):
-    books, read = read_documents("books-validation"), []
-
-    def load_dataset(name, subset, *, split, streaming):
-        assert (name, streaming) == ("somebody/books", True)
-        return datasets.IterableDataset.from_generator(lambda: ({"text": read.append(i) or t} for i, t in books))
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    sample = report.read_text("somebody/books", trio["original"], 1024)
-    first = report.load_blocks(report.Text("books-validation"), trio["original"].tokenizer, 256, 4096, most=4)
-    assert sample.tokens.tolist() == first.blocks.tolist()
-    assert max(read) < 3
-    assert "its first 1,024 tokens" in sample.description
-
-
-def read_documents(name: str) -> list[tuple[int, str]]:
-    with lzma.open(resolve_text(name), "rt") as file:
-        return [(i, json.loads(line)["text"]) for i, line in enumerate(file)]
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> dict[str, str]:
     """Directories of a trio of small models with the tokenizer of `micro`."""
@@ -149,7 +117,7 @@ def tiny(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("name", [analysis.name for analysis in report.ANALYSES])
 def test_the_python_of_each_section_makes_its_tables(name, tiny, tmp_path, monkeypatch):
     models = load_trio(**tiny)
-    samples = {"books-validation": report.read_text("books-validation", models["original"], 128)}
+    samples = {"books-validation": texts.read_text("books-validation", models["original"], 128)}
     # Pairs that these models can do: what is patched is not what is tested here.
     monkeypatch.setattr(patching, "measure_pairs", functools.partial(_solved, patching.measure_pairs))
     out = report.write(models, samples, tmp_path / "r", names=tiny, only=[name]).parent
@@ -172,7 +140,7 @@ def _solved(measure, *args):
 
 
 def test_the_python_of_a_revision_and_of_pairs():
-    sample = report.Sample(torch.zeros(2, 5, dtype=int), np.zeros((2, 5), int), "")
+    sample = texts.Sample(torch.zeros(2, 5, dtype=int), np.zeros((2, 5), int), "")
     analysis = next(analysis for analysis in report.ANALYSES if analysis.module is patching)
     code = report._code(analysis, {"original": "gpt2", "ln_free": "x"}, "v1", "p.json", "t", sample)
     assert "load_trio('gpt2', None, 'x', revision='v1')" in code
@@ -341,7 +309,7 @@ class TestAnswers:
 
     def test_a_model_that_only_says_that_it_has_no_ln_is_found_out(self):
         model = load_bridge("micro")
-        tokens = report.read_text("books-report", model, 512).tokens
+        tokens = texts.read_text("books-report", model, 512).tokens
         sentences = []
         for says in ("LNPre", None):
             model.cfg.normalization_type = says
@@ -352,7 +320,7 @@ class TestAnswers:
 
 
 def test_token_view_is_of_the_numbers_that_the_analyses_have(trio):
-    tokens = report.read_text("books-report", trio["original"], 512).tokens
+    tokens = texts.read_text("books-report", trio["original"], 512).tokens
     view = token_view.measure(trio, tokens).set_index(["model", "block", "position"])
     keys = ["model", "block", "position"]
     losses = loss.measure_tokens(trio, tokens).set_index(keys)["loss"]
@@ -456,7 +424,7 @@ class TestBadInput:
 
     def test_failure_half_way(self, tmp_path, trio, monkeypatch):
         monkeypatch.setattr(report.token_view, "measure", lambda *_, **__: 1 / 0)
-        samples = {"books-report": report.read_text("books-report", trio["original"], 1)}
+        samples = {"books-report": texts.read_text("books-report", trio["original"], 1)}
         with pytest.raises(ZeroDivisionError):
             report.write(trio, samples, Path("reports") / "new" / "r", only=["attention"])
         assert not list(tmp_path.iterdir())
@@ -468,7 +436,7 @@ class TestBadInput:
 
 def test_directories_on_the_way_are_made(tiny, tmp_path):
     models = load_trio(**tiny)
-    samples = {"books-validation": report.read_text("books-validation", models["original"], 64)}
+    samples = {"books-validation": texts.read_text("books-validation", models["original"], 64)}
     page = report.write(models, samples, tmp_path / "reports" / "r", only=["attention"])
     assert page.is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["reports"]
