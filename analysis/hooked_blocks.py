@@ -147,7 +147,7 @@ class HookedBlocks(HookedRootModule):
                 product = product * _gain(block.mlp_skip_gain)
         return product
 
-    reach = skip_gain  # its name before
+    reach = skip_gain  # the old name
 
 
 def _gain(skip: Any) -> Float[Tensor, " 1"] | float:

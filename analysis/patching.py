@@ -221,7 +221,7 @@ def solved_by_all(frame: pd.DataFrame) -> list[int]:
     return [int(pair) for pair, all_can in can.groupby(frame["pair"]).all().items() if all_can]
 
 
-told_apart = solved_by_all  # its name before
+told_apart = solved_by_all  # the old name
 
 
 def describe_pairs(frame: pd.DataFrame) -> str:

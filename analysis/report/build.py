@@ -36,7 +36,7 @@ _PNG_NEEDS = (
     "(BROWSER_PATH names one that is not found), or leave --png away."
 )
 _OF_RUN = {"original", "control", "ln_free", "text", "tokens"}
-"""Options in whose place `write` takes models and texts."""
+"""Options that `run` loads models and texts from. `write` takes these loaded instead."""
 
 
 class ReportError(NolnError):
@@ -47,16 +47,16 @@ def run(options: Options | None = None, /, **given: Any) -> Path:
     """Load models and texts, write a report of them, and return its page: what `python -m analysis report` does.
 
     Args:
-        options: what is asked for. None: the defaults, on the newest run under runs/ or, where there is none, on the
-            bundled models.
-        given: fields of `Options` in place of those, such as `run(original="gpt2", ln_free="runs/mine/ln_free")`;
-            `write` takes models in memory.
+        options: what is asked for. None: the default of each field, with the models of the newest run under runs/ or,
+            without a run, the bundled ones.
+        given: fields of `Options` that override those of `options`, such as `run(original="gpt2", ln_free="DIR")`. For
+            models in memory use `write`.
 
     Raises:
         ReportError: no models, texts or tokens, an analysis that there is not, `out` exists, a batch size below 1, or
             what PNGs need is not there.
         BenchmarkError: as `benchmarks.check` does.
-        CheckpointError, TextError, PairError: models, texts or pairs do not do.
+        CheckpointError, TextError, PairError: a model, a text or the pairs cannot be used.
     """
     options = replace(options or Options(), **given)
     options = replace(options, out=Path(options.out or Path("reports") / time.strftime("%Y%m%d-%H%M%S")))
@@ -132,10 +132,10 @@ def write(
             what PNGs need is not there.
         BenchmarkError: as `benchmarks.check` does.
         PairError: `pairs` cannot be read or do not suit the tokenizer, or none can be made for it.
-        TypeError: an option that names models or texts, which are given loaded.
+        TypeError: an option that names models or texts, or one that does not exist.
     """
     if named := sorted(_OF_RUN & given.keys()):
-        raise TypeError(f"write() takes models and texts that are loaded, not {', '.join(named)}: use run().")
+        raise TypeError(f"write() takes models and texts that are loaded, not {', '.join(named)}: use run() instead.")
     options = Options(out=Path(out), **given)
     check(options)
     return _write(models, samples, names or {name: name for name in models}, options)
@@ -144,7 +144,7 @@ def write(
 def _write(
     models: Mapping[str, Any], samples: Mapping[str, Sample], names: Mapping[str, str], options: Options
 ) -> Path:
-    """Do what `write` does, with options that are checked."""
+    """Do the work of `write`, once the options are checked."""
     if not {"original", "ln_free"} <= models.keys():
         raise ReportError(f"The models are {', '.join(models)}: a report compares `original` and `ln_free`.")
     analyses = [analysis for analysis in ANALYSES if not options.only or analysis.name in options.only]
@@ -170,7 +170,7 @@ def _write(
             made = replace(analysis, tables=tuple(table for table in analysis.tables if table.name in measured))
             shown = [_save(measured, table, partial / f"{analysis.name}-{table.name}") for table in made.tables]
             code = page.python_code(made, names, options, text, sample.tokens.numel())
-            sections.append(page.section(analysis, shown, code))
+            sections.append(page.section_data(analysis, shown, code))
         view = tokens.view(models, samples, options.batch_size)
         html = page.render(models, samples, names, options.revision, cards.make(frames), view, sections)
         (partial / "report.html").write_text(html, encoding="utf-8")
@@ -191,7 +191,7 @@ def _save(frames: Mapping[str, pd.DataFrame], table: Table, path: Path) -> dict[
         rows = len({axis.domain for axis in figure.select_yaxes()})
         figure.layout.height = figure.layout.height or 200 + 200 * rows
         figure.write_json(path.with_name(f"{path.name}.json"))
-    return page.shown(table, path.name, frame, figure)
+    return page.table_data(table, path.name, frame, figure)
 
 
 def write_png(directory: str | Path, scale: float = 2) -> list[Path]:

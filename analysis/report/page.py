@@ -40,13 +40,13 @@ def render(
     """Return the page.
 
     Args:
-        models: as `write` has them.
+        models: those that are compared, by name.
         samples: the texts by name.
-        names: what the models are.
-        revision: of the original.
-        cards: what the page opens with.
+        names: what each model is, such as its directory.
+        revision: that of the original on the Hub.
+        cards: the answers that the page opens with.
         token_view: what `tokens.view` returns.
-        sections: what `section` returns, one an analysis.
+        sections: what `section_data` returns, one for each analysis.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis.report", ""),
@@ -69,14 +69,14 @@ def render(
     )
 
 
-def section(analysis: Analysis, tables: Sequence[Mapping[str, Any]], code: str) -> dict[str, Any]:
-    """Return what the page shows of an analysis, `tables` being what `shown` returns of each of its tables."""
+def section_data(analysis: Analysis, tables: Sequence[Mapping[str, Any]], code: str) -> dict[str, Any]:
+    """Return what the page shows of an analysis; `tables` are what `table_data` returns for each of its tables."""
     about = {"module": analysis.name, "title": analysis.title, "sentence": analysis.sentence}
     return {**about, "tables": tables, "code": code}
 
 
-def shown(table: Table, file: str, frame: pd.DataFrame, figure: go.Figure | None) -> dict[str, Any]:
-    """Return what the page shows of a table that lies in `file`, and of its figure."""
+def table_data(table: Table, file: str, frame: pd.DataFrame, figure: go.Figure | None) -> dict[str, Any]:
+    """Return what the page shows of a table, which is saved as `file`.csv, and of its figure."""
     if figure is not None:
         figure = go.Figure(figure)
         figure.layout.template = None  # the page has its own, light and dark
@@ -102,7 +102,7 @@ def _cell(value: Any) -> str:
 
 
 def python_code(analysis: Analysis, names: Mapping[str, str], options: Options, text: str, token_count: int) -> str:
-    """Return how to make an analysis's tables and figures in Python, of `token_count` tokens of `text`."""
+    """Return Python code that makes the tables and figures of an analysis from `token_count` tokens of `text`."""
     models = ", ".join(repr(names[key]) if key in names else "None" for key in ("original", "control", "ln_free"))
     models += f", revision={options.revision!r}" if options.revision else ""
     pairs = str(options.pairs) if options.pairs is not None else None

@@ -38,8 +38,8 @@ class Inputs(NamedTuple):
     """For patching."""
     batch_size: int
 
-    def each(self, measure: Callable[..., pd.DataFrame], **options: Any) -> pd.DataFrame:
-        """Return what `measure` makes of the models and the first text."""
+    def on_first_text(self, measure: Callable[..., pd.DataFrame], **options: Any) -> pd.DataFrame:
+        """Return what `measure` returns for the models and the first text."""
         tokens = next(iter(self.samples.values())).tokens
         return measure(self.models, tokens, batch_size=self.batch_size, **options)
 
@@ -103,45 +103,45 @@ def _loss(inputs: Inputs) -> dict[str, pd.DataFrame]:
 
 
 def _residual_norms(inputs: Inputs) -> dict[str, pd.DataFrame]:
-    point = inputs.each(residual_norms.measure)
+    point = inputs.on_first_text(residual_norms.measure)
     step = point[["model", "point", "token_class", "growth", "cosine", "tokens"]].dropna()
     return {"point": point.drop(columns=["growth", "cosine"]), "step": step}
 
 
 def _attention(inputs: Inputs) -> dict[str, pd.DataFrame]:
-    head = inputs.each(attention.measure_heads)
+    head = inputs.on_first_text(attention.measure_heads)
     return {"model": attention.summarise(head), "head": head}
 
 
 def _logit_attribution(inputs: Inputs) -> dict[str, pd.DataFrame]:
-    component = inputs.each(logit_attribution.measure_components)
+    component = inputs.on_first_text(logit_attribution.measure_components)
     prompt = next(iter(inputs.samples.values())).tokens[0, :PROMPT_TOKENS]
     return {
         "model": logit_attribution.summarise(component),
         "component": component,
         "head": component[component["component"] == "head"],
         "prompt": logit_attribution.largest_first(logit_attribution.measure_prompt(inputs.models, prompt)),
-        "lens": inputs.each(logit_attribution.measure_lens),
+        "lens": inputs.on_first_text(logit_attribution.measure_lens),
     }
 
 
 def _faithfulness(inputs: Inputs) -> dict[str, pd.DataFrame]:
-    token = inputs.each(faithfulness.measure_tokens)
+    token = inputs.on_first_text(faithfulness.measure_tokens)
     model = faithfulness.summarise(token)
     is_tail = model.columns.str.startswith(("jsd_", "kl_"))
     return {
         "model": model.loc[:, ~is_tail],
         "tail": model.loc[:, is_tail | model.columns.isin(["model", "reference", "tokens"])],
         "calibration": faithfulness.calibrate(token),
-        "layer": inputs.each(faithfulness.measure_layers),
-        "head": inputs.each(faithfulness.measure_heads),
-        "neuron": inputs.each(faithfulness.measure_neurons),
+        "layer": inputs.on_first_text(faithfulness.measure_layers),
+        "head": inputs.on_first_text(faithfulness.measure_heads),
+        "neuron": inputs.on_first_text(faithfulness.measure_neurons),
     }
 
 
 def _confidence_neurons(inputs: Inputs) -> dict[str, pd.DataFrame]:
     neurons = confidence_neurons.candidates(inputs.models["original"])
-    ablation = inputs.each(confidence_neurons.measure, neurons=neurons)
+    ablation = inputs.on_first_text(confidence_neurons.measure, neurons=neurons)
     return {
         "neuron": confidence_neurons.measure_neurons(inputs.models, neurons),
         "ablation": ablation[ablation["ablation"] == "alone"],
@@ -326,7 +326,7 @@ ANALYSES = (
         "Outlier features",
         "Whether a few features carry most of the residual stream: kurtosis is 1 where all are alike and grows with "
         "outliers; max-median ratio and the correlations of features and of tokens tell of the same.",
-        lambda inputs: {"point": inputs.each(outlier_features.measure)},
+        lambda inputs: {"point": inputs.on_first_text(outlier_features.measure)},
         (Table("point", "By point of the stream", outlier_features.plot, "outlier_features.measure(models, tokens)"),),
     ),
 )

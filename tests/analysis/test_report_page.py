@@ -72,6 +72,6 @@ def test_the_python_of_a_revision_and_of_pairs():
 def test_cells_show_numbers_shortly():
     numbers = pd.array([1, None, 3], "Int64")
     frame = pd.DataFrame({"a": [0.000123456, math.nan, -2.0], "b": ["x\ny", "<b>", ""], "c": numbers})
-    table = page.shown(Table("t", "T", None, ""), "a-t", frame, None)
+    table = page.table_data(Table("t", "T", None, ""), "a-t", frame, None)
     assert table["rows"] == [["0.0001235", "x⏎y", "1"], ["", "<b>", ""], ["−2", "", "3"]]
     assert [column["is_text"] for column in table["columns"]] == [False, True, False]
