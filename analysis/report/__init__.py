@@ -15,13 +15,12 @@ __all__ = ["ANALYSES", "ReportError", "Sample", "check", "read_text", "run", "wr
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is public when it is first used: the command line reads `options` alone to show its help."""
+    """Import what is public when it is first used: to show its help, the command line needs `options` alone."""
     if name not in __all__:
         raise AttributeError(f"module 'analysis.report' has no attribute {name!r}")
-    from analysis import texts
-    from analysis.report import build, sections
+    from analysis.report import build
 
-    return next(getattr(module, name) for module in (build, sections, texts) if hasattr(module, name))
+    return getattr(build, name)
 
 
 def __dir__() -> list[str]:
