@@ -19,8 +19,8 @@ import plotly.graph_objects as go
 import plotly.io
 import pytest
 import torch
+from models import random_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from analysis import (
     answers,
@@ -36,21 +36,13 @@ from analysis import (
 )
 from analysis.__main__ import main
 from finetune import checkpoint, recipe
-from finetune.bundled import resolve_text
+from finetune.bundled import MODELS, resolve_text
 
 
 @pytest.fixture(scope="session")
-def ln_free(tmp_path_factory) -> str:
-    """The bundled model with its LNs frozen at a std of 1: no good one, but of its shape and with its tokenizer."""
-    model = checkpoint.load("micro")
-    model.config.layer_norm_epsilon = checkpoint.FROZEN_EPS
-    for name, module in model.named_modules():
-        if "ln_" in name:
-            module.eps = checkpoint.FROZEN_EPS
-            module.weight.data *= 1e6
-    directory = tmp_path_factory.mktemp("models") / "ln_free"
-    checkpoint.save(model, directory, checkpoint.load_tokenizer("micro"))
-    return str(directory)
+def ln_free() -> str:
+    """A directory: the page names it by its end."""
+    return str(MODELS["micro-ln-free"])
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +57,10 @@ def made(trio, tmp_path_factory):
     samples = {name: report.read_text(name, trio["original"], 256) for name in ("books-report", "shifted-peps")}
     names = {"original": "micro", "control": "micro", "ln_free": "models/ln_free"}
     pairs = out.parent / "pairs.json"
-    pairs.write_text(json.dumps([dataclasses.asdict(pair) for pair in prompts.read_pairs(prompts.MICRO)[:2]]))
+    swapped = [
+        dataclasses.replace(pair, correct=pair.wrong, wrong=pair.correct) for pair in prompts.read_pairs(prompts.MICRO)
+    ]  # which no model gets right
+    pairs.write_text(json.dumps([dataclasses.asdict(pair) for pair in swapped[:2]]))
     return report.write(trio, samples, out, names=names, pairs=pairs).parent
 
 
@@ -133,14 +128,8 @@ def read_documents(name: str) -> list[tuple[int, str]]:
 def tiny(tmp_path_factory) -> dict[str, str]:
     """Directories of a trio of small models with the tokenizer of `micro`."""
     directories = {}
-    for name, eps in (("original", 1e-5), ("control", 1e-5), ("ln_free", checkpoint.FROZEN_EPS)):
-        torch.manual_seed(len(directories))
-        shape = {"vocab_size": 4096, "n_positions": 32, "n_embd": 16, "n_head": 2, "n_layer": 2}
-        model = GPT2LMHeadModel(GPT2Config(**shape, layer_norm_epsilon=eps, bos_token_id=0, eos_token_id=0))
-        for path, parameter in model.named_parameters():
-            parameter.data.normal_(float("ln_" in path and path.endswith("weight")), 0.3)
-            if eps > 1 and "ln_" in path and path.endswith("weight"):
-                parameter.data *= 1e6
+    for seed, name in enumerate(("original", "control", "ln_free")):
+        model = random_model(vocab_size=4096, n_positions=32, seed=seed, frozen=name == "ln_free")
         directories[name] = str(tmp_path_factory.mktemp("tiny") / name)
         checkpoint.save(model, directories[name], checkpoint.load_tokenizer("micro"))
     return directories
