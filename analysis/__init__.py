@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from analysis.loading import (
-        PUBLISHED,
-        Published,
         load_bridge,
         load_hooked,
         load_hooked_blocks,
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
         load_transformers,
         load_trio,
     )
+    from finetune.names import PUBLISHED, Published
 
 __all__ = [
     "PUBLISHED",
@@ -34,12 +33,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import `analysis.loading` when it is first used: torch and the tools take seconds."""
+    """Import public names when they are first used: torch and the tools take seconds."""
     if name not in __all__:
         raise AttributeError(f"module 'analysis' has no attribute {name!r}")
     from analysis import loading
+    from finetune import names
 
-    return getattr(loading, name)
+    return getattr(names if name in ("PUBLISHED", "Published") else loading, name)
 
 
 def __dir__() -> list[str]:

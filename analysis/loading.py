@@ -10,7 +10,6 @@ A model of `finetune.blocks` is none of these: `load_hooked_blocks` puts hooks i
 """
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -23,75 +22,39 @@ from nnsight import LanguageModel, NNsight
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from analysis.hooked_blocks import HookedBlocks
 from finetune.blocks import BlocksForCausalLM
-from finetune.checkpoint import (
-    CheckpointError,
-    Format,
-    NormState,
-    NoTokenizerError,
-    linear_maps,
-    load,
-    load_tokenizer,
-    norm_state,
-    require_gpt2,
-    to_identity,
-)
+from finetune.checkpoint import load, load_tokenizer
+from finetune.errors import CheckpointError, NoTokenizerError
+from finetune.families import Part, Written, family_of
+from finetune.folding import NormState, linear_maps, matrix, norm_state, norms_of, to_identity
+from finetune.names import PUBLISHED
 
 Model = str | Path | nn.Module
-"""A short name, a directory, a Hub id, or a `GPT2LMHeadModel` in memory."""
+"""A short name, a directory, a Hub id, or a model in memory."""
 Tool = Literal["hooked", "bridge"]
 
 _TL4 = int(version("transformer-lens").split(".")[0]) >= 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A published model."""
-
-    id: str
-    revision: str
-    format: Format | None
-    """None: LN is kept, a control."""
-    base: str
-    """The model it was made from, whose tokenizer it uses."""
-    paper: str
-    checked: bool = False
-    """Whether it was itself loaded and checked, and not only models of its format."""
-
-
-_H24 = "arXiv 2409.13710"
-_B25 = "arXiv 2507.02559"
-_NO_LN = "apollo-research/gpt2_noLN"
-
-PUBLISHED: dict[str, Published] = {
-    "gpt2_noLN": Published(_NO_LN, "main", "h24", "openai-community/gpt2", _H24),
-    **{
-        f"gpt2_noLN-{version}": Published(_NO_LN, version, "h24", "openai-community/gpt2", _H24)
-        for version in ("v1", "v2", "v3", "v4", "v5")
-    },
-    **{
-        f"gpt2_noLN-{control}": Published(_NO_LN, control, None, "openai-community/gpt2", _H24)
-        for control in ("vanilla", "vanilla_1200")
-    },
-    **{
-        name: Published(f"schaeff/{name}", "main", "b25", f"openai-community/{base}", _B25)
-        for name, base in {
-            "gpt2-small_LNFree300": "gpt2",
-            "gpt2-medium_LNFree500": "gpt2-medium",
-            "gpt2-large_LNFree600": "gpt2-large",
-            "gpt2-xl_LNFree800": "gpt2-xl",
-        }.items()
-    },
-}
-"""Short names of published models. What is neither here nor bundled is a directory or a Hub id."""
-
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of the logits that the self-check lets pass, as a fraction of the largest logit."""
 _ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
 """What TransformerLens and transformers have under one name."""
+_NAMES: dict[Part | Written, str] = {
+    "embed": "embed",
+    "pos_embed": "pos_embed",
+    "unembed": "unembed",
+    "q": "attn.q",
+    "k": "attn.k",
+    "v": "attn.v",
+    "o": "attn.o",
+    "in": "mlp.in",
+    "out": "mlp.out",
+}
+"""TransformerBridge's names of linear maps, within a block where they belong to one, by what they compute."""
 _HOOKED_NAMES = {
     "embed": ("embed.W_E", ""),
     "pos_embed": ("pos_embed.W_pos", ""),
@@ -99,6 +62,7 @@ _HOOKED_NAMES = {
     **{f"mlp.{x}": (f"mlp.W_{x}", f"mlp.b_{x}") for x in ("in", "out")},
     "unembed": ("unembed.W_U", "unembed.b_U"),
 }
+"""HookedTransformer's names of their weights and biases."""
 
 
 def load_hooked(
@@ -115,7 +79,7 @@ def load_hooked(
     is centred but what the weights read, and value biases are not folded.
 
     Args:
-        model: a short name (`PUBLISHED`, or a bundled one), a directory, a Hub id, or a `GPT2LMHeadModel`.
+        model: a short name (`PUBLISHED`, or a bundled one), a directory, a Hub id, or a model in memory.
         tokenizer: that of the checkpoint or of its base where None; a model in memory has none of its own.
         revision: branch, tag or commit of a Hub id.
         dtype: of the weights; that of a model in memory, float32 otherwise.
@@ -186,8 +150,8 @@ def load_transformers(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-) -> GPT2LMHeadModel:
-    """Load an LN-free `model` as a `GPT2LMHeadModel` in Identity form, an ordinary one as it is.
+) -> PreTrainedModel:
+    """Load an LN-free `model` in Identity form, an ordinary one as it is.
 
     Arguments and errors are those of `load_hooked`.
     """
@@ -204,7 +168,7 @@ def load_nnsight(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> LanguageModel | NNsight:
-    """Load `model` as an nnsight `LanguageModel` over what `load_transformers` returns, with GPT-2's module paths.
+    """Load `model` as an nnsight `LanguageModel` over what `load_transformers` returns, with its module paths.
 
     Where `hooked`, as what `load_hooked` returns wrapped in `NNsight`, with TransformerLens's module paths. Other
     arguments and errors are those of `load_hooked`.
@@ -264,21 +228,15 @@ def load_trio(
     return trio
 
 
-def _read(model: Model, revision: str | None) -> tuple[GPT2LMHeadModel, NormState]:
+def _read(model: Model, revision: str | None) -> tuple[PreTrainedModel, NormState]:
     """Return the plain model and the state of its norms."""
-    published = None if isinstance(model, nn.Module) else PUBLISHED.get(str(model))
-    if isinstance(model, nn.Module):
-        source: nn.Module = model
-    elif published is None:
-        source = load(model, revision)
-    else:
-        source = load(published.id, revision or published.revision)
+    source: Any = model if isinstance(model, nn.Module) else load(model, revision)
     if isinstance(source, BlocksForCausalLM):
         raise CheckpointError(
             f"{source.name_or_path or 'The model'} has blocks of another kind. Use analysis.load_hooked_blocks."
         )
-    source = require_gpt2(source)
     state = norm_state(source)
+    published = None if isinstance(model, nn.Module) else PUBLISHED.get(str(model))
     if published is not None and (published.format is None) != (state == "live"):
         raise CheckpointError(f"{model} has {state} norms, but its format is to be {published.format}.")
     return source, state
@@ -287,21 +245,18 @@ def _read(model: Model, revision: str | None) -> tuple[GPT2LMHeadModel, NormStat
 def _tokenizer(
     model: Model, tokenizer: PreTrainedTokenizerBase | None, revision: str | None
 ) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer given, else that of the checkpoint, else that of its base, else None."""
+    """Return the tokenizer given, else that of the checkpoint or of its base, else None."""
     if tokenizer is not None or isinstance(model, nn.Module):
         return tokenizer
-    published = PUBLISHED.get(str(model))
     try:
-        if published is None:
-            return load_tokenizer(model, revision)
-        return load_tokenizer(published.id, revision or published.revision)
+        return load_tokenizer(model, revision)
     except NoTokenizerError:
-        return load_tokenizer(published.base) if published is not None else None
+        return None
 
 
 def _transformers(
-    source: GPT2LMHeadModel, state: NormState, dtype: torch.dtype, device: str | torch.device
-) -> GPT2LMHeadModel:
+    source: PreTrainedModel, state: NormState, dtype: torch.dtype, device: str | torch.device
+) -> PreTrainedModel:
     made: Any = copy.deepcopy(source) if state == "live" else to_identity(source)
     made = made.to(dtype).eval()
     _check(lambda tokens: made(tokens).logits, source, dtype)
@@ -309,7 +264,7 @@ def _transformers(
 
 
 def _hooked(
-    source: GPT2LMHeadModel,
+    source: PreTrainedModel,
     state: NormState,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype,
@@ -336,14 +291,13 @@ def _hooked(
             parameters[weight_name].copy_(weight.view_as(parameters[weight_name]))
             if bias is not None:
                 parameters[bias_name].copy_(bias.view_as(parameters[bias_name]))
-    plain: Any
-    for made, plain in zip(hooked.blocks, source.transformer.h, strict=True):
-        made.attn.attn_scale = 1 / plain.attn.scaling
+    for layer, block in enumerate(hooked.blocks):
+        block.attn.attn_scale = 1 / _scaling(source, layer)
     return _finish(hooked, source, tokenizer, dtype)
 
 
 def _bridge(
-    source: GPT2LMHeadModel,
+    source: PreTrainedModel,
     state: NormState,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype,
@@ -357,37 +311,46 @@ def _bridge(
             parameters[f"{block}{name}.weight"].copy_(weight if name in ("embed", "pos_embed") else weight.T)
             if bias is not None:
                 parameters[f"{block}{name}.bias"].copy_(bias)
-    plain: Any
-    for made, plain in zip(bridge.blocks, source.transformer.h, strict=True):
-        made.attn.original_component.scale = 1 / plain.attn.scaling
+    made: Any
+    for layer, made in enumerate(bridge.blocks):
+        made.attn.original_component.scale = 1 / _scaling(source, layer)
     return _finish(bridge, source, tokenizer, dtype)
 
 
-def _config(source: GPT2LMHeadModel, state: NormState, dtype: torch.dtype) -> dict[str, Any]:
+def _config(source: PreTrainedModel, state: NormState, dtype: torch.dtype) -> dict[str, Any]:
     """Return what `HookedTransformerConfig` and `TransformerBridgeConfig` call alike."""
-    config = source.config
-    if config.activation_function not in _ACTIVATIONS:
-        raise CheckpointError(f"The activation {config.activation_function} is not one of {', '.join(_ACTIVATIONS)}.")
+    config, family, norms = source.config, family_of(source), norms_of(source)
+    activation = getattr(config, family.activation)
+    if activation not in _ACTIVATIONS:
+        raise CheckpointError(f"The activation {activation} is not one of {', '.join(_ACTIVATIONS)}.")
+    into_mlp = next(reader.path for norm in norms for reader in norm.readers if reader.parts == ("in",))
     return {
-        "model_name": config.name_or_path or "gpt2",
-        "d_model": config.n_embd,
-        "n_layers": config.n_layer,
-        "n_heads": config.n_head,
-        "d_head": config.n_embd // config.n_head,
-        "d_mlp": config.n_inner or 4 * config.n_embd,
+        "model_name": config.name_or_path or config.model_type,
+        "d_model": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "d_head": config.hidden_size // config.num_attention_heads,
+        "d_mlp": matrix(source.get_submodule(into_mlp)).shape[1],
         "d_vocab": config.vocab_size,
-        "n_ctx": config.n_positions,
-        "act_fn": config.activation_function,
+        "n_ctx": config.max_position_embeddings,
+        "act_fn": activation,
         "normalization_type": "LNPre" if state == "live" else None,
-        "eps": source.transformer.ln_f.eps if state == "live" else 0.0,
+        "eps": source.get_submodule(norms[-1].path).eps if state == "live" else 0.0,
         "init_weights": False,
         "dtype": dtype,
         "device": str(source.device),
     }
 
 
+def _scaling(source: PreTrainedModel, layer: int) -> float:
+    """Return what multiplies a layer's attention scores."""
+    family = family_of(source)
+    attention: Any = source.get_submodule(f"{family.blocks}.{layer}.{family.attention}")
+    return attention.scaling
+
+
 def _maps(
-    source: GPT2LMHeadModel, centre_writing: bool
+    source: PreTrainedModel, centre_writing: bool
 ) -> Iterator[tuple[str, str, Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"] | None]]:
     """Yield (block, name, weight, bias) of every linear map, one by one, norms folded in; names are the bridge's.
 
@@ -397,25 +360,25 @@ def _maps(
     def centred(weight: Float[Tensor, "*d_in d_model"]) -> Float[Tensor, "*d_in d_model"]:
         return weight - weight.mean(-1, keepdim=True) if centre_writing else weight
 
-    yield "", "embed", centred(source.transformer.wte.weight), None
-    yield "", "pos_embed", centred(source.transformer.wpe.weight), None
-    block: Any
-    for i, block in enumerate(source.transformer.h):
-        for name, writer in (("attn.o", block.attn.c_proj), ("mlp.out", block.mlp.c_proj)):
-            yield f"blocks.{i}.", name, centred(writer.weight), centred(writer.bias)
+    family = family_of(source)
+    for layer, written, path in family.writers_of(source.config.num_hidden_layers):
+        writer: Any = source.get_submodule(path)
+        weight = writer.weight if isinstance(writer, nn.Embedding) else matrix(writer)
+        bias = getattr(writer, "bias", None)
+        yield _block(layer), _NAMES[written], centred(weight), None if bias is None else centred(bias)
+    readers = {reader.path: (norm.layer, reader.parts) for norm in norms_of(source) for reader in norm.readers}
     for path, weight, bias in linear_maps(source):
-        if path == "lm_head":
-            yield "", "unembed", weight, bias
-            continue
-        at = f"blocks.{path.split('.')[2]}."
-        if path.endswith("c_fc"):
-            yield at, "mlp.in", weight, bias
-        else:
-            for x, part, part_bias in zip("qkv", weight.chunk(3, dim=1), bias.chunk(3), strict=True):
-                yield at, f"attn.{x}", part, part_bias
+        layer, parts = readers[path]
+        chunks = zip(parts, weight.chunk(len(parts), dim=1), bias.chunk(len(parts)), strict=True)
+        for part, its_weight, its_bias in chunks:
+            yield _block(layer), _NAMES[part], its_weight, its_bias
 
 
-def _finish(made: Any, source: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype) -> Any:
+def _block(layer: int | None) -> str:
+    return "" if layer is None else f"blocks.{layer}."
+
+
+def _finish(made: Any, source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype) -> Any:
     """Give `made` its tokenizer, check it and return it.
 
     TransformerLens's own way to set a tokenizer reads it again by name, from the Hub if it is not a path.
@@ -431,7 +394,7 @@ def _finish(made: Any, source: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBa
 
 
 @torch.no_grad()
-def _check(logits: Callable[[Tensor], Tensor], source: GPT2LMHeadModel | BlocksForCausalLM, dtype: torch.dtype) -> None:
+def _check(logits: Callable[[Tensor], Tensor], source: PreTrainedModel, dtype: torch.dtype) -> None:
     """Raise unless `logits` of a few tokens are those of `source`."""
     length = min(16, source.config.n_positions)
     tokens = torch.linspace(0, source.config.vocab_size - 1, length, device=source.device).long()[None]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune.errors import NolnError
     from finetune.recipe import Gaps, Layers, PretrainRecipe, Recipe, Schedule, Text
-    from finetune.run import remove_layernorm, resume
+    from finetune.removal import remove_layernorm
+    from finetune.resuming import resume
     from finetune.run_directory import Run
 
 __all__ = [
@@ -30,8 +31,8 @@ __all__ = [
 _HOMES = dict.fromkeys(("Gaps", "Layers", "PretrainRecipe", "Recipe", "Schedule", "Text"), "recipe") | {
     "NolnError": "errors",
     "Run": "run_directory",
-    "remove_layernorm": "run",
-    "resume": "run",
+    "remove_layernorm": "removal",
+    "resume": "resuming",
 }
 
 

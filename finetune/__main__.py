@@ -50,7 +50,7 @@ class Options(Generic[Trains]):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that `arguments` (None: the process's own) name; what the user can mend is said in a line."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_current_flag(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return
@@ -65,6 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
+def _current_flag(word: str) -> str:
+    """Return a flag of a schedule's phase by today's name of the phase."""
+    if not word.startswith("--schedule."):
+        return word
+    flag, equals, value = word.partition("=")
+    return f"--{recipes.current_name(flag.removeprefix('--').replace('-', '_'))}{equals}{value}"
+
+
 def _run(arguments: list[str]) -> None:
     recipe = recipes.load(arguments.pop(0) if arguments and not arguments[0].startswith("-") else "micro")
     recipe = recipes.with_text(_scaled(recipe, arguments), _given(arguments, "--text"))
@@ -76,9 +84,9 @@ def _run(arguments: list[str]) -> None:
         description="Fine-tune the LayerNorm out of a GPT-2-type model, beside a control that keeps it.",
     )
 
-    from finetune import run
+    from finetune import removal
 
-    _report(run.start(options.recipe, options.out))
+    _report(removal.start(options.recipe, options.out))
 
 
 def _pretrain(arguments: list[str]) -> None:
@@ -119,9 +127,9 @@ def _given(arguments: list[str], flag: str, kind: Callable[[str], Any] = str) ->
 
 def _resume(arguments: list[str]) -> None:
     directory = _only(arguments, "resume RUN")
-    from finetune import run
+    from finetune.resuming import resume
 
-    _report(run.resume(directory))
+    _report(resume(directory))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from finetune.checkpoint import CausalLM
 from finetune.text import Blocks
 
 _LOGITS_AT_ONCE = 2**21
@@ -60,7 +60,7 @@ def mean_and_error(
 
 @torch.inference_mode()
 def measure_tokens(
-    models: Mapping[str, CausalLM], blocks: Blocks, reference: str = "original"
+    models: Mapping[str, PreTrainedModel], blocks: Blocks, reference: str = "original"
 ) -> dict[str, dict[str, Float[np.ndarray, "block target"]]]:
     """Measure each model at every token of `blocks` that has a next one: model -> measure -> float64 values, nats.
 
@@ -90,7 +90,9 @@ def measure_tokens(
     }
 
 
-def measure_documents(models: Mapping[str, CausalLM], blocks: Blocks, reference: str = "original") -> pd.DataFrame:
+def measure_documents(
+    models: Mapping[str, PreTrainedModel], blocks: Blocks, reference: str = "original"
+) -> pd.DataFrame:
     """Measure each model on each document of `blocks`: a row each, with the number of its tokens and means over them.
 
     Columns are model, document, tokens, and loss, kl and jsd to `reference` in nats/token: see `measure_tokens`.

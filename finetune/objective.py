@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
-from finetune.fake_layernorm import CLASSES
+from finetune.fake_norm import CLASSES
 
 _LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 """Numbers in the logits of one piece, by device: few enough for a CPU's cache, enough to keep a GPU busy."""
@@ -38,6 +39,16 @@ class DeferredUnembedding(nn.Module):
     def forward(self, residual: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         """Return the residual, for a `Head`."""
         return residual
+
+
+def defer_unembedding(model: PreTrainedModel) -> None:
+    """Have `model` return what it unembeds in place of logits, for a loss that takes these in pieces."""
+    model.set_output_embeddings(DeferredUnembedding(model.get_output_embeddings()))
+
+
+def unembedding(model: PreTrainedModel) -> Float[Tensor, "vocab d"]:
+    """Return the weight of a model's unembedding, deferred or not."""
+    return model.get_output_embeddings().weight
 
 
 class NextTokenLoss(NamedTuple):
@@ -125,8 +136,8 @@ def residual_distance(
 def auxiliary_loss(std: Float[Tensor, "batch pos"], classes: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
     """Return the mean of (σ_token − σ̂)² over all positions, with σ̂ the mean of σ over ordinary tokens.
 
-    It keeps the stds at `ln_f` uniform, so that dividing by a constant changes little. No gradient flows through σ̂
-    (Baroni et al. 2025, arXiv 2507.02559, section 3). `classes` are indices into `fake_layernorm.CLASSES`.
+    It keeps the stds at the final norm uniform, so that dividing by a constant changes little. No gradient flows
+    through σ̂ (Baroni et al. 2025, arXiv 2507.02559, section 3). `classes` are indices into `fake_norm.CLASSES`.
     """
     ordinary = classes == CLASSES.index("ordinary")
     target = (std.detach() * ordinary).sum() / ordinary.sum()

@@ -19,16 +19,17 @@ import torch
 from accelerate import PartialState
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from finetune import blocks, checkpoint, evaluate, objective
 from finetune import recipe as recipes
 from finetune.blocks import BlocksConfig, BlocksForCausalLM
 from finetune.objective import DeferredUnembedding, Head
+from finetune.processes import check_processes
 from finetune.recipe import PretrainRecipe, Text
-from finetune.run_directory import Run, alone_in, new_directory, push, render, write, write_recipe
+from finetune.run_directory import Run, directory_lock, new_directory, push, render, write, write_recipe
 from finetune.text import TextSplits, load_text
-from finetune.trainer import Record, RunTrainer, check_processes, checkpoints, fuse_gelu
+from finetune.training import Record, RunTrainer, checkpoints, fuse_gelu
 
 _WATCHED_TOKENS = 2048
 
@@ -110,7 +111,7 @@ def _config(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Block
 
 def complete(setup: Setup, directory: Path) -> Run:
     """Do what is still to be done of a run: fit, export and measure."""
-    with alone_in(directory / "checkpoints", PartialState().is_main_process):
+    with directory_lock(directory / "checkpoints", PartialState().is_main_process):
         if not (directory / "model").exists():
             fit(setup, directory)
             if PartialState().is_main_process:
@@ -162,7 +163,7 @@ def conclude(setup: Setup, directory: Path) -> pd.DataFrame:
             "pretrain_card.md.jinja",
             recipe=setup.recipe,
             config=setup.model.config,
-            is_gpt2=isinstance(model, checkpoint.GPT2LMHeadModel),
+            is_gpt2=isinstance(model, GPT2LMHeadModel),
             results=results.to_dict("records")[0],
         )
         write(directory / "model/README.md", card)

@@ -1,6 +1,6 @@
 """A run's directory, whatever the run trains: making it, writing into it, and finding what it holds.
 
-What is in it, `run` and `pretrain` say, which are built on this.
+What is in it, `removal` and `pretrain` say, which are built on this.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from finetune import checkpoint
 from finetune import recipe as recipes
-from finetune.bundled import MODELS, TEXTS
-from finetune.checkpoint import CausalLM
 from finetune.errors import NolnError
+from finetune.names import is_local
+from finetune.processes import processes
 from finetune.recipe import PretrainRecipe, Recipe, Training
-from finetune.trainer import processes
 
 Trains = TypeVar("Trains", bound=Training)
 
@@ -46,7 +46,7 @@ class Run:
     """A row a model (original, control, ln_free): see `evaluate.compare`; and trained_tokens and seconds of its fit.
     Of pretraining one row (model): see `pretrain.conclude`."""
 
-    def load(self, name: str) -> CausalLM:
+    def load(self, name: str) -> PreTrainedModel:
         """Return the model called `name`: ln_free, control or original; of pretraining model."""
         named = recipe_of(self.directory)
         if name == "original" and isinstance(named, Recipe):
@@ -112,7 +112,7 @@ class InUseError(NolnError):
 
 
 @contextmanager
-def alone_in(directory: Path, is_main_process: bool = True) -> Iterator[None]:
+def directory_lock(directory: Path, is_main_process: bool = True) -> Iterator[None]:
     """Keep other runs out of a directory, which is made; of the processes of one run only the main one holds it.
 
     Raises:
@@ -155,11 +155,6 @@ def _absolute(recipe: Trains) -> Trains:
 
     text = dataclasses.replace(recipe.text, **absolute(recipe.text, "source", "held_out"))
     return dataclasses.replace(recipe, **absolute(recipe, "model", "control_from", "tokenizer"), text=text)
-
-
-def is_local(name: str) -> bool:
-    """Return whether a name, of a model or a text, is a path that is there, and not what is bundled."""
-    return name not in MODELS | TEXTS and Path(name).expanduser().exists()
 
 
 def _provenance() -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """When each site freezes: a recipe's schedule, resolved for a model's depth into a list of events.
 
 1. A cursor starts at `schedule.start` and walks through `schedule.order`.
-2. A kind of site has one event a layer, up or down through the layers, or all of them together (`ln_f` has one in all);
-   a single site and a class of token have one event. After each the cursor moves on by the gap of its kind.
+2. A kind of site has one event a layer, up or down through the layers, or all of them together (`final` has one in
+   all); a single site and a class of token have one event. After each the cursor moves on by the gap of its kind.
 3. An event acts from its step on: over `fade` steps its progress rises from 1/fade to 1. At 1 step it jumps, as in the
    published schedules.
 4. With a tolerance the gaps are the least ones, and `Pacing` says while training goes on when each event begins.
@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import cast, get_args
 
-from finetune.recipe import Phase, RecipeError, Schedule, TokenClass
+from finetune.families import Site
+from finetune.recipe import Phase, RecipeError, Schedule, SiteKind, TokenClass
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,15 @@ class Event:
     """The first optimizer step, counted from 0, whose forward sees it."""
     phase: Phase
     layer: int | None
-    """The layer of the site; None for `ln_f` and for classes."""
+    """The layer of the site; None for the final norm and for classes."""
     fade: int
 
     @property
     def name(self) -> str:
-        """The site's name, `h.LAYER.KIND` or `ln_f`, or `merge CLASS`."""
+        """The site's name, `h.LAYER.KIND` or `final`, or `merge CLASS`."""
         if self.phase in get_args(TokenClass):
             return f"merge {self.phase}"
-        return self.phase if self.layer is None else f"h.{self.layer}.{self.phase}"
+        return Site(cast("SiteKind", self.phase), self.layer).name
 
     @property
     def end(self) -> int:
@@ -45,8 +46,8 @@ class Event:
         return min(max((step - self.step + 1) / self.fade, 0.0), 1.0)
 
 
-def resolve(schedule: Schedule, n_layer: int, steps: int) -> list[Event]:
-    """Return the events of `schedule` for a model of `n_layer` layers and a run of `steps` steps, in order.
+def resolve(schedule: Schedule, sites: Sequence[Site], steps: int) -> list[Event]:
+    """Return the events of `schedule` for a model with `sites` and a run of `steps` steps, in order.
 
     Raises:
         RecipeError: the schedule is longer than the run.
@@ -54,46 +55,41 @@ def resolve(schedule: Schedule, n_layer: int, steps: int) -> list[Event]:
     events = []
     cursor = schedule.start
     for i, entry in enumerate(schedule.order):
-        for phase, layers in _groups(schedule, entry, n_layer):
+        for phase, layers in _groups(schedule, entry, sites):
             # The sum of a scaled schedule's gaps may fall a rounding error short of a whole step.
             step = schedule.at[i] if schedule.at else int(cursor + 1e-6)
             events += [Event(step, phase, layer, schedule.fade) for layer in layers]
             cursor += getattr(schedule.gap, phase)
-    names = [event.name for event in events]
-    sites = [f"h.{layer}.{kind}" for kind in ("ln_2", "qk", "v") for layer in range(n_layer)]
-    if wrong := [name for name in sites if names.count(name) != 1] + sorted({*names} - {*sites, *_WHOLE}):
+    frozen = [event.name for event in events if event.phase not in get_args(TokenClass)]
+    there = [site.name for site in sites]
+    if wrong := [name for name in there if frozen.count(name) != 1] + sorted({*frozen} - {*there}):
         raise RecipeError(
-            f"schedule.order must freeze each of the 3 x {n_layer} sites of this model's layers once; it does not so "
+            f"schedule.order must freeze each of this model's {len(there)} sites once, and no others; it does not so "
             f"for {', '.join(wrong)}."
         )
     last = events[-1]
     if last.end >= steps:
         raise RecipeError(
-            f"The schedule ends at step {last.end} ({last.name}) with this model's {n_layer} layers, and the run has "
+            f"The schedule ends at step {last.end} ({last.name}) with this model's {len(sites)} sites, and the run has "
             f"{steps} steps, 0 to {steps - 1}: raise the steps in the recipe, shorten schedule.gap, schedule.fade or "
             "schedule.start, or scale the whole recipe with --steps."
         )
     return events
 
 
-_WHOLE = ("ln_f", "merge eot", "merge bos")
-"""The events that belong to no layer."""
-
-
-def _groups(schedule: Schedule, entry: str, n_layer: int) -> list[tuple[Phase, Sequence[int | None]]]:
+def _groups(schedule: Schedule, entry: str, sites: Sequence[Site]) -> list[tuple[Phase, Sequence[int | None]]]:
     """Return what an entry of the order does, one after another: a kind of event and the layers it has at once."""
     if entry.startswith("h."):
         _, layer, kind = entry.split(".")
         return [(cast("Phase", kind), [int(layer)])]
     phase = cast("Phase", entry)
-    if phase not in ("ln_2", "qk", "v"):
-        return [(phase, [None])]
-    match getattr(schedule.layers, phase):
+    layers = [site.layer for site in sites if site.kind == phase] or [None]  # a class of token is of no layer
+    match getattr(schedule.layers, phase, "up"):
         case "together":
-            return [(phase, range(n_layer))]
+            return [(phase, layers)]
         case "down":
-            return [(phase, [layer]) for layer in reversed(range(n_layer))]
-    return [(phase, [layer]) for layer in range(n_layer)]
+            layers.reverse()
+    return [(phase, [layer]) for layer in layers]
 
 
 class Pacing:

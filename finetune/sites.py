@@ -1,11 +1,9 @@
-"""Which norms a model has, putting ours in, taking them out again: the only model surgery of fine-tuning.
+"""All sites of one model: putting our norms in, measuring and freezing them, and taking them out again.
 
-A site is one place that divides by a std. Block i has three, its `ln_2`, its `ln_1` on the QK path and its `ln_1` on
-the V path, and the model has one more, `ln_f`: 3·L + 1 in all.
+It is the only model surgery of fine-tuning. Where the sites are, `families` knows.
 """
 
 import copy
-import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, get_args
 
@@ -13,25 +11,28 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
-from finetune.checkpoint import FROZEN_EPS, CheckpointError, norm_state, require_gpt2, without_bars
-from finetune.fake_layernorm import CLASSES, STD_MEANS, FakeLayerNorm, NormedConv1D, Site, TokenClasses
-from finetune.objective import DeferredUnembedding
+from finetune import folding
+from finetune.checkpoint import no_progress_bars
+from finetune.errors import CheckpointError
+from finetune.fake_norm import CLASSES, STD_MEANS, Divisor, FakeLayerNorm, NormedConv1D, TokenClasses
+from finetune.families import Norm, family_of
 from finetune.recipe import StdMean, TokenClass
 from finetune.schedule import Event
 
 
 class Sites:
-    """The sites of one model, by name (`h.0.ln_2`, `h.0.qk`, `h.0.v`, …, `ln_f`), and what is done to them together.
+    """The sites of one model, by name (`h.0.qk`, `h.0.v`, `h.0.mlp`, …, `final`), and what is done to them together.
 
-    Making it changes `model` in place: `ln_1` and `ln_2` become `nn.Identity`, the Conv1D that reads each becomes a
-    `NormedConv1D`, and `ln_f` a `FakeLayerNorm`; parameters keep their values. `to_plain` returns an ordinary model.
+    Making it changes `model` in place: each norm of a block becomes `nn.Identity` and the module that reads it a
+    `NormedConv1D`, and the final norm becomes a `FakeLayerNorm`; parameters keep their values. `to_plain` returns an
+    ordinary model.
     """
 
     def __init__(
         self,
-        model: GPT2LMHeadModel,
+        model: PreTrainedModel,
         eot_token_id: int | None,
         classes: Collection[TokenClass] = get_args(TokenClass),
         std_mean: StdMean = "arithmetic",
@@ -42,61 +43,59 @@ class Sites:
         `std_mean`.
 
         Raises:
-            CheckpointError: not a GPT-2, or its LNs are frozen or gone already.
+            CheckpointError: the model is of an unknown family, or its norms are frozen or gone already.
         """
-        if (state := norm_state(require_gpt2(model))) != "live":
+        if (state := folding.norm_state(model)) != "live":
             raise CheckpointError(
                 f"The norms of this model are {state} already, there is no LayerNorm to remove: name the model that it "
-                "was made from, or any other GPT-2 with LayerNorm."
+                f"was made from, or any other {type(model).__name__} with live norms."
             )
         self.model = model
         self.classes = TokenClasses(eot_token_id, classes)
         self._std_mean: StdMean = std_mean
         self.norms: list[FakeLayerNorm] = []
-        self._sites: dict[str, Site] = {}
+        self._divisors: dict[str, Divisor] = {}
         self._readers: list[NormedConv1D] = []
-        self._begun: set[Site] = set()
+        self._plain_paths: dict[str, str] = {}
+        """The paths that modules have in an ordinary model, by those that they have with our norms."""
+        self._begun: set[Divisor] = set()
         self._observed: list[Float[Tensor, "norms+1 3"]] = []
-        block: Any
-        for i, block in enumerate(model.transformer.h):
-            d = block.ln_1.weight.shape[0]
-            norm_1, norm_2 = (
-                self._fake(block.ln_1, f"h.{i}.qk", f"h.{i}.v"),
-                self._fake(block.ln_2, f"h.{i}.ln_2"),
-            )
-            block.attn.c_attn = NormedConv1D(norm_1, block.attn.c_attn, widths=(2 * d, d))
-            block.mlp.c_fc = NormedConv1D(norm_2, block.mlp.c_fc, widths=(block.mlp.c_fc.nf,))
-            block.ln_1, block.ln_2 = nn.Identity(), nn.Identity()
-            self._readers += [block.attn.c_attn, block.mlp.c_fc]
-        model.transformer.ln_f = self._fake(model.transformer.ln_f, "ln_f")  # type: ignore[assignment]
-        model.transformer.register_forward_pre_hook(self._classify, with_kwargs=True)
+        for norm in folding.norms_of(model):
+            fake = FakeLayerNorm(model.get_submodule(norm.path), len(norm.sites), self.classes, std_mean)  # type: ignore[arg-type]
+            self.norms.append(fake)
+            self._divisors |= {site.name: divisor for site, divisor in zip(norm.sites, fake.divisors, strict=True)}
+            if norm.layer is None:  # what reads it takes logits in pieces, with the loss
+                model.set_submodule(norm.path, fake)
+            else:
+                self._put_before_reader(norm, fake)
+        model.base_model.register_forward_pre_hook(self._classify, with_kwargs=True)
 
-    def _fake(self, norm: nn.LayerNorm, *names: str) -> FakeLayerNorm:
-        fake = FakeLayerNorm(norm, len(names), self.classes, self._std_mean)
-        self.norms.append(fake)
-        self._sites.update(zip(names, fake.sites, strict=True))
-        return fake
+    def _put_before_reader(self, norm: Norm, fake: FakeLayerNorm) -> None:
+        (reader,) = norm.readers
+        conv: Any = self.model.get_submodule(reader.path)
+        columns = [reader.columns(site.kind, conv.nf) for site in norm.sites]
+        normed = NormedConv1D(fake, conv, widths=tuple(part.stop - part.start for part in columns))
+        self.model.set_submodule(reader.path, normed)
+        self.model.set_submodule(norm.path, nn.Identity())
+        self._readers.append(normed)
+        self._plain_paths |= {f"{reader.path}.norm": norm.path, f"{reader.path}.conv": reader.path}
 
     @property
     def constant(self) -> bool:
         """Whether every norm is a constant."""
         return self._readers[0].constant
 
-    def defer_unembedding(self) -> None:
-        """Have the model return the last site's output in place of logits, for a loss that takes them in pieces."""
-        self.model.lm_head = DeferredUnembedding(self.model.lm_head)
-
     def _classify(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         past = kwargs.get("past_key_values")
         self.classes.set(args[0] if args else kwargs["input_ids"], 0 if past is None else past.get_seq_length())
 
-    def __getitem__(self, name: str) -> Site:
-        """Return the site called `name`."""
-        return self._sites[name]
+    def __getitem__(self, name: str) -> Divisor:
+        """Return what divides at the site called `name`."""
+        return self._divisors[name]
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the sites."""
-        return iter(self._sites)
+        return iter(self._divisors)
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -122,8 +121,8 @@ class Sites:
         _, from_mean = STD_MEANS[self._std_mean]
         means = []
         for norm, std_sum in zip(self.norms, sums, strict=True):
-            for site in norm.sites:
-                site.update(std_sum, count, decay)
+            for divisor in norm.divisors:
+                divisor.update(std_sum, count, decay)
                 means.append(from_mean(std_sum / count))
         return torch.stack(means)
 
@@ -137,78 +136,55 @@ class Sites:
             if not event.step <= step <= event.end:
                 continue
             if event.phase in get_args(TokenClass):
-                for site in self._sites.values():
-                    site.merged[CLASSES.index(event.phase)] = event.progress(step)
+                for divisor in self._divisors.values():
+                    divisor.merged[CLASSES.index(event.phase)] = event.progress(step)
             else:
-                site = self._sites[event.name]
+                divisor = self._divisors[event.name]
                 if step == event.step:
-                    site.freeze()
-                site.alpha.fill_(event.progress(step))
-        whole = len(events) == len(self._sites) + len(self.classes.own)
+                    divisor.freeze()
+                divisor.alpha.fill_(event.progress(step))
+        whole = len(events) == len(self._divisors) + len(self.classes.own)
         complete = whole and all(step >= event.end for event in events)
-        self._begun |= {self._sites[event.name] for event in events if event.name in self._sites and event.step <= step}
+        began = [event.name for event in events if event.step <= step and event.phase not in get_args(TokenClass)]
+        self._begun |= {self._divisors[name] for name in began}
         for reader in self._readers:
-            reader.live, reader.constant = self._begun.isdisjoint(reader.norm.sites), complete
+            reader.live, reader.constant = self._begun.isdisjoint(reader.norm.divisors), complete
         return [event for event in events if event.step == step]
 
     def constants(self) -> Float[Tensor, "sites 3"]:
         """Return the constant of each site by class of token."""
-        return torch.stack([site.constants() for site in self._sites.values()])
+        return torch.stack([divisor.constants() for divisor in self._divisors.values()])
 
     @torch.no_grad()
-    def to_plain(self) -> GPT2LMHeadModel:
-        """Return an ordinary model: with LayerNorm if no site is frozen, LN-free (format b25) if all are.
-
-        LN-free, `ln_1` has one scale: it carries σ_QK, and with r = σ_QK/σ_V the V columns become r·W_V and their
-        bias b_V + (1−r)·βW_V.
+    def to_plain(self) -> PreTrainedModel:
+        """Return an ordinary model: with live norms if no site is frozen, LN-free (format b25) if all are.
 
         Raises:
             CheckpointError: some sites are frozen and others not, or a class of token is not merged.
         """
         own = [CLASSES.index(name) for name in self.classes.own]
-        begun = {name for name, site in self._sites.items() if site.alpha > 0 or site.merged.any()}
-        frozen = {name for name, site in self._sites.items() if site.alpha == 1 and site.merged[own].all()}
-        if begun and frozen != set(self._sites):
+        begun = {name for name, divisor in self._divisors.items() if divisor.alpha > 0 or divisor.merged.any()}
+        frozen = {name for name, divisor in self._divisors.items() if divisor.alpha == 1 and divisor.merged[own].all()}
+        if begun and frozen != set(self._divisors):
             raise CheckpointError(
                 f"Still to be frozen or merged: {', '.join(name for name in self if name not in frozen)}. Such a model "
                 "is neither LN-free nor an ordinary one: train on to the end of its schedule."
             )
-        config = copy.deepcopy(self.model.config)
-        state = {
-            name.replace("attn.c_attn.norm", "ln_1").replace("mlp.c_fc.norm", "ln_2").replace(".conv.", "."): tensor
-            for name, tensor in self.model.state_dict().items()
-            if ".sites." not in name
-        }
-        if frozen:
-            config.layer_norm_epsilon = FROZEN_EPS
-            self._freeze_plain(state)
-        with without_bars():
-            plain = GPT2LMHeadModel.from_pretrained(
-                None, config=config, state_dict=state, dtype=self.model.dtype
-            ).eval()
+        state = {}
+        for name, tensor in self.model.state_dict().items():
+            module, _, parameter = name.rpartition(".")
+            if ".divisors." not in name:
+                state[f"{self._plain_paths.get(module, module)}.{parameter}"] = tensor
+        with no_progress_bars():
+            plain: PreTrainedModel = (
+                family_of(self.model)
+                .model_class.from_pretrained(
+                    None, config=copy.deepcopy(self.model.config), state_dict=state, dtype=self.model.dtype
+                )
+                .eval()
+            )
         plain.config.name_or_path = self.model.config.name_or_path
         plain.generation_config = copy.deepcopy(self.model.generation_config)
+        if frozen:
+            folding.freeze(plain, {name: divisor.frozen[0] for name, divisor in self._divisors.items()})
         return plain
-
-    def _freeze_plain(self, state: dict[str, Tensor]) -> None:
-        """Put the constants into the weights of a plain model's `state`, in float64, rounded once."""
-
-        def std(name: str) -> Tensor:
-            return self._sites[name].frozen[0].double()
-
-        def scale(weight: str, factor: Tensor) -> None:
-            state[weight] = (state[weight].double() * factor).to(state[weight])
-
-        root = math.sqrt(FROZEN_EPS)
-        scale("transformer.ln_f.weight", root / std("ln_f"))
-        for i in range(self.model.config.n_layer):
-            block = f"transformer.h.{i}"
-            ratio = std(f"h.{i}.qk") / std(f"h.{i}.v")
-            weight, bias = state[f"{block}.attn.c_attn.weight"], state[f"{block}.attn.c_attn.bias"]
-            is_value = torch.arange(len(bias), device=bias.device) >= weight.shape[0] * 2
-            through_beta = state[f"{block}.ln_1.bias"].double() @ weight.double()
-            shifted = bias.double() + (1 - ratio) * through_beta * is_value
-            state[f"{block}.attn.c_attn.bias"] = shifted.to(bias)
-            scale(f"{block}.attn.c_attn.weight", torch.where(is_value, ratio, 1.0))
-            scale(f"{block}.ln_1.weight", root / std(f"h.{i}.qk"))
-            scale(f"{block}.ln_2.weight", root / std(f"h.{i}.ln_2"))

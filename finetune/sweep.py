@@ -39,14 +39,14 @@ import torch
 from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
-from finetune import checkpoint, evaluate
+from finetune import checkpoint, evaluate, removal
 from finetune import recipe as recipes
-from finetune import run as runs
 from finetune.errors import NolnError
 from finetune.recipe import Recipe, RecipeError
-from finetune.run_directory import alone_in, write
+from finetune.resuming import resume
+from finetune.run_directory import directory_lock, write
 from finetune.text import Blocks, load_blocks
-from finetune.trainer import DivergedError
+from finetune.training import DivergedError
 
 MODELS = ("original", "control", "ln_free")
 
@@ -128,7 +128,7 @@ def run(path: str | Path, out: str | Path, processes: int = 1) -> pd.DataFrame:
         InUseError: another process runs this sweep.
     """
     jobs, out = load(path, out), Path(out)
-    with alone_in(out):
+    with directory_lock(out):
         return _run(jobs, out, processes)
 
 
@@ -196,10 +196,10 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
     try:
         texts = _texts(job)
         if job.directory.is_dir():
-            result = runs.resume(job.directory)
+            result = resume(job.directory)
         else:
             recipe = job.recipe if control is None else dataclasses.replace(job.recipe, control_from=str(control))
-            result = runs.start(recipe, job.directory)
+            result = removal.start(recipe, job.directory)
     except NolnError as error:
         failed = {"run": job.name, "error": f"{type(error).__name__}: {error}"}
         return row | failed | overridden, pd.DataFrame()

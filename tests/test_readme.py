@@ -26,7 +26,7 @@ import finetune.__main__
 from finetune import recipe as recipes
 from finetune import sweep
 from finetune.bundled import MODELS
-from finetune.trainer import check_processes
+from finetune.processes import check_processes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,7 +78,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch):
         if command.startswith("torchrun"):
             several = torch.distributed.run.parse_args(shlex.split(command, comments=True)[1:])
             state = mock.Mock(num_processes=int(several.nproc_per_node), device=torch.device("cpu"))
-            monkeypatch.setattr("finetune.trainer.processes", lambda _: state)
+            monkeypatch.setattr("finetune.processes.processes", lambda _: state)
             check_processes(recipe)
         raise Reached
 
@@ -86,7 +86,12 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch):
         assert sweep.load(path, "runs")
         raise Reached
 
-    for work in ("finetune.run.start", "finetune.run.resume", "finetune.pretrain.start", "analysis.report.run"):
+    for work in (
+        "finetune.removal.start",
+        "finetune.resuming.resume",
+        "finetune.pretrain.start",
+        "analysis.report.run",
+    ):
         monkeypatch.setattr(work, reach)
     monkeypatch.setattr("finetune.sweep.run", read_sweep)
     monkeypatch.chdir(ROOT)

@@ -7,15 +7,18 @@ import textwrap
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import pydantic
+import pydantic_core
 import tyro
 
 from finetune.errors import NolnError
 
-TokenClass = Literal["eot", "bos"]
+SiteKind = Literal["mlp", "qk", "v", "final"]
+"""A kind of site, the same in all families: the norm that a block's MLP reads, the one that its attention reads on the
+path to queries and keys and on the path to values, and the model's final norm."""
+TokenClass = Literal["eot", "position_0"]
 """A class of token with a constant of its own while training goes on: end-of-text, and position 0."""
-Phase = Literal["ln_2", "qk", "v", "ln_f", "eot", "bos"]
-"""What one phase of a schedule does: freeze the sites of a kind (a block's `ln_2`, its `ln_1` on the QK path, its
-`ln_1` on the V path; the model's `ln_f`), or merge a class of token."""
+Phase = Literal["mlp", "qk", "v", "final", "eot", "position_0"]
+"""What one phase of a schedule does: freeze the sites of a kind, or merge a class of token."""
 StdMean = Literal["arithmetic", "geometric", "harmonic"]
 """The kind of mean of the stds that a constant is."""
 
@@ -31,6 +34,27 @@ def described(kind: type[_Kind]) -> type[_Kind]:
     lines = [textwrap.fill(f"{name}: {text}", 100, subsequent_indent="    ") for name, text in told.items()]
     kind.__doc__ = f"{kind.__doc__}\n\nFields:\n\n" + "\n".join(lines)
     return kind
+
+
+_FORMER_NAMES = {"ln_2": "mlp", "ln_f": "final", "bos": "position_0"}
+
+
+def current_name(name: str) -> str:
+    """Return today's name of a phase, a site (`h.3.ln_2`) or a field (`schedule.gap.ln_f`) that may be a former one."""
+    *parents, last = name.split(".")
+    return ".".join([*parents, _FORMER_NAMES.get(last, last)])
+
+
+class _ByPhase:
+    """Settings by phase: former names of phases are taken for today's."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _take_former_names(cls, given: Any) -> Any:
+        if isinstance(given, pydantic_core.ArgsKwargs):  # from a call
+            kwargs = {current_name(name): value for name, value in (given.kwargs or {}).items()}
+            return pydantic_core.ArgsKwargs(given.args, kwargs)
+        return {current_name(str(name)): value for name, value in given.items()} if isinstance(given, dict) else given
 
 
 class RecipeError(NolnError):
@@ -77,20 +101,20 @@ class Text:
 
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
-class Gaps:
+class Gaps(_ByPhase):
     """Steps from one event of a phase to the next event, its own or the next phase's. Fractions add up."""
 
-    ln_2: float = 0.0
-    """From one layer's `ln_2` to the next layer's."""
+    mlp: float = 0.0
+    """From the norm that one layer's MLP reads to the next layer's."""
     qk: float = 0.0
     """From one layer's QK path to the next layer's."""
     v: float = 0.0
     """From one layer's V path to the next layer's: the fragile one."""
-    ln_f: float = 0.0
-    """From `ln_f` to the next phase."""
+    final: float = 0.0
+    """From the final norm to the next phase."""
     eot: float = 0.0
     """From the merging of end-of-text to the next phase."""
-    bos: float = 0.0
+    position_0: float = 0.0
     """From the merging of position 0 to the next phase."""
 
     def __post_init__(self) -> None:
@@ -105,11 +129,11 @@ Direction = Literal["up", "down", "together"]
 
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
-class Layers:
+class Layers(_ByPhase):
     """How each kind of site goes through the layers."""
 
-    ln_2: Direction = "up"
-    """Through the blocks' `ln_2`."""
+    mlp: Direction = "up"
+    """Through the norms that MLPs read."""
     qk: Direction = "up"
     """Through the QK paths."""
     v: Direction = "up"
@@ -142,20 +166,25 @@ class Schedule:
     at: tuple[int, ...] = ()
     """The step of each entry of `order`, in place of `start` and `gap`: what an adaptive schedule came to."""
 
+    @pydantic.field_validator("order", mode="before")
+    @classmethod
+    def _take_former_names(cls, order: Any) -> Any:
+        return tuple(map(current_name, map(str, order))) if isinstance(order, list | tuple) else order
+
     def __post_init__(self) -> None:
         if self.start < 1:
             raise RecipeError(f"schedule.start is {self.start}; at least 1 step is needed to measure the stds.")
         if self.fade < 1:
             raise RecipeError(f"schedule.fade is {self.fade}; 1 is a jump, more steps are a fade.")
         for entry in self.order:
-            if entry not in get_args(Phase) and not re.fullmatch(r"h\.\d+\.(ln_2|qk|v)", entry):
+            if entry not in get_args(Phase) and not re.fullmatch(r"h\.\d+\.(mlp|qk|v)", entry):
                 raise RecipeError(
                     f"schedule.order names {entry}, which is no kind of site or class of token "
                     f"({', '.join(get_args(Phase))}) and no single site, such as h.3.qk."
                 )
         if len(set(self.order)) < len(self.order):
             raise RecipeError(f"schedule.order names something twice: {', '.join(self.order)}.")
-        for kind in ("ln_2", "qk", "v", "ln_f"):
+        for kind in get_args(SiteKind):
             if not any(entry.split(".")[-1] == kind for entry in self.order):
                 raise RecipeError(f"schedule.order lacks {kind}: it would never be frozen. Add it to the list.")
         if self.tolerance is not None and self.at:
@@ -288,7 +317,8 @@ class Recipe(Training):
     reads them, averaged over the blocks but the last. It falls with the learning rate: early the streams lead the way,
     at the end the predictions are what counts."""
     aux_weight: float = 0.0
-    """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at `ln_f`."""
+    """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at the final
+    norm."""
     std_decay: float = 0.9
     """How much of the running means of the stds is kept at each optimizer step."""
     std_mean: StdMean = "arithmetic"

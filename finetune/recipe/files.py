@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from finetune.recipe.fields import Recipe, RecipeError, Text, Training
+from finetune.recipe.fields import Recipe, RecipeError, Text, Training, current_name
 from finetune.recipe.pretraining import PretrainRecipe
 
 _Kind = TypeVar("_Kind")
@@ -129,7 +129,7 @@ def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
     Raises:
         RecipeError: as `validate` does; `what` is what the message calls the result.
     """
-    fields = {str(name): value for name, value in fields.items()}
+    fields = {current_name(str(name)): value for name, value in fields.items()}
     if "steps" in fields:
         if not isinstance(steps := fields["steps"], int):
             raise RecipeError(f"The {what} does not hold: steps is {steps!r}, which is no whole number.")

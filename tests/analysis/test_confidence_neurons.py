@@ -9,6 +9,7 @@ from scipy.stats import entropy
 
 from analysis import confidence_neurons, load_bridge, load_trio
 from finetune import NolnError
+from finetune.families import FAMILIES
 from finetune.recipe import Gaps, Schedule
 from finetune.schedule import resolve
 from finetune.sites import Sites
@@ -21,7 +22,7 @@ NULL = torch.tensor([1.0, -1.0] + [0.0] * 10) * 5
 def remove_layernorm(model):
     """Return `model` with every norm frozen, at the stds that it has on `TOKENS`."""
     sites = Sites(model, EOT)
-    events = resolve(Schedule(start=2, gap=Gaps()), model.config.n_layer, steps=4)
+    events = resolve(Schedule(start=2, gap=Gaps()), FAMILIES["gpt2"].sites_of(model.config.n_layer), steps=4)
     for step in range(4):
         sites.advance(events, step)
         model(TOKENS)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from analysis import load_bridge, load_trio, logit_attribution
 from finetune.checkpoint import load, load_tokenizer
+from finetune.families import FAMILIES
 from finetune.recipe import Gaps, Schedule
 from finetune.schedule import resolve
 from finetune.sites import Sites
@@ -158,7 +159,7 @@ def test_micro_and_micro_without_ln():
     sites.model(tokens)
     sites.observe()
     sites.update(0.9)
-    events = resolve(Schedule(start=1, gap=Gaps()), micro.config.n_layer, steps=2)
+    events = resolve(Schedule(start=1, gap=Gaps()), FAMILIES["gpt2"].sites_of(micro.config.n_layer), steps=2)
     sites.advance(events, 1)
     frame = logit_attribution.measure(load_trio(micro, None, sites.to_plain(), tokenizer), tokens).set_index("model")
     assert frame.loc["original", "nmae"] > 10

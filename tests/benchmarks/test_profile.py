@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
 from finetune import objective
-from finetune.fake_layernorm import FakeLayerNorm, NormedConv1D
+from finetune.fake_norm import FakeLayerNorm, NormedConv1D
 
 VARIANTS = ("constant", "kl")
 TOP = 15

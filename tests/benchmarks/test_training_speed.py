@@ -42,7 +42,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from finetune import checkpoint, objective, recipe, schedule, trainer
+from finetune import checkpoint, objective, recipe, schedule, training
+from finetune.families import FAMILIES
+from finetune.removal_trainer import RemovalTrainer
 from finetune.sites import Sites
 from finetune.text import Blocks
 
@@ -137,13 +139,13 @@ class Marks(TrainerCallback):
 def make_model(size: Size, fused: bool = True) -> GPT2LMHeadModel:
     """Return the untouched model, without dropout and with the activation function in one kernel, if `fused`."""
     if size.shape is None:
-        model = checkpoint.require_gpt2(checkpoint.load("micro"))
+        model = checkpoint.load("micro")
     else:
         with torch.device(DEVICE):
             model = GPT2LMHeadModel(GPT2Config(**size.shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
     model.config.use_cache = False
     if fused:
-        trainer.fuse_gelu(model)
+        training.fuse_gelu(model)
     return model
 
 
@@ -169,7 +171,7 @@ def make_text(config: GPT2Config, batch: int) -> Blocks:
 def make_events(variant: str, n_layer: int, steps: int) -> list[schedule.Event]:
     """Return a schedule that is over before the warm-up is, but for what the variant leaves out."""
     begin = recipe.Schedule(start=1, gap=recipe.Gaps())
-    events = schedule.resolve(begin, n_layer, steps)
+    events = schedule.resolve(begin, FAMILIES["gpt2"].sites_of(n_layer), steps)
     if variant == "frozen":
         return [*events[:-1], dataclasses.replace(events[-1], step=steps)]
     return events if variant in ("constant", "kl") else []
@@ -184,8 +186,8 @@ def make_trainer(variant: str, size: Size, settings: recipe.Recipe, directory: P
         last = _publish(model) if variant == "published" else None
         train: Any = _PlainTrainer(
             model=model,
-            args=trainer.training_arguments(settings, directory),
-            train_dataset=trainer.in_order(text, settings),
+            args=training.training_arguments(settings, directory),
+            train_dataset=training.in_order(text, settings),
         )
         train.published = last
         train.model_accepts_loss_kwargs = False
@@ -194,7 +196,7 @@ def make_trainer(variant: str, size: Size, settings: recipe.Recipe, directory: P
         events = make_events(variant, model.config.n_layer, settings.steps)
         teacher = make_model(size) if variant == "kl" else None
         log = directory / "log.jsonl"
-        train = trainer.RemovalTrainer(Sites(model, 0), settings, events, text, directory, log, variant, teacher)
+        train = RemovalTrainer(Sites(model, 0), settings, events, text, directory, log, variant, teacher)
     train.args.save_strategy = SaveStrategy.NO
     return train
 
@@ -229,7 +231,7 @@ def _measure(variant: str, size: Size, compile: bool) -> dict[str, float]:
     """Return seconds a step (the median), peak MiB, and how many graphs were compiled; of products a forward's, too."""
     settings, clock = make_recipe(size, size.steps, compile), machine.Clock(DEVICE)
     with tempfile.TemporaryDirectory() as directory:
-        bf16 = trainer.training_arguments(settings, Path(directory)).bf16
+        bf16 = training.training_arguments(settings, Path(directory)).bf16
         if variant == "products":
             config = checkpoint.load_config("micro") if size.shape is None else GPT2Config(**size.shape)
             dtype = torch.bfloat16 if bf16 else torch.float32
@@ -322,7 +324,7 @@ def test_the_products_are_the_operations_that_are_counted() -> None:
 def test_no_step_waits_for_the_device() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).cuda()
     sites, events = Sites(model, 0), make_events("constant", n_layer=2, steps=9)
-    sites.defer_unembedding()
+    objective.defer_unembedding(model)
     input_ids = torch.randint(1000, (2, 32)).cuda()
     try:
         for step in range(9):

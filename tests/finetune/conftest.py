@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from finetune.bundled import MODELS, TEXTS
 from finetune.recipe import Gaps, Recipe, Schedule, Text
-from finetune.run import remove_layernorm
+from finetune.removal import remove_layernorm
 from finetune.run_directory import Run
 
 
@@ -49,7 +49,7 @@ def recipe(tiny: Path, text: Path) -> Recipe:
         lr=3e-3,
         min_lr=1e-3,
         warmup=2,
-        schedule=Schedule(start=2, gap=Gaps(ln_2=1, qk=1, v=1, ln_f=1, eot=1)),
+        schedule=Schedule(start=2, gap=Gaps(mlp=1, qk=1, v=1, final=1, eot=1)),
         save_every=5,
         log_every=4,
         device="cpu",

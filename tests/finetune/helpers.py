@@ -15,9 +15,15 @@ from unittest import mock
 import torch
 
 from finetune.__main__ import main
+from finetune.families import FAMILIES, Site
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["finetune.run"])
+_context.set_forkserver_preload(["finetune.removal"])
+
+
+def gpt2_sites(n_layer: int) -> list[Site]:
+    """The sites of a GPT-2 of `n_layer` layers."""
+    return FAMILIES["gpt2"].sites_of(n_layer)
 
 
 def read_log(directory: Path, model: str | None = None) -> list[dict]:

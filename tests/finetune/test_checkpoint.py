@@ -12,7 +12,10 @@ from transformers import GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 from transformers.utils import logging
 
 from finetune import checkpoint
-from finetune.checkpoint import CheckpointError, convert, linear_maps, load, norm_state, save, to_identity
+from finetune.bundled import MODELS
+from finetune.checkpoint import load, save
+from finetune.errors import CheckpointError, NoTokenizerError
+from finetune.folding import convert, linear_maps, norm_state, to_identity
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 
@@ -187,7 +190,7 @@ def test_save_and_load(tmp_path, monkeypatch, frozen, stored, tolerance):
 
 
 def test_half_precision_on_disk_is_float32_in_memory():
-    assert json.loads((Path(checkpoint.resolve_model("micro")) / "config.json").read_text())["dtype"] == "float16"
+    assert json.loads((Path(MODELS["micro"]) / "config.json").read_text())["dtype"] == "float16"
     assert load("micro").dtype == torch.float32
 
 
@@ -285,11 +288,11 @@ def test_what_is_not_there_is_refused(saved):
         load("no/such/directory")
     with pytest.raises(CheckpointError, match="revision v1"):
         load(saved, revision="v1")
-    with pytest.raises(checkpoint.NoTokenizerError, match="tokenizer"):
+    with pytest.raises(NoTokenizerError, match="tokenizer"):
         checkpoint.load_tokenizer(saved)
 
 
-def test_saves_and_loads_without_bars(tmp_path, capsys):
+def test_saves_and_loads_no_progress_bars(tmp_path, capsys):
     shown = logging.is_progress_bar_enabled()
     logging.enable_progress_bar()
     try:

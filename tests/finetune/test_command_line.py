@@ -112,7 +112,7 @@ class TestRun:
              "--schedule.gap.ln-f", 2, "--steps", 14)  # fmt: skip
 
         used = recipes.load("run/recipe.yaml")
-        assert (used.seed, used.lr, used.text.held_out_blocks, used.schedule.gap.ln_f) == (3, 1e-3, 4, 2)
+        assert (used.seed, used.lr, used.text.held_out_blocks, used.schedule.gap.final) == (3, 1e-3, 4, 2)
         assert used.steps == 14
 
     def test_default_directory(self, quick: Path):
@@ -128,8 +128,8 @@ class TestRun:
         assert (used.warmup, used.schedule.start, used.schedule.gap.v) == (1, 1, 0.5)
         frozen = [line["frozen"] for line in read_log(Path("run"))]
         assert len(frozen) == 8
-        assert frozen[1] == ["h.0.ln_2", "h.1.ln_2"]
-        assert frozen[5] == ["merge bos"]
+        assert frozen[1] == ["h.0.mlp", "h.1.mlp"]
+        assert frozen[5] == ["merge position_0"]
 
     def test_own_recipe_replays_the_run(self, run: Run, tmp_path: Path):
         call(run.directory / "recipe.yaml", "--out", "again", "--no-control")
@@ -190,7 +190,7 @@ class TestRun:
 
     def test_interrupted(self, quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         """How to go on is said, in place of a traceback."""
-        monkeypatch.setattr("finetune.trainer.RemovalTrainer.train", interrupt)
+        monkeypatch.setattr("finetune.removal_trainer.RemovalTrainer.train", interrupt)
 
         with pytest.raises(SystemExit) as exit:
             call(quick, "--out", "run")
@@ -370,7 +370,7 @@ def interrupt(*_: object, **__: object) -> None:
 
 
 def fill_disk_at_second_checkpoint() -> None:
-    at_call("finetune.trainer.RemovalTrainer._save_checkpoint", 2, fill_disk)
+    at_call("finetune.removal_trainer.RemovalTrainer._save_checkpoint", 2, fill_disk)
 
 
 def fill_disk_at_export() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from finetune import objective
-from finetune.fake_layernorm import CLASSES
+from finetune.fake_norm import CLASSES
 from finetune.objective import Head, auxiliary_loss, next_token_loss
 
 
@@ -99,7 +99,7 @@ def test_end_of_text_is_a_target_like_any_other():
 
 
 STD = [[9.0, 1.0, 2.0, 5.0], [7.0, 3.0, 8.0, 2.0]]
-NAMES = [["bos", "ordinary", "ordinary", "eot"], ["bos", "ordinary", "eot", "ordinary"]]
+NAMES = [["position_0", "ordinary", "ordinary", "eot"], ["position_0", "ordinary", "eot", "ordinary"]]
 
 
 def auxiliary(std):

@@ -18,18 +18,18 @@ from test_trainer import in_two_processes
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from finetune import blocks, checkpoint
+from finetune import blocks, checkpoint, folding, resume
 from finetune import recipe as recipes
 from finetune.__main__ import main
 from finetune.blocks import BlocksForCausalLM
 from finetune.bundled import MODELS
+from finetune.errors import CheckpointError
 from finetune.objective import NextTokenLoss, next_token_loss
 from finetune.pretrain import pretrain, set_up
 from finetune.recipe import PretrainRecipe, RecipeError, Text
-from finetune.run import resume
-from finetune.run import set_up as set_up_removal
+from finetune.removal import set_up as set_up_removal
 from finetune.run_directory import Run
-from finetune.trainer import DivergedError
+from finetune.training import DivergedError
 
 SHIPPED = recipes.shipped(PretrainRecipe)
 NAMES = get_args(recipes.Block)
@@ -385,15 +385,15 @@ class TestExport:
 class TestCheckpoints:
     def test_norm_state(self, pre_ln: Run, nonorm: Run):
         """No norms in the blocks, but the first and the final one are there and divide."""
-        assert checkpoint.norm_state(pre_ln.load("model")) == "live"
-        assert checkpoint.norm_state(nonorm.load("model")) == "live"
+        assert folding.norm_state(pre_ln.load("model")) == "live"
+        assert folding.norm_state(nonorm.load("model")) == "live"
         shape = {"vocab_size": 9, "n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 4}
         bare = blocks.block_config("skipless-nonorm", first_norm="none", final_norm="none", **shape)
-        assert checkpoint.norm_state(BlocksForCausalLM(bare)) == "identity"
+        assert folding.norm_state(BlocksForCausalLM(bare)) == "identity"
 
     def test_layernorm_cannot_be_removed_from_other_blocks(self, nonorm: Run, pre_ln: Run, text: Path):
         removal = replace(recipes.load("micro-b25"), text=Text(str(text), held_out_fraction=0.2))
-        with pytest.raises(checkpoint.CheckpointError, match=r"nonorm/model.*Pre-LN.*pretrain pre-ln"):
+        with pytest.raises(CheckpointError, match=r"nonorm/model.*Pre-LN.*pretrain pre-ln"):
             set_up_removal(replace(removal, model=str(nonorm.directory / "model")))
         assert set_up_removal(replace(removal, model=str(pre_ln.directory / "model"))).model.config.n_layer == 2
 
@@ -402,7 +402,7 @@ class TestCheckpoints:
         config = json.loads((directory / "config.json").read_text())
         for spoilt in ({"n_head": 3}, {"norm": "batch"}):
             (directory / "config.json").write_text(json.dumps(config | spoilt))
-            with pytest.raises(checkpoint.CheckpointError, match=r"config\.json"):
+            with pytest.raises(CheckpointError, match=r"config\.json"):
                 checkpoint.load(directory)
 
 

@@ -11,11 +11,11 @@ from finetune.recipe import Gaps, Layers, PretrainRecipe, Recipe, RecipeError, S
 from finetune.recipe.fields import SHAPES_CONTROL
 
 B25 = recipe.load("micro-b25")
-TWICE = ("ln_2", "ln_2", "qk", "v", "ln_f", "eot", "bos")
+TWICE = ("mlp", "mlp", "qk", "v", "final", "eot", "position_0")
 CONTRADICTIONS = {
-    "schedule.order lacks v": lambda: Schedule(start=1, gap=Gaps(), order=("ln_2", "qk", "ln_f", "eot", "bos")),
-    "schedule.order names qkv": lambda: Schedule(start=1, gap=Gaps(), order=("ln_2", "qkv", "v", "ln_f")),
-    "schedule.order names ln_f.0": lambda: Schedule(start=1, gap=Gaps(), order=("ln_2", "qk", "v", "ln_f.0")),
+    "schedule.order lacks v": lambda: Schedule(start=1, gap=Gaps(), order=("mlp", "qk", "final", "eot", "position_0")),
+    "schedule.order names qkv": lambda: Schedule(start=1, gap=Gaps(), order=("mlp", "qkv", "v", "final")),
+    "schedule.order names final.0": lambda: Schedule(start=1, gap=Gaps(), order=("mlp", "qk", "v", "final.0")),
     "schedule.max_gap": lambda: Schedule(start=1, gap=Gaps(), tolerance=0.1, max_gap=0),
     "schedule.smoothing": lambda: Schedule(start=1, gap=Gaps(), tolerance=0.1, smoothing=1),
     "schedule.at says when": lambda: Schedule(start=1, gap=Gaps(), tolerance=0.1, at=(1, 2, 3, 4, 5, 6)),
@@ -93,7 +93,7 @@ def test_contradictions_in_a_file_name_the_file_and_the_field(field, tmp_path):
         ("steps: 2.5", "steps"),
         ("lr: [1]", "lr"),
         ("schedule: {start: 2, gap: {ln2: 3}}", "schedule.gap.ln2"),
-        ("schedule: {start: 2, gap: {}, order: [ln_2, qkv]}", "schedule.order"),
+        ("schedule: {start: 2, gap: {}, order: [mlp, qkv]}", "schedule.order"),
         ("text: books", "text"),
         ("device: tpu", "device"),
         ("export_format: h25", "export_format"),

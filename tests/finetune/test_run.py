@@ -22,15 +22,16 @@ from helpers import finetune, kill_at, read_log, run_forked
 from models import tiny_gpt2
 from safetensors.torch import load_file
 
-from finetune import checkpoint, run_directory
+from finetune import checkpoint, folding, remove_layernorm, resume, run_directory
 from finetune import recipe as recipes
 from finetune.bundled.__main__ import bundle
+from finetune.errors import CheckpointError
+from finetune.processes import check_processes
 from finetune.recipe import Recipe, Text
-from finetune.run import _card, remove_layernorm, resume, set_up
-from finetune.run_directory import InUseError, Run, alone_in, write_recipe
+from finetune.removal import _card, set_up
+from finetune.run_directory import InUseError, Run, directory_lock, write_recipe
 from finetune.sites import Sites
 from finetune.text import load_text
-from finetune.trainer import check_processes
 
 KILLED = -signal.SIGKILL
 
@@ -192,7 +193,7 @@ class TestExport:
     def test_control_is_an_ordinary_model(self, run: Run, tiny: Path):
         control = run.load("control")
 
-        assert checkpoint.norm_state(control) == "live"
+        assert folding.norm_state(control) == "live"
         ours, original = (json.loads((path / "config.json").read_text()) for path in (run.directory / "control", tiny))
         assert ours["layer_norm_epsilon"] == original["layer_norm_epsilon"] == 1e-5
         assert ours["attn_pdrop"] == original["attn_pdrop"]
@@ -305,7 +306,7 @@ class TestPython:
         assert (weights["transformer.wpe.weight"] != weights["transformer.wpe.weight"].bfloat16()).any()
 
     def test_needs_the_tokenizer_of_a_model_in_memory(self, recipe: Recipe, tmp_path: Path):
-        with pytest.raises(checkpoint.CheckpointError, match="tokenizer"):
+        with pytest.raises(CheckpointError, match="tokenizer"):
             remove_layernorm(tiny_gpt2(), recipe=recipe, out=tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
@@ -317,14 +318,14 @@ class TestPython:
 
         used = recipes.load(run.directory / "recipe.yaml")
         assert (used.model, used.revision, used.text.source) == (str(tiny), None, str(text))
-        assert checkpoint.norm_state(run.load("ln_free")) == "frozen"
+        assert folding.norm_state(run.load("ln_free")) == "frozen"
 
     def test_contradiction_is_a_recipe_error(self, recipe: Recipe):
         with pytest.raises(recipes.RecipeError, match="micro_batch"):
             replace(recipe, micro_batch=3)
 
     def test_trio(self, run: Run, tiny: Path):
-        states = [checkpoint.norm_state(run.load(name)) for name in ("original", "control", "ln_free")]
+        states = [folding.norm_state(run.load(name)) for name in ("original", "control", "ln_free")]
 
         assert states == ["live", "live", "frozen"]
         assert run.load("original").transformer.wte.weight.equal(tiny_gpt2().transformer.wte.weight)
@@ -364,7 +365,7 @@ def test_a_model_of_one_layer_is_fitted_to_the_original(recipe: Recipe, tokenize
     """It has no stream between blocks to match."""
     one = replace(recipe, steps=8, match_weight=10.0, kl_weight=1.0, control=False)
     run = remove_layernorm(tiny_gpt2(n_layer=1), tokenizer, recipe=one, out=tmp_path / "run")
-    assert checkpoint.norm_state(run.load("ln_free")) == "frozen"
+    assert folding.norm_state(run.load("ln_free")) == "frozen"
 
 
 def test_bundling_takes_the_place_of_what_is_bundled_only_when_it_is_whole(
@@ -397,7 +398,7 @@ def test_bundling_takes_the_place_of_what_is_bundled_only_when_it_is_whole(
 class TestDirectory:
     def test_is_held_by_one_process(self, run: Run, tmp_path: Path):
         directory = shutil.copytree(run.directory, tmp_path / "run")
-        with alone_in(directory / "checkpoints"), pytest.raises(InUseError, match="Another process writes into"):
+        with directory_lock(directory / "checkpoints"), pytest.raises(InUseError, match="Another process writes into"):
             resume(directory)
         resume(directory)
 

@@ -1,4 +1,5 @@
 import pytest
+from helpers import gpt2_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +15,8 @@ PUBLISHED = {
     "gpt2-large-b25": (36, (30, 174, 318, 534, 536, 546), (4, 4, 6)),
     "gpt2-xl-b25": (48, (50, 242, 434, 722, 724, 734), (4, 4, 6)),
 }
-ORDER = ["ln_2", "qk", "v", "ln_f", "eot", "bos"]
-EVERY = Gaps(ln_2=1, qk=1, v=1, ln_f=1, eot=1, bos=1)
+ORDER = ["mlp", "qk", "v", "final", "eot", "position_0"]
+EVERY = Gaps(mlp=1, qk=1, v=1, final=1, eot=1, position_0=1)
 
 
 def steps_of(events: list[Event], phase: str) -> list[int]:
@@ -30,89 +31,87 @@ def test_every_published_recipe_is_in_the_table():
 def test_recipes_freeze_at_the_published_steps(name):
     n_layer, first, gaps = PUBLISHED[name]
     published = recipe.load(name)
-    events = resolve(published.schedule, n_layer, published.steps)
+    events = resolve(published.schedule, gpt2_sites(n_layer), published.steps)
     assert tuple(steps_of(events, phase)[0] for phase in ORDER) == first
-    for phase, start, gap in zip(("ln_2", "qk", "v"), first, gaps, strict=False):
+    for phase, start, gap in zip(("mlp", "qk", "v"), first, gaps, strict=False):
         assert steps_of(events, phase) == [start + gap * layer for layer in range(n_layer)]
     assert {event.fade for event in events} == {1}
 
 
 @pytest.mark.parametrize("n_layer", [1, 5, 24])
 def test_every_site_freezes_and_every_class_merges_once_at_any_depth(n_layer):
-    events = resolve(recipe.load("micro").schedule, n_layer, 1000)
-    blocks = [f"h.{i}.{kind}" for kind in ("ln_2", "qk", "v") for i in range(n_layer)]
-    assert [event.name for event in events] == [*blocks, "ln_f", "merge eot", "merge bos"]
+    events = resolve(recipe.load("micro").schedule, gpt2_sites(n_layer), 1000)
+    blocks = [f"h.{i}.{kind}" for kind in ("mlp", "qk", "v") for i in range(n_layer)]
+    assert [event.name for event in events] == [*blocks, "final", "merge eot", "merge position_0"]
     assert [event.step for event in events] == sorted(event.step for event in events)
 
 
 def test_events_follow_the_order_of_the_schedule():
-    schedule = Schedule(start=3, gap=EVERY, order=("v", "ln_f", "bos", "qk", "ln_2", "eot"))
-    assert [(event.step, event.name) for event in resolve(schedule, 2, 20)] == [
+    schedule = Schedule(start=3, gap=EVERY, order=("v", "final", "position_0", "qk", "mlp", "eot"))
+    assert [(event.step, event.name) for event in resolve(schedule, gpt2_sites(2), 20)] == [
         (3, "h.0.v"),
         (4, "h.1.v"),
-        (5, "ln_f"),
-        (6, "merge bos"),
+        (5, "final"),
+        (6, "merge position_0"),
         (7, "h.0.qk"),
         (8, "h.1.qk"),
-        (9, "h.0.ln_2"),
-        (10, "h.1.ln_2"),
+        (9, "h.0.mlp"),
+        (10, "h.1.mlp"),
         (11, "merge eot"),
     ]
 
 
 def test_a_kind_goes_up_or_down_through_the_layers_or_all_at_once():
-    schedule = Schedule(
-        start=3, gap=EVERY, layers=Layers(ln_2="down", qk="together"), order=("ln_2", "qk", "v", "ln_f")
-    )
-    assert [(event.step, event.name) for event in resolve(schedule, 2, 20)] == [
-        (3, "h.1.ln_2"),
-        (4, "h.0.ln_2"),
+    schedule = Schedule(start=3, gap=EVERY, layers=Layers(mlp="down", qk="together"), order=("mlp", "qk", "v", "final"))
+    assert [(event.step, event.name) for event in resolve(schedule, gpt2_sites(2), 20)] == [
+        (3, "h.1.mlp"),
+        (4, "h.0.mlp"),
         (5, "h.0.qk"),
         (5, "h.1.qk"),
         (6, "h.0.v"),
         (7, "h.1.v"),
-        (8, "ln_f"),
+        (8, "final"),
     ]
 
 
 def test_single_sites_in_any_order():
-    order = ("h.1.v", "ln_f", "h.0.ln_2", "qk", "h.1.ln_2", "bos", "h.0.v")
-    schedule = Schedule(start=2, gap=Gaps(v=5, ln_f=1, ln_2=2), order=order)
-    assert [(event.step, event.name) for event in resolve(schedule, 2, 20)] == [
+    order = ("h.1.v", "final", "h.0.mlp", "qk", "h.1.mlp", "position_0", "h.0.v")
+    schedule = Schedule(start=2, gap=Gaps(v=5, final=1, mlp=2), order=order)
+    assert [(event.step, event.name) for event in resolve(schedule, gpt2_sites(2), 20)] == [
         (2, "h.1.v"),
-        (7, "ln_f"),
-        (8, "h.0.ln_2"),
+        (7, "final"),
+        (8, "h.0.mlp"),
         (10, "h.0.qk"),
         (10, "h.1.qk"),
-        (10, "h.1.ln_2"),
-        (12, "merge bos"),
+        (10, "h.1.mlp"),
+        (12, "merge position_0"),
         (12, "h.0.v"),
     ]
-    assert schedule.classes == ("bos",)
+    assert schedule.classes == ("position_0",)
 
 
 @pytest.mark.parametrize(
     ("order", "wrong"),
     [
-        (("ln_2", "qk", "h.0.v", "ln_f"), "h.1.v"),
-        (("ln_2", "h.0.ln_2", "qk", "v", "ln_f"), "h.0.ln_2"),
-        (("ln_2", "qk", "v", "h.2.v", "ln_f"), "h.2.v"),
+        (("mlp", "qk", "h.0.v", "final"), "h.1.v"),
+        (("mlp", "h.0.mlp", "qk", "v", "final"), "h.0.mlp"),
+        (("mlp", "qk", "v", "h.2.v", "final"), "h.2.v"),
     ],
 )
 def test_an_order_that_does_not_freeze_every_site_once_is_refused(order, wrong):
     with pytest.raises(RecipeError, match=f"once.*{wrong}"):
-        resolve(Schedule(start=1, gap=Gaps(), order=order), 2, 9)
+        resolve(Schedule(start=1, gap=Gaps(), order=order), gpt2_sites(2), 9)
 
 
 def test_explicit_steps_replace_start_and_gaps():
-    order = ("h.1.v", "ln_2", "qk", "h.0.v", "ln_f")
-    events = resolve(Schedule(start=1, gap=EVERY, order=order, at=(2, 2, 5, 9, 9)), 2, 10)
+    order = ("h.1.v", "mlp", "qk", "h.0.v", "final")
+    events = resolve(Schedule(start=1, gap=EVERY, order=order, at=(2, 2, 5, 9, 9)), gpt2_sites(2), 10)
     assert [event.step for event in events] == [2, 2, 2, 5, 5, 9, 9]
 
 
 def paced(losses: list[float], steps: int, **settings: float) -> list[tuple[int, str]]:
     """What begins when, with `losses` by step, of a schedule with an event at 2, two at 3 and one at 5."""
-    planned = [Event(2, "ln_f", None, 1), Event(3, "qk", 0, 1), Event(3, "qk", 1, 1), Event(5, "eot", None, 1)]
+    planned = [Event(2, "final", None, 1), Event(3, "qk", 0, 1), Event(3, "qk", 1, 1), Event(5, "eot", None, 1)]
     schedule = Schedule(start=2, gap=EVERY, **settings)
     pacing = Pacing(planned, schedule, steps)
     begun = []
@@ -123,13 +122,13 @@ def paced(losses: list[float], steps: int, **settings: float) -> list[tuple[int,
 
 
 def test_an_adaptive_schedule_keeps_its_least_gaps_while_the_loss_is_back():
-    assert paced([3.0], 30, tolerance=0.0) == [(2, "ln_f"), (3, "h.0.qk"), (3, "h.1.qk"), (5, "merge eot")]
+    assert paced([3.0], 30, tolerance=0.0) == [(2, "final"), (3, "h.0.qk"), (3, "h.1.qk"), (5, "merge eot")]
 
 
 def test_an_adaptive_schedule_waits_for_the_loss():
     losses = [3.0, 3.0, 3.5, 3.2, 3.1, 3.04, 3.5, 3.5, 3.5, 3.08, 3.0]
     found = paced(losses, 30, tolerance=0.05, smoothing=0)
-    assert found == [(2, "ln_f"), (6, "h.0.qk"), (6, "h.1.qk"), (10, "merge eot")]
+    assert found == [(2, "final"), (6, "h.0.qk"), (6, "h.1.qk"), (10, "merge eot")]
 
 
 def test_an_adaptive_schedule_looks_at_the_smoothed_loss():
@@ -154,13 +153,13 @@ def test_an_adaptive_schedule_ends_in_time():
 
 def test_fractions_of_a_gap_add_up():
     for start in range(1, 8):
-        tenth = Schedule(start=start, gap=Gaps(ln_2=0.1))
-        assert steps_of(resolve(tenth, 21, 20), "ln_2") == [start] * 10 + [start + 1] * 10 + [start + 2]
+        tenth = Schedule(start=start, gap=Gaps(mlp=0.1))
+        assert steps_of(resolve(tenth, gpt2_sites(21), 20), "mlp") == [start] * 10 + [start + 1] * 10 + [start + 2]
 
 
 @pytest.mark.parametrize(("fade", "progress"), [(1, [0, 1, 1, 1, 1]), (3, [0, 1 / 3, 2 / 3, 1, 1])])
 def test_progress_of_an_event(fade, progress):
-    event = Event(4, "ln_f", None, fade)
+    event = Event(4, "final", None, fade)
     assert [event.progress(step) for step in range(3, 8)] == pytest.approx(progress)
     assert event.progress(event.end) == 1
     assert fade == 1 or event.progress(event.end - 1) < 1
@@ -170,9 +169,9 @@ def test_progress_of_an_event(fade, progress):
 def test_a_schedule_longer_than_the_run_is_refused_with_what_to_change(fade):
     schedule = Schedule(start=2, gap=EVERY, fade=fade)
     last = 2 + 3 * 2 + 2 + fade - 1
-    assert resolve(schedule, 2, last + 1)[-1].end == last
-    with pytest.raises(RecipeError, match=rf"step {last} \(merge bos\).*schedule\.gap.*schedule\.fade.*--steps"):
-        resolve(schedule, 2, last)
+    assert resolve(schedule, gpt2_sites(2), last + 1)[-1].end == last
+    with pytest.raises(RecipeError, match=rf"step {last} \(merge position_0\).*schedule\.gap.*schedule\.fade.*--steps"):
+        resolve(schedule, gpt2_sites(2), last)
 
 
 DEPTHS = {"micro": 6} | {name: n_layer for name, (n_layer, *_) in PUBLISHED.items()}
@@ -186,8 +185,8 @@ def test_scaled_recipes_are_the_recipe_in_other_steps(name, steps):
     assert scaled.steps == steps
     assert scaled.warmup < steps <= scaled.horizon
     factor = steps / whole.steps
-    found = resolve(scaled.schedule, DEPTHS[name], steps)
-    for event, original in zip(found, resolve(whole.schedule, DEPTHS[name], whole.steps), strict=True):
+    found = resolve(scaled.schedule, gpt2_sites(DEPTHS[name]), steps)
+    for event, original in zip(found, resolve(whole.schedule, gpt2_sites(DEPTHS[name]), whole.steps), strict=True):
         assert event.name == original.name
         assert -1e-3 - 1 < event.step - original.step * factor <= 1 + 1e-3
 
@@ -195,6 +194,6 @@ def test_scaled_recipes_are_the_recipe_in_other_steps(name, steps):
 @pytest.mark.parametrize("name", sorted(DEPTHS))
 @pytest.mark.parametrize("steps", [2, 3, 4, 5])
 def test_recipes_scaled_to_a_handful_of_steps_are_valid(name, steps):
-    events = resolve(recipe.load(name).scaled(steps).schedule, DEPTHS[name], steps)
+    events = resolve(recipe.load(name).scaled(steps).schedule, gpt2_sites(DEPTHS[name]), steps)
     assert len(events) == 3 * DEPTHS[name] + 3
     assert len({event.step for event in events}) < steps

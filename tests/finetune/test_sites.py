@@ -4,12 +4,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers import gpt2_sites
 from torch import nn
 from transformers import AttentionInterface
 
 from finetune import objective, recipe
-from finetune.checkpoint import CheckpointError, convert, load, to_identity
-from finetune.fake_layernorm import CLASSES
+from finetune.checkpoint import load
+from finetune.errors import CheckpointError
+from finetune.fake_norm import CLASSES
+from finetune.folding import convert, to_identity
 from finetune.recipe import Gaps, Schedule
 from finetune.schedule import Event, resolve
 from finetune.sites import Sites
@@ -24,7 +27,7 @@ MODELS = {
     "untied": {"tie_word_embeddings": False},
 }
 AT_ONCE = Schedule(start=1, gap=Gaps())
-MERGED_LATER = Schedule(start=1, gap=Gaps(ln_f=5))
+MERGED_LATER = Schedule(start=1, gap=Gaps(final=5))
 
 
 @torch.no_grad()
@@ -42,7 +45,7 @@ def frozen(model, eot=EOT, merged=True) -> Sites:
     logits(model)
     sites.observe()
     sites.update(0.9)
-    sites.advance(resolve(AT_ONCE if merged else MERGED_LATER, model.config.n_layer, 10), 1)
+    sites.advance(resolve(AT_ONCE if merged else MERGED_LATER, gpt2_sites(model.config.n_layer), 10), 1)
     return sites
 
 
@@ -64,7 +67,9 @@ def norm_inputs_std(model, tokens) -> dict[str, np.ndarray]:
 
 
 def norm_of(site: str) -> str:
-    return site.replace("qk", "ln_1").replace(".v", ".ln_1")
+    if site == "final":
+        return "ln_f"
+    return site.replace("qk", "ln_1").replace(".v", ".ln_1").replace("mlp", "ln_2")
 
 
 def masks(tokens) -> list[np.ndarray]:
@@ -92,7 +97,7 @@ def test_live_sites_change_no_logits_of_the_bundled_model(dtype, tolerance):
 
 def test_names_of_the_sites(make_gpt2):
     sites = list(Sites(make_gpt2(), EOT))
-    assert sorted(sites) == sorted(["ln_f"] + [f"h.{i}.{kind}" for i in range(2) for kind in ("ln_2", "qk", "v")])
+    assert sorted(sites) == sorted(["final"] + [f"h.{i}.{kind}" for i in range(2) for kind in ("mlp", "qk", "v")])
 
 
 def test_parameters_are_the_models_own(make_gpt2):
@@ -170,7 +175,7 @@ def test_logits_are_affine_in_the_residual_stream_once_every_site_is_frozen(make
     assert distance_from_affine(original, held) > 0.01
 
 
-@pytest.mark.parametrize("name", ["h.0.ln_2", "h.1.qk", "h.1.v", "ln_f"])
+@pytest.mark.parametrize("name", ["h.0.mlp", "h.1.qk", "h.1.v", "final"])
 def test_logits_are_not_affine_with_one_site_live(make_gpt2, name):
     sites = frozen(make_gpt2(dtype=torch.float64), merged=False)
     sites[name].alpha.fill_(0)
@@ -228,7 +233,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_counts_once(make_gpt2):
     results = []
     for checkpointing in (False, True):
         sites = frozen(make_gpt2(dtype=torch.float64), merged=False)
-        for name in ("h.0.v", "h.1.ln_2", "ln_f"):
+        for name in ("h.0.v", "h.1.mlp", "final"):
             sites[name].alpha.fill_(0.4)
         model = sites.model.train()
         forwards = []
@@ -264,7 +269,7 @@ def test_a_site_freezes_at_the_running_mean_of_its_moment(make_gpt2):
     stds = [norm_inputs_std(model, tokens)["h.0.ln_1"] for tokens in batches]
     sites = Sites(model, EOT)
     # Freezing in block 0 changes no std at its own ln_1.
-    events = [Event(1, "qk", 0, 1), Event(2, "v", 0, 1), *resolve(Schedule(start=8, gap=Gaps()), 2, 10)]
+    events = [Event(1, "qk", 0, 1), Event(2, "v", 0, 1), *resolve(Schedule(start=8, gap=Gaps()), gpt2_sites(2), 10)]
     for step, tokens in enumerate(batches):
         assert sites.advance(events, step) == [event for event in events if event.step == step]
         logits(model, tokens)
@@ -282,7 +287,7 @@ def test_sites_fade_and_many_at_a_time(make_gpt2):
     sites = frozen(make_gpt2(), merged=False)
     for name in sites:
         sites[name].alpha.fill_(0)
-    events = [Event(2, "ln_2", 0, 4), Event(2, "qk", 0, 4), Event(3, "v", 1, 4), Event(4, "eot", None, 2)]
+    events = [Event(2, "mlp", 0, 4), Event(2, "qk", 0, 4), Event(3, "v", 1, 4), Event(4, "eot", None, 2)]
     found, constants = [], sites.constants()
     for step in range(8):
         sites.advance(events, step)
@@ -290,7 +295,7 @@ def test_sites_fade_and_many_at_a_time(make_gpt2):
             sites["h.0.qk"].update(torch.full((3,), 1e6), torch.ones(3), 0.9)  # while it fades
         merged = [site.merged.tolist() for site in map(sites.__getitem__, sites)]
         assert merged == [merged[0]] * 7
-        found.append([sites[name].alpha.item() for name in ("h.0.ln_2", "h.0.qk", "h.1.v", "ln_f")] + merged[0])
+        found.append([sites[name].alpha.item() for name in ("h.0.mlp", "h.0.qk", "h.1.v", "final")] + merged[0])
     assert found == [
         [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
         [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
@@ -330,8 +335,8 @@ def test_norms_are_live_until_their_first_site_begins_to_freeze(make_gpt2):
 
 def test_norms_become_constants_at_the_last_events_end_and_not_before(make_gpt2):
     sites = frozen(make_gpt2(), merged=False)
-    schedule = Schedule(start=1, gap=Gaps(ln_2=1, qk=1, v=1, ln_f=1, eot=1), fade=3)
-    events = resolve(schedule, 2, 20)
+    schedule = Schedule(start=1, gap=Gaps(mlp=1, qk=1, v=1, final=1, eot=1), fade=3)
+    events = resolve(schedule, gpt2_sites(2), 20)
     readers = [module for module in sites.model.modules() if hasattr(module, "widths")]
     assert len(readers) == 4
     for step in range(20):
@@ -343,7 +348,7 @@ def test_norms_become_constants_at_the_last_events_end_and_not_before(make_gpt2)
 
 def test_steps_after_the_schedule_change_nothing(make_gpt2):
     sites = frozen(make_gpt2())
-    events = resolve(AT_ONCE, 2, 2)
+    events = resolve(AT_ONCE, gpt2_sites(2), 2)
     before = copy.deepcopy(sites.model.state_dict())
     logits(sites.model, OTHER_TOKENS)
     sites.observe()
@@ -390,7 +395,7 @@ def test_ln_free_models_have_the_training_models_logits(make_gpt2, config):
 def test_ln_free_models_have_the_training_models_logits_after_the_shipped_schedule():
     schedule = recipe.load("micro").schedule
     sites = Sites(load("micro", dtype=torch.float64), EOT)
-    events = resolve(schedule, 6, 120)
+    events = resolve(schedule, gpt2_sites(6), 120)
     for step in range(events[-1].end + 1):
         sites.advance(events, step)
         logits(sites.model, TOKENS * 100)
@@ -402,14 +407,14 @@ def test_ln_free_models_have_the_training_models_logits_after_the_shipped_schedu
 
 
 def test_half_way_states_are_refused_by_the_names_of_what_is_left(make_gpt2):
-    events = resolve(Schedule(start=1, gap=Gaps(*[1.0] * 6)), 2, 20)
+    events = resolve(Schedule(start=1, gap=Gaps(*[1.0] * 6)), gpt2_sites(2), 20)
     for i, event in itertools.pairwise(events):
         sites = frozen(make_gpt2(), merged=False)
         for name in sites:
             sites[name].alpha.fill_(0)
         for step in range(1, i.step + 1):
             sites.advance(events, step)
-        with pytest.raises(CheckpointError, match=event.name if event.layer is not None else "ln_f"):
+        with pytest.raises(CheckpointError, match=event.name if event.layer is not None else "final"):
             sites.to_plain()
 
 

@@ -16,7 +16,7 @@ from finetune.__main__ import main
 from finetune.checkpoint import CheckpointError
 from finetune.evaluate import compare
 from finetune.recipe import Recipe, RecipeError
-from finetune.run_directory import InUseError, alone_in
+from finetune.run_directory import InUseError, directory_lock
 
 COLUMNS = [
     *("recipe", "seed", "tokens", "seconds", "gap", "jsd_ln_free", "jsd_control"),
@@ -111,7 +111,7 @@ def test_what_is_done_is_not_done_again(file: Path, done: Path, monkeypatch: pyt
 
 
 def test_another_process_is_kept_out(file: Path, done: Path):
-    with alone_in(done), pytest.raises(InUseError, match="Another process"):
+    with directory_lock(done), pytest.raises(InUseError, match="Another process"):
         sweep.run(file, done)
 
 
@@ -143,7 +143,7 @@ def do_few() -> None:
 
 
 def cut_off() -> None:
-    kill_at("finetune.run._conclude", 2)
+    kill_at("finetune.removal._conclude", 2)
     do_few()
 
 
@@ -294,7 +294,7 @@ def test_what_failed_otherwise_is_done_again(file: Path, done: Path, tmp_path: P
         raise CheckpointError("The Hub does not answer.")
 
     with monkeypatch.context() as patched:
-        patched.setattr("finetune.run._conclude", no_hub)
+        patched.setattr("finetune.removal._conclude", no_hub)
         table = sweep.run(few(file, tmp_path), tmp_path / "out")
     assert table["error"].tolist() == ["CheckpointError: The Hub does not answer."] * 2
     table = sweep.run(tmp_path / "few.yaml", tmp_path / "out")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune import text as text_module
-from finetune.bundled import resolve_model
+from finetune.bundled import MODELS
 from finetune.recipe import Text
 from finetune.text import Blocks, StreamedBlocks, TextError, load_blocks, load_text
 
@@ -35,12 +35,12 @@ def _isolated(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(resolve_model("micro"))
+    return AutoTokenizer.from_pretrained(MODELS["micro"])
 
 
 @pytest.fixture(scope="module")
 def tokenizer_without_eot():
-    fast = PreTrainedTokenizerFast(tokenizer_file=f"{resolve_model('micro')}/tokenizer.json")
+    fast = PreTrainedTokenizerFast(tokenizer_file=f"{MODELS['micro']}/tokenizer.json")
     assert fast.eos_token_id is None
     return fast
 
@@ -219,7 +219,7 @@ def test_document_ids_where_the_end_of_the_stream_is_held_out(tmp_path, tokenize
 
 def test_nothing_is_prepended(tmp_path):
     """Not even by a tokenizer that would."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("micro"))
+    tokenizer = AutoTokenizer.from_pretrained(MODELS["micro"])
     template = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", EOT)])
     tokenizer.backend_tokenizer.post_processor = template
     assert tokenizer(DOCUMENTS[0])["input_ids"][0] == EOT
@@ -335,7 +335,7 @@ def test_cache(tmp_path, tokenizer):
     assert flat(changed.train) != flat(first.train)
 
     # Another tokenizer with the same vocabulary.
-    other = AutoTokenizer.from_pretrained(resolve_model("micro"))
+    other = AutoTokenizer.from_pretrained(MODELS["micro"])
     state = json.loads(other.backend_tokenizer.to_str())
     state["model"]["merges"] = state["model"]["merges"][:100]
     other = PreTrainedTokenizerFast(
@@ -364,7 +364,7 @@ def _load_in_process(source, cache, queue):
             time.sleep(0.5)  # so that the others come meanwhile
             return super().__call__(documents, **options)
 
-    counting = Slow(AutoTokenizer.from_pretrained(resolve_model("micro")))
+    counting = Slow(AutoTokenizer.from_pretrained(MODELS["micro"]))
     splits = load_text(Text(source=source, held_out_fraction=0.1), counting, 16, VOCAB)
     queue.put((counting.documents, flat(splits.train)))
 

@@ -26,10 +26,11 @@ from transformers import GPT2LMHeadModel, TrainingArguments
 from finetune import recipe as recipes
 from finetune.objective import NextTokenLoss, next_token_loss
 from finetune.recipe import Recipe, Text
-from finetune.run import fit, set_up
+from finetune.removal import fit, set_up
+from finetune.removal_trainer import RemovalTrainer
 from finetune.run_directory import Run
 from finetune.sites import Sites
-from finetune.trainer import DivergedError, RemovalTrainer, checkpoints, training_arguments
+from finetune.training import DivergedError, checkpoints, training_arguments
 
 
 def fitted(recipe: Recipe, directory: Path, name: str = "ln_free") -> dict[str, torch.Tensor]:
@@ -78,7 +79,7 @@ class TestLog:
 
     def test_frozen_at_the_steps_of_the_schedule(self, run: Run):
         events = {line["step"]: line["frozen"] for line in read_log(run.directory, "ln_free") if line["frozen"]}
-        sites = ["h.0.ln_2", "h.1.ln_2", "h.0.qk", "h.1.qk", "h.0.v", "h.1.v", "ln_f", "merge eot", "merge bos"]
+        sites = ["h.0.mlp", "h.1.mlp", "h.0.qk", "h.1.qk", "h.0.v", "h.1.v", "final", "merge eot", "merge position_0"]
         assert events == {step: [site] for step, site in enumerate(sites, start=2)}
         assert not any(line["frozen"] for line in read_log(run.directory, "control"))
 
@@ -87,12 +88,12 @@ class TestLog:
         assert [line["step"] for line in log if "std" in line] == [0, 4, 8, 12]
         assert all(std["frozen"] is None for std in log[0]["std"].values())
         middle = log[4]["std"]
-        assert [site for site in middle if middle[site]["frozen"]] == ["h.0.qk", "h.0.ln_2", "h.1.ln_2"]
+        assert [site for site in middle if middle[site]["frozen"]] == ["h.0.qk", "h.0.mlp", "h.1.mlp"]
 
         ordinary, bos, eot = log[12]["std"]["h.0.v"]["frozen"]
         assert ordinary == bos == eot
         state = last_state(run.directory)
-        assert ordinary == state["transformer.h.0.attn.c_attn.norm.sites.1.frozen"][0].item()
+        assert ordinary == state["transformer.h.0.attn.c_attn.norm.divisors.1.frozen"][0].item()
 
     def test_live_stds_are_those_of_the_inputs(self, recipe: Recipe, run: Run):
         """At step 0, by a hook on what LayerNorm would see, token class by token class."""
@@ -109,7 +110,7 @@ class TestLog:
         ordinary[:, 0] = False
         expected = [std[ordinary].mean().item(), std[:, 0].mean().item(), std[eot].mean().item()]
 
-        live = read_log(run.directory, "ln_free")[0]["std"]["ln_f"]["live"]
+        live = read_log(run.directory, "ln_free")[0]["std"]["final"]["live"]
 
         assert [math.nan if number is None else number for number in live] == pytest.approx(
             expected, rel=1e-5, nan_ok=True
@@ -178,7 +179,7 @@ class TestOptimizer:
         names = {id(parameter): name for name, parameter in ours.model.named_parameters()}
         decayed, kept = ([names.pop(id(p)) for p in group["params"]] for group in groups)
         assert not names
-        assert all(name.endswith(("weight",)) and ".norm." not in name and "ln_f" not in name for name in decayed)
+        assert all(name.endswith(("weight",)) and ".norm." not in name and "final" not in name for name in decayed)
         assert len(decayed) == 2 + 2 * 4
         assert "transformer.ln_f.weight" in kept
         assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
@@ -367,7 +368,7 @@ class TestDivergence:
 
         for name, tensor in ours.model.state_dict().items():
             assert torch.equal(tensor, before[name]), name
-        assert "merge bos" in str(error.value)
+        assert "merge position_0" in str(error.value)
         saved = checkpoints(tmp_path)
         assert [path.name for path in saved] == ["checkpoint-5", "checkpoint-10"]
         assert str(saved[-1]) in str(error.value)
@@ -441,7 +442,7 @@ class TestDataOrder:
 def fit_compiled(recipe: Recipe) -> None:
     """Fit compiled to `compiled`, traced as ever but not turned into C++, which takes a minute; count the graphs."""
     quickly = partial(TrainingArguments, torch_compile_backend="aot_eager")
-    with mock.patch("finetune.trainer.TrainingArguments", quickly):
+    with mock.patch("finetune.training.TrainingArguments", quickly):
         fitted(recipe, Path("compiled"))
     counted = {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
     Path("counted.json").write_text(json.dumps(counted))

@@ -9,12 +9,13 @@ with σ̄ a constant: α = 0 is LayerNorm, α = 1 is a constant and linear in th
 for the device. Tokens at position 0 and end-of-text tokens have constants of their own until these are merged into
 the ordinary one.
 
-A block's `ln_1` is read on two paths that freeze at different times. The scale is one number a token, so it commutes
-with the weights: the QKV product is taken once, of the vector scaled for QK, and its V columns are rescaled.
+The norm in front of attention is read on two paths, QK and V, that freeze at different times. The scale is one number
+a token, so it commutes with the weights: the QKV product is taken once, of the vector scaled for QK, and its V columns
+are rescaled.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -24,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.recipe import StdMean, TokenClass
 
-CLASSES = ("ordinary", "bos", "eot")
-"""The classes of token, in the order of every buffer of length 3. Position 0 (`bos`) wins over end-of-text."""
+CLASSES = ("ordinary", "position_0", "eot")
+"""The classes of token, in the order of every buffer of length 3. Position 0 wins over end-of-text."""
 
 
 STD_MEANS: dict[StdMean, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -39,7 +40,7 @@ STD_MEANS: dict[StdMean, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Te
 class TokenClasses:
     """The class of every token of the batch that is in the model: written before a forward, read by every norm."""
 
-    def __init__(self, eot_token_id: int | None, own: Collection[TokenClass] = ("eot", "bos")) -> None:
+    def __init__(self, eot_token_id: int | None, own: Collection[TokenClass] = get_args(TokenClass)) -> None:
         """Tell the classes `own` from ordinary tokens."""
         self.eot_token_id, self.own = eot_token_id, own
         self.index: Int[Tensor, "batch pos"]
@@ -49,14 +50,14 @@ class TokenClasses:
         index = torch.zeros_like(input_ids)
         if "eot" in self.own and self.eot_token_id is not None:
             index = torch.where(input_ids == self.eot_token_id, CLASSES.index("eot"), index)
-        if "bos" in self.own and past_length == 0:
+        if "position_0" in self.own and past_length == 0:
             first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
-            index = torch.where(first, CLASSES.index("bos"), index)
+            index = torch.where(first, CLASSES.index("position_0"), index)
         self.index = index
 
 
-class Site(nn.Module):
-    """One place that divides by a std: what was measured there, its constants, and how far it is frozen."""
+class Divisor(nn.Module):
+    """What divides at one site: the std that was measured there, its constants, and how far it is frozen."""
 
     std_sum: Float[Tensor, "3"]
     std_count: Float[Tensor, "3"]
@@ -138,13 +139,13 @@ class _Normalise(torch.autograd.Function):
 
 
 class FakeLayerNorm(nn.Module):
-    """A LayerNorm whose std can be frozen, read on one path (`ln_2`, `ln_f`) or on several (`ln_1`: QK and V).
+    """A LayerNorm whose std can be frozen, read on one path or, as that in front of attention, on several (QK and V).
 
-    It takes over the parameters of `norm` and starts as LayerNorm exactly. `live_std` holds the σ of the last forward,
-    [batch pos], with its graph: the auxiliary loss trains through it.
+    It has a `Divisor` for each path. It takes over the parameters of `norm` and starts as LayerNorm exactly. `live_std`
+    holds the σ of the last forward, [batch pos], with its graph: the auxiliary loss trains through it.
     """
 
-    sites: Sequence[Site]
+    divisors: Sequence[Divisor]
 
     def __init__(
         self, norm: nn.LayerNorm, n_paths: int, classes: TokenClasses, std_mean: StdMean = "arithmetic"
@@ -152,8 +153,8 @@ class FakeLayerNorm(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         dtype = _statistics_dtype(norm.weight.dtype)
-        sites = (Site(dtype, norm.weight.device, std_mean) for _ in range(n_paths))
-        self.sites = nn.ModuleList(sites)  # type: ignore[assignment]
+        divisors = (Divisor(dtype, norm.weight.device, std_mean) for _ in range(n_paths))
+        self.divisors = nn.ModuleList(divisors)  # type: ignore[assignment]
         self.classes = classes
         self.live_std: Float[Tensor, "batch pos"]
 
@@ -161,7 +162,7 @@ class FakeLayerNorm(nn.Module):
         self, x: Float[Tensor, "batch pos d"]
     ) -> tuple[Float[Tensor, "batch pos d"], list[Float[Tensor, "batch pos 1"]]]:
         """Return x centred and divided by the first path's scale, and that scale over each other path's."""
-        first, *others = self.sites
+        first, *others = self.divisors
         classes = self.classes.index
         frozen_part = first.frozen_part(classes)
         y, std = _Normalise.apply(x.to(_statistics_dtype(x.dtype)), frozen_part, first.alpha, self.eps)
@@ -225,8 +226,8 @@ class NormedConv1D(nn.Module):
 
     def _column_stds(self) -> Float[Tensor, " out"]:
         """Return the constant that divides each output column."""
-        stds = [site.frozen[0].expand(width) for site, width in zip(self.norm.sites, self.widths, strict=True)]
-        return torch.cat(stds)
+        divisors = zip(self.norm.divisors, self.widths, strict=True)
+        return torch.cat([divisor.frozen[0].expand(width) for divisor, width in divisors])
 
     @torch.no_grad()
     def _measure(self, x: Float[Tensor, "batch pos d"]) -> None:

@@ -10,13 +10,13 @@ from torch.autograd.functional import jacobian
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from finetune.fake_layernorm import CLASSES, FakeLayerNorm, NormedConv1D, TokenClasses, _Normalise
+from finetune.fake_norm import CLASSES, FakeLayerNorm, NormedConv1D, TokenClasses, _Normalise
 
 EOT = 9
 TOKENS = torch.tensor([[1, 2, EOT, 3, EOT], [EOT, 4, 5, 6, 7]])
 CLASS_OF_TOKEN = [
-    ["bos", "ordinary", "eot", "ordinary", "eot"],
-    ["bos", "ordinary", "ordinary", "ordinary", "ordinary"],
+    ["position_0", "ordinary", "eot", "ordinary", "eot"],
+    ["position_0", "ordinary", "ordinary", "ordinary", "ordinary"],
 ]
 D = 6
 STATES = [(alpha, merged) for alpha in (0.0, 0.3, 1.0) for merged in (0.0, 0.5, 1.0)]
@@ -74,7 +74,7 @@ def _seed():
 def test_alpha_0_is_layer_norm(dtype, tolerance, bias):
     norm, x = layer_norm(dtype=dtype, bias=bias), stream(dtype)
     fake = FakeLayerNorm(norm, 1, classes())
-    set_site(fake.sites[0], 0.0)
+    set_site(fake.divisors[0], 0.0)
     torch.testing.assert_close(fake(x), norm(x), rtol=tolerance, atol=tolerance)
     found, expected = (gradients(f(x), x, *norm.parameters()) for f in (fake, norm))
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -85,7 +85,7 @@ def test_alpha_0_is_layer_norm(dtype, tolerance, bias):
 def test_every_class_is_divided_by_its_scale(alpha, merged, bias):
     norm, x, frozen = layer_norm(bias=bias), stream(), (2.0, 7.0, 0.3)
     fake = FakeLayerNorm(norm, 1, classes())
-    set_site(fake.sites[0], alpha, frozen, merged)
+    set_site(fake.divisors[0], alpha, frozen, merged)
     expected = reference(x, norm, alpha, torch.tensor(frozen).double(), merged)
     torch.testing.assert_close(fake(x), expected, rtol=1e-6, atol=1e-6)  # the frozen stds were set in float32
     found, expected = (gradients(y, x, *norm.parameters()) for y in (fake(x), expected))
@@ -125,7 +125,7 @@ def test_statistics_of_bfloat16_are_float32():
 def test_a_frozen_site_is_the_linear_map_centre_divide_gain():
     norm, frozen = layer_norm(), (2.0, 8.0, 0.5)
     fake = FakeLayerNorm(norm, 1, classes())
-    set_site(fake.sites[0], 1.0, frozen)
+    set_site(fake.divisors[0], 1.0, frozen)
     centring = torch.eye(D, dtype=torch.float64) - 1 / D
     for x in (stream().detach(), 100 * stream().detach()):
         jacobian_of_x = jacobian(fake, x)
@@ -138,7 +138,7 @@ def test_a_frozen_site_is_the_linear_map_centre_divide_gain():
 
 def test_a_frozen_site_does_not_see_the_std():
     fake = FakeLayerNorm(layer_norm(), 1, classes())
-    set_site(fake.sites[0], 1.0)
+    set_site(fake.divisors[0], 1.0)
     x = stream().detach()
     centre = x.mean(-1, keepdim=True)
     wider = centre + 10 * (x - centre)
@@ -149,9 +149,9 @@ def test_a_frozen_site_does_not_see_the_std():
 def test_the_constant_of_position_0_reaches_position_0_and_no_hidden_dimension():
     fake = FakeLayerNorm(layer_norm(), 1, classes())
     x = stream()
-    set_site(fake.sites[0], 1.0, (2.0, 2.0, 2.0))
+    set_site(fake.divisors[0], 1.0, (2.0, 2.0, 2.0))
     before = fake(x)
-    set_site(fake.sites[0], 1.0, (2.0, 1000.0, 2.0))
+    set_site(fake.divisors[0], 1.0, (2.0, 1000.0, 2.0))
     ratio = (fake(x) - fake.bias) / (before - fake.bias)
     torch.testing.assert_close(ratio[:, 0], torch.full_like(ratio[:, 0], 2 / 1000))
     torch.testing.assert_close(ratio[:, 1:], torch.ones_like(ratio[:, 1:]))
@@ -161,7 +161,7 @@ def test_the_constant_of_position_0_reaches_position_0_and_no_hidden_dimension()
 def test_a_norm_without_bias_still_centres_and_divides(alpha):
     norm = nn.LayerNorm(D, bias=False, dtype=torch.float64)
     fake = FakeLayerNorm(norm, 1, classes())
-    set_site(fake.sites[0], alpha, (4.0, 4.0, 4.0))
+    set_site(fake.divisors[0], alpha, (4.0, 4.0, 4.0))
     y = fake(stream())
     torch.testing.assert_close(y.mean(-1), torch.zeros_like(y[..., 0]))
     scale = 1.0 if alpha == 0 else fake.live_std / 4
@@ -181,11 +181,11 @@ def test_classes_of_tokens():
 def test_classes_without_end_of_text():
     classes = TokenClasses(None)
     classes.set(TOKENS)
-    assert [[CLASSES[c] for c in row] for row in classes.index.tolist()] == [["bos"] + ["ordinary"] * 4] * 2
+    assert [[CLASSES[c] for c in row] for row in classes.index.tolist()] == [["position_0"] + ["ordinary"] * 4] * 2
 
 
 def test_a_class_without_tokens_has_the_constant_of_ordinary_tokens():
-    site = FakeLayerNorm(layer_norm(), 1, classes()).sites[0]
+    site = FakeLayerNorm(layer_norm(), 1, classes()).divisors[0]
     site.update(torch.tensor([6.0, 10.0, 0.0]).double(), torch.tensor([3.0, 2.0, 0.0]).double(), 0.9)
     site.freeze()
     assert site.frozen.tolist() == [2.0, 5.0, 2.0]
@@ -196,7 +196,7 @@ def normed_conv(d, widths, merged=0.0, bias=True, dtype=torch.float64, tokens=TO
     nn.init.normal_(conv.weight)
     nn.init.normal_(conv.bias)
     module = NormedConv1D(FakeLayerNorm(layer_norm(d, dtype, bias), len(widths), classes(tokens)), conv, widths)
-    for i, site in enumerate(module.norm.sites):
+    for i, site in enumerate(module.norm.divisors):
         alpha = torch.rand(()) if alphas is None else alphas[i]
         set_site(site, alpha, (torch.rand(3) + 0.5).tolist(), merged)
     return module
@@ -207,7 +207,7 @@ def separate_products(module: NormedConv1D, x):
     parts = []
     for i, weight in enumerate(module.conv.weight.split(module.widths, dim=1)):
         path = copy.copy(module.norm)  # the same parameters
-        path._modules = {"sites": nn.ModuleList([module.norm.sites[i]])}
+        path._modules = {"divisors": nn.ModuleList([module.norm.divisors[i]])}
         parts.append(path(x) @ weight + module.conv.bias.split(module.widths)[i])
     return torch.cat(parts, -1)
 
@@ -243,7 +243,7 @@ def test_no_scale_reaches_a_bias():
     at_mean = torch.full((*TOKENS.shape, D), 3.0, dtype=torch.float64)
     expected = (module.norm.bias @ module.conv.weight + module.conv.bias).expand(*TOKENS.shape, -1)
     for frozen in ((1.0, 2.0, 3.0), (50.0, 0.1, 7.0)):
-        set_site(module.norm.sites[1], 1.0, frozen)
+        set_site(module.norm.divisors[1], 1.0, frozen)
         torch.testing.assert_close(module(at_mean), expected)
 
 

@@ -5,7 +5,7 @@ RUN/replay.yaml    of an adaptive schedule: the recipe with the steps that it ca
 RUN/log.jsonl      one line a step of each fit
 RUN/checkpoints/   to resume from
 RUN/control/       fine-tuned the same way with LayerNorm kept
-RUN/ln_free/       without LayerNorm: an ordinary GPT2LMHeadModel directory, with a model card
+RUN/ln_free/       without LayerNorm: an ordinary checkpoint of the model's own class, with a model card
 RUN/documents.csv  original, control and LN-free on each document of held-out text
 RUN/results.csv    the same on all of it
 """
@@ -22,21 +22,22 @@ from typing import Any
 import pandas as pd
 from accelerate import PartialState
 from torch import nn
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import checkpoint, evaluate, pretrain, schedule
+from finetune import checkpoint, evaluate, families, folding, schedule
 from finetune import recipe as recipes
 from finetune.bundled import MODELS
-from finetune.checkpoint import CausalLM
+from finetune.errors import CheckpointError
+from finetune.names import is_local
+from finetune.processes import check_processes
 from finetune.recipe import Recipe, Text
+from finetune.removal_trainer import RemovalTrainer
 from finetune.run_directory import (
     Run,
-    alone_in,
     control_of,
-    is_local,
+    directory_lock,
     new_directory,
     push,
-    recipe_of,
     render,
     write,
     write_recipe,
@@ -44,11 +45,11 @@ from finetune.run_directory import (
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import TextSplits, load_text
-from finetune.trainer import RemovalTrainer, check_processes, checkpoints, fuse_gelu
+from finetune.training import checkpoints, fuse_gelu
 
 
 def remove_layernorm(
-    model: str | Path | GPT2LMHeadModel | None = None,
+    model: str | Path | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: str | Path | Text | None = None,
     recipe: str | Path | Recipe = "micro",
@@ -71,13 +72,13 @@ def remove_layernorm(
     recipe = recipes.with_text(recipe if isinstance(recipe, Recipe) else recipes.load(recipe), text)
     if isinstance(model, str | Path):
         recipe = dataclasses.replace(recipe, model=str(model), revision=None)
-    return start(recipe, out, model if isinstance(model, GPT2LMHeadModel) else None, tokenizer)
+    return start(recipe, out, model if isinstance(model, PreTrainedModel) else None, tokenizer)
 
 
 def start(
     recipe: Recipe,
     out: str | Path | None = None,
-    model: GPT2LMHeadModel | None = None,
+    model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Run:
     """Run `recipe`, with the model and tokenizer in memory in place of those that it names, if they are given.
@@ -98,21 +99,7 @@ def start(
             checkpoint.save(setup.model, directory / "original", setup.tokenizer)
         write_recipe(recipe, directory)
     PartialState().wait_for_everyone()
-    return _complete(setup, directory)
-
-
-def resume(directory: str | Path) -> Run:
-    """Take up a run of either kind where its newest complete checkpoint is; a complete one is only measured again.
-
-    Raises:
-        RecipeError, CheckpointError, TextError, DivergedError: as `remove_layernorm`.
-        InUseError: it is still running.
-    """
-    directory = Path(directory).absolute()
-    recipe = recipe_of(directory)
-    if isinstance(recipe, Recipe):
-        return _complete(set_up(recipe), directory)
-    return pretrain.complete(pretrain.set_up(recipe), directory)
+    return complete(setup, directory)
 
 
 @dataclass(frozen=True)
@@ -120,14 +107,14 @@ class Setup:
     """A recipe with all that it names: loaded, checked against each other, and ready to be trained."""
 
     recipe: Recipe
-    model: GPT2LMHeadModel
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     events: list[Event]
     text: TextSplits
 
 
 def set_up(
-    recipe: Recipe, model: GPT2LMHeadModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    recipe: Recipe, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Setup:
     """Load what `recipe` names, the cheapest checks first.
 
@@ -136,28 +123,27 @@ def set_up(
     """
     check_processes(recipe)
     config = checkpoint.load_config(recipe.model, recipe.revision) if model is None else model.config
-    events = schedule.resolve(recipe.schedule, config.n_layer, recipe.steps)
+    family = families.family_of(config, recipe.model) if model is None else families.family_of(model)
+    sites = family.sites_of(config.num_hidden_layers)
+    events = schedule.resolve(recipe.schedule, sites, recipe.steps)
     if recipe.control_from is not None:
         checkpoint.load_config(recipe.control_from)
     if tokenizer is None:
         if model is not None:
-            raise checkpoint.CheckpointError("A model in memory needs its tokenizer: pass it as `tokenizer`.")
+            raise CheckpointError("A model in memory needs its tokenizer: pass it as `tokenizer`.")
         tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
     # A model in memory stays as it is, on its device and in its mode.
-    if model is None:
-        model = checkpoint.require_gpt2(checkpoint.load(recipe.model, recipe.revision))
-    else:
-        model = copy.deepcopy(model).float()
-    if (norms := checkpoint.norm_state(model)) != "live":
+    model = checkpoint.load(recipe.model, recipe.revision) if model is None else copy.deepcopy(model).float()
+    if (norms := folding.norm_state(model)) != "live":
         name = model.name_or_path or "the model in memory"
-        raise checkpoint.CheckpointError(f"The norms of {name} are {norms}: there is no LayerNorm left to remove.")
-    text = load_text(recipe.text, tokenizer, config.n_positions, config.vocab_size, seed=recipe.seed)
+        raise CheckpointError(f"The norms of {name} are {norms}: there is no LayerNorm left to remove.")
+    text = load_text(recipe.text, tokenizer, config.max_position_embeddings, config.vocab_size, seed=recipe.seed)
     return Setup(recipe, model, tokenizer, events, text)
 
 
-def _complete(setup: Setup, directory: Path) -> Run:
+def complete(setup: Setup, directory: Path) -> Run:
     """Do what is still to be done of a run: fit, export and compare."""
-    with alone_in(directory / "checkpoints", PartialState().is_main_process):
+    with directory_lock(directory / "checkpoints", PartialState().is_main_process):
         fit(setup, directory, "ln_free", setup.events)
         if setup.recipe.control and setup.recipe.control_from is None:
             fit(setup, directory, "control", [])
@@ -188,7 +174,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> No
             write(directory / "replay.yaml", recipes.dump(_replay(recipe, trainer.events)))
         plain = sites.to_plain()
         if events:
-            plain = checkpoint.convert(plain, recipe.export_format)
+            plain = folding.convert(plain, recipe.export_format)
         checkpoint.save(plain, directory / name, setup.tokenizer)
     PartialState().wait_for_everyone()
 
@@ -202,7 +188,7 @@ def _replay(recipe: Recipe, events: Sequence[Event]) -> Recipe:
     return dataclasses.replace(recipe, schedule=schedule)
 
 
-def _ready(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of `model` as it is run in training: without dropout, the same function otherwise."""
     model = copy.deepcopy(model).float()
     model.config.use_cache = False
@@ -218,7 +204,7 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
     state = PartialState()
     if state.is_main_process:
         recipe = setup.recipe
-        models: dict[str, CausalLM] = {"original": setup.model}
+        models: dict[str, PreTrainedModel] = {"original": setup.model}
         if control := control_of(recipe, directory):
             models["control"] = checkpoint.load(control)
         models["ln_free"] = checkpoint.load(directory / "ln_free")
@@ -250,7 +236,8 @@ def _card(setup: Setup, directory: Path, name: str, results: pd.DataFrame, log: 
         base_model=None if is_local(model) or model in MODELS else model,
         recipe=setup.recipe,
         config=setup.model.config,
+        sites=sum(len(norm.sites) for norm in folding.norms_of(setup.model)),
         events=[(line["step"], line["frozen"]) for line in log if line["model"] == name and line["frozen"]],
-        tokens=setup.recipe.steps * setup.recipe.batch * setup.model.config.n_positions,
+        tokens=setup.recipe.steps * setup.recipe.batch * setup.model.config.max_position_embeddings,
         results=results.to_dict("records"),
     )

@@ -1,0 +1,67 @@
+"""The short names of models, bundled and published, and what each stands for: a directory, or a model on the Hub.
+
+A name that is neither bundled nor published is a directory or a Hub id.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from finetune.bundled import MODELS, TEXTS
+
+Format = Literal["b25", "h24"]
+"""How a checkpoint without norms is written: see `folding`."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model."""
+
+    id: str
+    revision: str
+    format: Format | None
+    """None: LN is kept, a control."""
+    base: str
+    """The model it was made from, whose tokenizer it uses."""
+    paper: str
+    checked: bool = False
+    """Whether it was itself loaded and checked, and not only models of its format."""
+
+
+_H24 = "arXiv 2409.13710"
+_B25 = "arXiv 2507.02559"
+_NO_LN = "apollo-research/gpt2_noLN"
+
+PUBLISHED: dict[str, Published] = {
+    "gpt2_noLN": Published(_NO_LN, "main", "h24", "openai-community/gpt2", _H24),
+    **{
+        f"gpt2_noLN-{version}": Published(_NO_LN, version, "h24", "openai-community/gpt2", _H24)
+        for version in ("v1", "v2", "v3", "v4", "v5")
+    },
+    **{
+        f"gpt2_noLN-{control}": Published(_NO_LN, control, None, "openai-community/gpt2", _H24)
+        for control in ("vanilla", "vanilla_1200")
+    },
+    **{
+        name: Published(f"schaeff/{name}", "main", "b25", f"openai-community/{base}", _B25)
+        for name, base in {
+            "gpt2-small_LNFree300": "gpt2",
+            "gpt2-medium_LNFree500": "gpt2-medium",
+            "gpt2-large_LNFree600": "gpt2-large",
+            "gpt2-xl_LNFree800": "gpt2-xl",
+        }.items()
+    },
+}
+"""Short names of published models."""
+
+
+def resolve(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+    """Return the directory or the Hub id that a name stands for, and its revision."""
+    if published := PUBLISHED.get(str(name)):
+        return published.id, revision or published.revision
+    return str(MODELS.get(str(name), name)), revision
+
+
+def is_local(name: str) -> bool:
+    """Return whether a name, of a model or of a text, is a path that exists, and not that of what is bundled."""
+    return name not in MODELS | TEXTS and Path(name).expanduser().exists()

@@ -1,0 +1,191 @@
+"""Trains a model through the removal of its norms: the schedule as a callback, the losses, and what is logged of them.
+
+An optimizer step of the removal, in order:
+1. Sites are brought to where the schedule has them (`Sites.advance`).
+2. For each micro-batch: forward, loss, backward; the live stds of the forward are kept (`Sites.observe`).
+3. The losses, copied to the host since the forward, are checked before the weights move.
+4. The stds of all micro-batches and processes go into the running means (`Sites.update`); the optimizer steps.
+5. The step's record waits on the device until the next report, so that no step waits for the device.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
+from finetune import objective, schedule
+from finetune.objective import Head, unembedding
+from finetune.recipe import Recipe
+from finetune.schedule import Event
+from finetune.sites import Sites
+from finetune.training import DivergedError, Record, RunTrainer
+
+
+class RemovalTrainer(RunTrainer):
+    """Trains a model with `Sites` in it through a schedule; with no events it is the control.
+
+    `directory` takes the checkpoints, `log_path` one line of JSON a step: model (`name`), step, tokens seen so far,
+    means over the step of loss (cross-entropy, nats/token), of kl and distance to the teacher (0 without one) and of
+    aux (the auxiliary loss), lr, grad_norm, frozen (what froze at this step) and seconds; with a teacher
+    teacher_seconds, of its forward but for the unembedding; every `log_every` steps std, for each site the live and the
+    frozen stds by class of token.
+    """
+
+    recipe: Recipe
+    _record: "_RemovalRecord"
+
+    def __init__(
+        self,
+        sites: Sites,
+        recipe: Recipe,
+        events: Sequence[Event],
+        text: Dataset[dict[str, Tensor]],
+        directory: Path,
+        log_path: Path,
+        name: str,
+        teacher: PreTrainedModel | None = None,
+    ) -> None:
+        self.sites, self.removes = sites, bool(events)
+        adaptive = self.removes and recipe.schedule.tolerance is not None
+        self.pacing = schedule.Pacing(events, recipe.schedule, recipe.steps) if adaptive else None
+        self.events = [] if adaptive else list(events)  # with a pacing, those that have begun
+        objective.defer_unembedding(sites.model)
+        super().__init__(sites.model, recipe, text, directory, _RemovalRecord(self, log_path, name))
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.requires_grad_(False).to(device=self.args.device, dtype=self._dtype)  # type: ignore[call-arg]
+        # The streams between blocks are matched: one block has none.
+        self._matches = teacher is not None and recipe.match_weight > 0 and sites.model.config.num_hidden_layers > 1
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        """Return the loss of the next token, plus the auxiliary loss where a schedule is run."""
+        input_ids, recipe = inputs["input_ids"], self.recipe
+        own = model(input_ids=input_ids, use_cache=False, output_hidden_states=self._matches)
+        head, teacher = Head(own.logits, unembedding(self.sites.model)), None
+        auxiliary = distance = own.logits.new_zeros(())
+        if self.teacher is not None:
+            with self._record.teacher_clock(input_ids.device), torch.no_grad():
+                original = self.teacher.base_model(
+                    input_ids=input_ids, use_cache=False, output_hidden_states=self._matches
+                )
+            teacher = Head(original.last_hidden_state, unembedding(self.teacher))
+            if self._matches:
+                # The first is the embeddings, the last is behind the final norm: what it unembeds to is matched by KL.
+                distance = objective.residual_distance(own.hidden_states[1:-1], original.hidden_states[1:-1])
+        kl_weight = recipe.kl_weight if teacher else 0.0
+        loss = objective.next_token_loss(head, input_ids, teacher, kl_weight, self._dtype)
+        if self.removes and recipe.aux_weight:
+            auxiliary = objective.auxiliary_loss(self.sites.norms[-1].live_std, self.sites.classes.index)
+        self._record.keep(torch.stack([loss.cross_entropy, loss.kl, distance.detach(), auxiliary.detach()]))
+        if self._matches:
+            assert self.lr_scheduler is not None
+            distance = distance * recipe.match_weight * self.lr_scheduler.get_last_lr()[0] / recipe.lr
+        return loss.total + distance + recipe.aux_weight * auxiliary
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a micro-batch forward and backward, and observe its stds once, recomputed or not."""
+        loss = super().training_step(*args, **kwargs)
+        self.sites.observe()
+        return loss
+
+
+class _RemovalRecord(Record):
+    """Runs the schedule too, and logs what froze, the stds and the teacher's time."""
+
+    trainer: RemovalTrainer
+    parts = ("loss", "kl", "distance", "aux")
+    advice = "Larger gaps in the schedule, a lower lr and a higher min_lr make the removal steadier."
+
+    def __init__(self, trainer: RemovalTrainer, path: Path, name: str) -> None:
+        super().__init__(trainer, path, name)
+        self._teacher: list[Callable[[], float]] = []
+
+    @contextlib.contextmanager
+    def teacher_clock(self, device: torch.device) -> Iterator[None]:
+        """Time what the teacher does; on CUDA on the device's own clock, which is read when the log is written."""
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._teacher.append(lambda: begin.elapsed_time(end) / 1000)
+        else:
+            before = time.perf_counter()
+            yield
+            seconds = time.perf_counter() - before
+            self._teacher.append(lambda: seconds)
+
+    def replay(self, log: list[dict[str, Any]], step: int) -> None:
+        """Take the decisions of an adaptive schedule once more."""
+        for line in log:
+            self._begin_events(line["step"])
+            self._observe(line["loss"], line["kl"])
+        begun = [event.name for event in self.trainer.events if event.step < step]
+        self._frozen = begun[-1] if begun else "none"
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Bring the sites to where the schedule has them."""
+        self._begin_events(state.global_step)
+        sites = self.trainer.sites
+        constant = sites.constant
+        self._begun = [event.name for event in sites.advance(self.trainer.events, state.global_step)]
+        if self._begun:
+            self._frozen = self._begun[-1]
+        if sites.constant and not constant:
+            compiling = ", the compiled model is compiled once more" if args.torch_compile else ""
+            self.bar.write(f"Step {state.global_step}: every norm is a constant from here on{compiling}.")
+
+    def _begin_events(self, step: int) -> None:
+        if self.trainer.pacing is not None:
+            self.trainer.events += self.trainer.pacing.begin(step)
+
+    def _observe(self, cross_entropy: float, kl: float) -> None:
+        if self.trainer.pacing is not None:
+            kl_weight = self.trainer.recipe.kl_weight
+            self.trainer.pacing.observe((1 - kl_weight) * cross_entropy + kl_weight * kl)
+
+    def measure(self, line: dict[str, Any], losses: Float[Tensor, " part"]) -> list[Tensor]:
+        """Update the running stds; at the interval return live and frozen ones."""
+        recipe, sites = self.trainer.recipe, self.trainer.sites
+        live = sites.update(recipe.std_decay)
+        line["frozen"] = self._begun
+        if self.trainer.teacher is not None:
+            line["teacher_seconds"], self._teacher = self._teacher, []
+        if self.trainer.pacing is not None:
+            self._observe(*losses[:2].tolist())  # waits for the device; rounded as in the log, to be replayed from it
+        return [live.flatten(), sites.constants().flatten()] if line["step"] % recipe.log_every == 0 else []
+
+    def status(self) -> dict[str, str]:
+        """Return what froze last, but of the control."""
+        return {"frozen": self._frozen} if self.trainer.removes else {}
+
+    def diverged(self, what: str) -> DivergedError:
+        """Say what froze last, too."""
+        return super().diverged(f"{what}; the last to freeze was {self._frozen}")
+
+    def named(self, numbers: Float[Tensor, " number"], line: dict[str, Any]) -> dict[str, Any]:
+        """Return the stds by site, and read the teacher's clocks, too."""
+        named = super().named(numbers, line)
+        if "teacher_seconds" in line:
+            named["teacher_seconds"] = round(sum(clock() for clock in line["teacher_seconds"]), 4)
+        stds = numbers[len(self.parts) + 1 :]
+        if len(stds):
+            sites = list(self.trainer.sites)
+            live, constants = stds.view(2, len(sites), -1)
+            begun = {event.name for event in self.trainer.events if event.step <= line["step"]}
+            named["std"] = {
+                site: {
+                    "live": [None if math.isnan(std) else std for std in live[i].tolist()],
+                    "frozen": constants[i].tolist() if site in begun else None,
+                }
+                for i, site in enumerate(sites)
+            }
+        return named
