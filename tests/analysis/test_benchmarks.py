@@ -63,11 +63,7 @@ def pair(plain, tokenizer):
     """An original and an LN-free model."""
 
     def make(tool=None):
-        ln_free = plain(3, layer_norm_epsilon=1e12)
-        for name, parameter in ln_free.named_parameters():
-            if "ln_" in name and name.endswith("weight"):
-                parameter.data *= 1e6
-        return load_trio(plain(1), None, ln_free, tokenizer, tool=tool)
+        return load_trio(plain(1), None, plain(3, frozen=True), tokenizer, tool=tool)
 
     return make
 

@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from models import random_model
 from test_patching import PAIRS, word_level
 from torch import nn
 
@@ -21,22 +22,16 @@ from analysis import (
 )
 from analysis.readout import Readout
 from analysis.stream import Stream
-from finetune.blocks import BLOCKS, BlocksForCausalLM, block_config, signals, to_gpt2
+from finetune.blocks import BLOCKS, BlocksForCausalLM, signals, to_gpt2
 from finetune.checkpoint import CheckpointError, load_tokenizer
 from finetune.errors import NolnError
 
-SHAPE = {"vocab_size": 23, "n_positions": 11, "n_embd": 12, "n_layer": 3, "n_head": 3}
 TOKENS = torch.randint(23, (5, 11), generator=torch.Generator().manual_seed(0))
 each_block = pytest.mark.parametrize("name", BLOCKS)
 
 
-def make(name: str, seed: int = 0, **knobs) -> BlocksForCausalLM:
-    """A model in float64 whose every parameter matters."""
-    torch.manual_seed(seed)
-    model = BlocksForCausalLM(block_config(name, **{**SHAPE, **knobs})).double().eval()
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
+def make(name: str, **knobs) -> BlocksForCausalLM:
+    return random_model("blocks", block=name, dtype=torch.float64, **{"n_layer": 3, **knobs})
 
 
 @torch.no_grad()
@@ -331,7 +326,7 @@ def test_half_precision():
 
 @torch.no_grad()
 def test_a_text_is_read_behind_the_begin_of_sequence_token():
-    source = BlocksForCausalLM(block_config("op", n_layer=1, n_embd=12, n_head=3, vocab_size=4096))
+    source = make("op", vocab_size=4096)
     tokenizer = load_tokenizer("micro")
     hooked = load_hooked_blocks(source, tokenizer)
     ids = tokenizer.encode("It is a truth")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import at_call, finetune, read_log, run_forked, tiny_gpt2
+from helpers import at_call, finetune, read_log, run_forked
+from models import tiny_gpt2
 from safetensors.torch import load_file
 
 from finetune import recipe as recipes

@@ -18,7 +18,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import finetune, kill_at, read_log, run_forked, tiny_gpt2
+from helpers import finetune, kill_at, read_log, run_forked
+from models import tiny_gpt2
 from safetensors.torch import load_file
 
 from finetune import checkpoint, folding, remove_layernorm, resume, run_directory
