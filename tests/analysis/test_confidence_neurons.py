@@ -8,7 +8,7 @@ from contract import EOT, TL4, TOKENS, assert_keeps_contract, assert_plots_by_mo
 from scipy.stats import entropy
 
 from analysis import confidence_neurons, load_bridge, load_trio
-from finetune import NolnError
+from finetune.errors import NolnError
 from finetune.families import FAMILIES
 from finetune.recipe import Gaps, Schedule
 from finetune.schedule import resolve
@@ -130,7 +130,7 @@ def test_a_planted_confidence_neuron_is_found_and_acts_through_ln_alone(make_gpt
     assert confidence_neurons.candidates(model)[0] == 13
     frame = confidence_neurons.measure({"m": model}, TOKENS, [13])
     assert frame["direct"].abs().max() < 1e-6
-    assert frame["through_ln"].abs().max() > 1e-2
+    assert frame["through_ln"].abs().max() > 1e-3
     (in_null, _) = confidence_neurons.measure_spectrum({"m": model}, [13]).groupby("neurons", sort=False)
     assert in_null[1]["cumulative"].iloc[-3] == pytest.approx(0, abs=1e-12)
 

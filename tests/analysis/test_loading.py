@@ -1,7 +1,6 @@
 import copy
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import random_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 import analysis
 from analysis import loading
@@ -27,33 +27,11 @@ only_tl3 = pytest.mark.skipif(TL4, reason="TransformerLens 4 has no HookedTransf
 TEXT = "It is a truth universally acknowledged"
 
 
-def gpt2(kind: str = "b25", *, seed: int = 0, **config) -> GPT2LMHeadModel:
-    """A random GPT-2 whose every parameter matters: "ordinary", or LN-free in the format b25 or h24."""
+def gpt2(kind: str = "b25", **config) -> GPT2LMHeadModel:
+    """A random GPT-2: "ordinary", or LN-free in the format b25 or h24."""
     shape = {"vocab_size": 29, "n_positions": 12, "n_embd": 24, "n_head": 4, "n_layer": 3}
-    eps = 1e-5 if kind == "ordinary" else 1e12
-    model = GPT2LMHeadModel(GPT2Config(**{**shape, **config}, layer_norm_epsilon=eps, eos_token_id=0)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "ln_" in name and name.endswith("weight"):
-            parameter.data.normal_(1, 0.3, generator=generator)
-            if kind != "ordinary":
-                parameter.data *= 1e6 / (0.8 + torch.rand(1, generator=generator))
-        elif ".c_" in name and name.endswith("weight"):
-            parameter.data.normal_(0, 0.7 / parameter.shape[0] ** 0.5, generator=generator)
-        else:
-            parameter.data.normal_(0, 0.5, generator=generator)
+    model = random_model(std=0.15, frozen=kind != "ordinary", **shape | config)
     return convert(model, "h24") if kind == "h24" else model
-
-
-def ln_free_micro() -> GPT2LMHeadModel:
-    """The bundled model with its LNs frozen at the std of 1: not a good one, but of its shape and vocabulary."""
-    model = load("micro")
-    model.config.layer_norm_epsilon = 1e12
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e12
-            module.weight.data *= 1e6
-    return model
 
 
 @torch.no_grad()
@@ -184,7 +162,7 @@ def test_nnsight_agrees_with_plain_transformers(kind):
 
 
 def test_nnsight_traces_text_and_generates():
-    plain, tokenizer = ln_free_micro(), load_tokenizer("micro")
+    plain, tokenizer = load("micro-ln-free"), load_tokenizer("micro")
     model = analysis.load_nnsight(plain, tokenizer)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     with torch.no_grad(), model.trace(TEXT):
@@ -214,7 +192,7 @@ def test_nnsight_over_the_hooked_model():
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("kind", ["b25", "h24", "micro"])
 def test_the_residual_stream_adds_up_to_the_logits(tool, kind):
-    plain = ln_free_micro() if kind == "micro" else gpt2(kind)
+    plain = load("micro-ln-free") if kind == "micro" else gpt2(kind)
     tokens = random_tokens()
     model = LOAD[tool](plain)
     found = tool_activations(model, tokens)
@@ -267,13 +245,15 @@ def test_an_ordinary_model_keeps_its_ln():
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_tokens_and_generation(tool):
-    plain, tokenizer = ln_free_micro(), load_tokenizer("micro")
+    plain, tokenizer = load("micro-ln-free"), load_tokenizer("micro")
     model = LOAD[tool](plain, tokenizer)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     assert torch.equal(model.to_tokens(TEXT, prepend_bos=False), ids)
     with_bos = model.to_tokens(TEXT)
     assert torch.equal(with_bos, torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1))
-    greedy = plain.generate(with_bos, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    everything = torch.ones_like(with_bos)  # or else the token 0, which leads, would be taken for padding
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    greedy = plain.generate(with_bos, attention_mask=everything, **options)
     found = model.generate(with_bos, max_new_tokens=5, do_sample=False, stop_at_eos=False, verbose=False)
     assert torch.equal(found, greedy)
     assert tokenizer.pad_token is None, "the caller's tokenizer was changed"
@@ -465,11 +445,10 @@ def test_live_ln_where_ln_free_was_asked_for_is_refused(hub):
         analysis.load_transformers("gpt2-small_LNFree300")
 
 
-def test_a_directory_is_loaded_without_a_look_up(tmp_path, monkeypatch):
+def test_a_directory_is_loaded_without_a_look_up(tmp_path):
+    """As `_no_network` of tests/conftest.py sees to."""
     tokenizer = load_tokenizer("micro")
-    save(ln_free_micro(), tmp_path / "model", tokenizer)
-    for call in ("getaddrinfo", "create_connection"):
-        monkeypatch.setattr(socket, call, lambda *args, **kwargs: pytest.fail("looked something up"))
+    save(load("micro-ln-free"), tmp_path / "model", tokenizer)
     for tool in TOOLS:
         LOAD[tool](tmp_path / "model")
     analysis.load_nnsight(tmp_path / "model")

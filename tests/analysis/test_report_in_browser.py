@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from models import random_model
+from transformers import PreTrainedTokenizerFast
 
 from analysis import load_trio, report
+from analysis.texts import Sample
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -26,16 +28,10 @@ def page_file(tmp_path_factory):
         tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<|endoftext|>")),
         eos_token="<|endoftext|>",
     )
-    shape = {"vocab_size": 61, "n_positions": 12, "n_embd": 16, "n_head": 2, "n_layer": 2, "eos_token_id": 0}
-    torch.manual_seed(0)
-    original = GPT2LMHeadModel(GPT2Config(**shape))
-    ln_free = GPT2LMHeadModel(GPT2Config(**shape, layer_norm_epsilon=1e12))
-    for name, parameter in ln_free.named_parameters():
-        if "ln_" in name and name.endswith("weight"):
-            parameter.data *= 1e6
-    models = load_trio(original, None, ln_free, tokenizer)
+    shape = {"vocab_size": 61, "n_positions": 12}
+    models = load_trio(random_model(**shape), None, random_model(frozen=True, **shape), tokenizer)
     models = {"original": models["original"], HOSTILE: models["original"], "ln_free": models["ln_free"]}
-    sample = report.Sample(torch.randint(61, (4, 12)), np.arange(48).reshape(4, 12) // 20, HOSTILE)
+    sample = Sample(torch.randint(61, (4, 12)), np.arange(48).reshape(4, 12) // 20, HOSTILE)
     only = [analysis.name for analysis in report.ANALYSES if analysis.name != "patching"]
     out = tmp_path_factory.mktemp("hostile") / "report"
     return report.write(models, {HOSTILE: sample}, out, names=dict.fromkeys(models, HOSTILE), only=only)

@@ -1,9 +1,9 @@
 """Tokens a second and peak memory of each analysis of a report: memory must not grow with the tokens.
 
-Each measurement is a process of its own, with three models (`micro`, itself as its own control, and itself with its LNs
-frozen), all of which see each token. Timed is all that a report of this analysis alone takes once the models are
-loaded, its figures and its page too. `rise` is the memory on top of models and text, in MiB. What a table has a row a
-token of does grow: `loss` and `faithfulness`, by what their tables hold.
+Each measurement is a process of its own, with three models (`micro`, itself as its own control, and `micro-ln-free`),
+all of which see each token. Timed is all that a report of this analysis alone takes once the models are loaded, its
+figures and its page too. `rise` is the memory on top of models and text, in MiB. What a table has a row a token of does
+grow: `loss` and `faithfulness`, by what their tables hold.
 `python tests/benchmarks/test_report_cost.py 10000 200000` takes other numbers of tokens.
 """
 
@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import machine
 import pandas as pd
@@ -21,29 +20,19 @@ import pytest
 import torch
 
 from analysis import load_trio, report
-from finetune import checkpoint
+from analysis.texts import Sample
 
 TOKENS = 10_000, 50_000
 ROW_BYTES = 3 * 500
 """What the tables with a row a token and model may hold of a token, and the copies that are made of them."""
 
 
-def _trio() -> dict[str, Any]:
-    model = checkpoint.load("micro")
-    model.config.layer_norm_epsilon = checkpoint.FROZEN_EPS
-    for name, module in model.named_modules():
-        if "ln_" in name:
-            module.eps = checkpoint.FROZEN_EPS
-            module.weight.data *= 1e6
-    return load_trio("micro", "micro", model, checkpoint.load_tokenizer("micro"))
-
-
 def _measure(name: str, tokens: int) -> dict[str, float]:
     """Return by how many MiB an analysis raises the peak, the peak, and tokens a second."""
-    models = _trio()
+    models = load_trio("micro", "micro", "micro-ln-free")
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(models["original"].cfg.d_vocab, (tokens // 256, 256), generator=generator)
-    sample = report.Sample(blocks, (torch.arange(blocks.numel()) // 1000).view_as(blocks).numpy(), "random tokens")
+    sample = Sample(blocks, (torch.arange(blocks.numel()) // 1000).view_as(blocks).numpy(), "random tokens")
     before, begin = machine.peak("cpu"), time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         report.write(models, {"random": sample}, Path(directory) / "report", only=[name])

@@ -3,7 +3,7 @@ import lzma
 from pathlib import Path
 
 import pytest
-from helpers import tiny_gpt2
+from models import tiny_gpt2
 from transformers import AutoTokenizer
 
 from finetune.bundled import MODELS, TEXTS

@@ -1,4 +1,4 @@
-"""A tiny model, and runs in processes that may be killed, forked from a server that has torch imported already."""
+"""Runs in processes that may be killed, forked from a server that has torch imported already."""
 
 import json
 import multiprocessing
@@ -13,23 +13,12 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from finetune.__main__ import main
 from finetune.families import FAMILIES, Site
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["finetune.removal"])
-
-
-def tiny_gpt2(**config: int) -> GPT2LMHeadModel:
-    """A random GPT-2 with the vocabulary of micro, whose every parameter matters."""
-    sizes = {"vocab_size": 4096, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2} | config
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_(1.0 if "ln_" in name and name.endswith("weight") else 0.0, 0.2, generator=generator)
-    return model
 
 
 def gpt2_sites(n_layer: int) -> list[Site]:

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from models import random_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, StaticCache
 
@@ -21,10 +22,7 @@ def make(name: str, seed: int = 0, **knobs) -> BlocksForCausalLM:
 
 def shaken(name: str, **knobs) -> BlocksForCausalLM:
     """A model whose every parameter matters."""
-    model = make(name, **knobs)
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
+    return random_model("blocks", block=name, dtype=torch.float64, **knobs)
 
 
 # The papers' equations, in the words of the papers: Norm, MHA, A, C, W^V, W^P, α, β, γ.

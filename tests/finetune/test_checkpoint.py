@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import random_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 from transformers.utils import logging
 
 from finetune import checkpoint
@@ -20,27 +21,7 @@ TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 
 
 def gpt2(*, frozen: bool, tied: bool = True, seed: int = 0) -> GPT2LMHeadModel:
-    """A random GPT-2 whose every parameter matters; the LN-free one in the format b25, every σ̄ another."""
-    config = GPT2Config(
-        vocab_size=23,
-        n_positions=11,
-        n_embd=12,
-        n_layer=2,
-        n_head=3,
-        tie_word_embeddings=tied,
-        layer_norm_epsilon=1e12 if frozen else 1e-5,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    model = GPT2LMHeadModel(config).eval()
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_(0, 0.4, generator=generator)
-        if "ln_" in name and name.endswith("weight"):
-            parameter.data += 1.5
-            if frozen:
-                parameter.data *= 1e6 / (0.5 + torch.rand(1, generator=generator))
-    return model
+    return random_model(frozen=frozen, seed=seed, tie_word_embeddings=tied)
 
 
 def forward64(model: GPT2LMHeadModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -303,7 +284,7 @@ def test_spoilt_files_are_refused(saved, spoil, message):
 
 
 def test_what_is_not_there_is_refused(saved):
-    with pytest.raises(CheckpointError, match="no/such/directory is no directory"):
+    with pytest.raises(CheckpointError, match="no/such/directory is not a directory"):
         load("no/such/directory")
     with pytest.raises(CheckpointError, match="revision v1"):
         load(saved, revision="v1")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import at_call, finetune, read_log, run_forked, tiny_gpt2
+from helpers import at_call, finetune, read_log, run_forked
+from models import tiny_gpt2
 from safetensors.torch import load_file
 
 from finetune import recipe as recipes
@@ -79,7 +80,7 @@ class TestCommands:
 
         help = capsys.readouterr().out
         fields = [field for field in recipes.Recipe.__dataclass_fields__ if field not in ("name", "text", "schedule")]
-        for flag in (*fields, "out", "text", "text.held-out", "schedule.gap.ln-2", "no-control"):
+        for flag in (*fields, "out", "text", "text.held-out", "schedule.gap.mlp", "no-control"):
             assert f"--{flag.replace('_', '-')}" in help, flag
 
     def test_list_and_show(self, capsys: pytest.CaptureFixture):
@@ -299,7 +300,7 @@ class TestRefused:
 
         message = error(quick, "--out", "run", "--model", "deep")
 
-        assert "12 layers" in message
+        assert "37 sites" in message
         assert "--steps" in message
 
     def test_missing_text(self, quick: Path):

@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from helpers import Finished, finetune, read_log, run_all_forked, run_forked, tiny_gpt2
+from helpers import Finished, finetune, read_log, run_all_forked, run_forked
+from models import tiny_gpt2
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
