@@ -10,7 +10,7 @@ from torch.autograd.functional import jacobian
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from finetune.fake_norm import CLASSES, FakeLayerNorm, NormedConv1D, TokenClasses, _Normalise
+from finetune.fake_norm import CLASSES, FakeNorm, NormedReader, NormStyle, TokenClasses, _Normalise
 
 EOT = 9
 TOKENS = torch.tensor([[1, 2, EOT, 3, EOT], [EOT, 4, 5, 6, 7]])
@@ -19,6 +19,8 @@ CLASS_OF_TOKEN = [
     ["position_0", "ordinary", "ordinary", "ordinary", "ordinary"],
 ]
 D = 6
+LAYER_NORM, RMS_NORM, GEMMA = NormStyle(), NormStyle(centred=False), NormStyle(centred=False, gain_offset=1.0)
+STYLES = [LAYER_NORM, RMS_NORM, GEMMA]
 STATES = [(alpha, merged) for alpha in (0.0, 0.3, 1.0) for merged in (0.0, 0.5, 1.0)]
 
 
@@ -33,6 +35,25 @@ def layer_norm(d=D, dtype=torch.float64, bias=True) -> nn.LayerNorm:
     for parameter in norm.parameters():
         nn.init.normal_(parameter, 1.0, 0.5)
     return norm
+
+
+def fake_norm(norm, style=LAYER_NORM, n_paths=1, has_readers=False, tokens=TOKENS) -> FakeNorm:
+    return FakeNorm(norm, style, n_paths, classes(tokens), has_readers=has_readers)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm in the dtype of its input: transformers' own compute in float32."""
+
+    def __init__(self, d=D, dtype=torch.float64, offset=0.0):
+        super().__init__()
+        self.weight, self.offset, self.eps = nn.Parameter(torch.randn(d, dtype=dtype)), offset, 1e-5
+
+    def forward(self, x):
+        return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * (self.weight + self.offset)
+
+
+def make_norm(style: NormStyle, d=D, dtype=torch.float64, bias=True) -> nn.Module:
+    return layer_norm(d, dtype, bias) if style.centred else RMSNorm(d, dtype, style.gain_offset)
 
 
 def set_site(site, alpha, frozen=(2.0, 7.0, 0.3), merged=0.0):
@@ -73,18 +94,33 @@ def _seed():
 @pytest.mark.parametrize("bias", [True, False])
 def test_alpha_0_is_layer_norm(dtype, tolerance, bias):
     norm, x = layer_norm(dtype=dtype, bias=bias), stream(dtype)
-    fake = FakeLayerNorm(norm, 1, classes())
+    fake = fake_norm(norm)
     set_site(fake.divisors[0], 0.0)
     torch.testing.assert_close(fake(x), norm(x), rtol=tolerance, atol=tolerance)
     found, expected = (gradients(f(x), x, *norm.parameters()) for f in (fake, norm))
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("style", [RMS_NORM, GEMMA])
+def test_an_rms_norm_is_divided_by_its_scale(style, alpha):
+    norm, x, frozen = make_norm(style), stream(), (2.0, 7.0, 0.3)
+    fake = fake_norm(norm, style)
+    set_site(fake.divisors[0], alpha, frozen)
+    if alpha == 0:
+        torch.testing.assert_close(fake(x), norm(x))
+    rms = (x.square().mean(-1) + 1e-5).sqrt()
+    constants = torch.tensor([[frozen[CLASSES.index(name)] for name in row] for row in CLASS_OF_TOKEN])
+    expected = x / (rms ** (1 - alpha) * constants**alpha).unsqueeze(-1) * (norm.weight + style.gain_offset)
+    torch.testing.assert_close(fake(x), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(fake.live_std, rms)
+
+
 @pytest.mark.parametrize(("alpha", "merged"), STATES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_class_is_divided_by_its_scale(alpha, merged, bias):
     norm, x, frozen = layer_norm(bias=bias), stream(), (2.0, 7.0, 0.3)
-    fake = FakeLayerNorm(norm, 1, classes())
+    fake = fake_norm(norm)
     set_site(fake.divisors[0], alpha, frozen, merged)
     expected = reference(x, norm, alpha, torch.tensor(frozen).double(), merged)
     torch.testing.assert_close(fake(x), expected, rtol=1e-6, atol=1e-6)  # the frozen stds were set in float32
@@ -93,17 +129,18 @@ def test_every_class_is_divided_by_its_scale(alpha, merged, bias):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_gradients_of_the_output_and_of_the_std_are_those_of_the_function(alpha):
+@pytest.mark.parametrize("centred", [True, False])
+def test_gradients_of_the_output_and_of_the_std_are_those_of_the_function(alpha, centred):
     constant = torch.rand(2, 3, 1, dtype=torch.float64) + 0.5
     alpha = torch.tensor(alpha, dtype=torch.float64)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x: _Normalise.apply(x, constant, alpha, 1e-5), x)
-    assert gradcheck(lambda x: _Normalise.apply(x, constant, alpha, 1e-5)[1], x)
+    assert gradcheck(lambda x: _Normalise.apply(x, constant, alpha, 1e-5, centred), x)
+    assert gradcheck(lambda x: _Normalise.apply(x, constant, alpha, 1e-5, centred)[1], x)
 
 
 def test_live_std_is_that_of_the_tokens_and_trains_them():
     x = stream()
-    fake = FakeLayerNorm(layer_norm(), 1, classes())
+    fake = fake_norm(layer_norm())
     fake(x)
     torch.testing.assert_close(fake.live_std, (x.var(-1, correction=0) + 1e-5).sqrt())
     (found,) = torch.autograd.grad(fake.live_std.sum(), x)
@@ -113,7 +150,7 @@ def test_live_std_is_that_of_the_tokens_and_trains_them():
 def test_statistics_of_bfloat16_are_float32():
     x = torch.randn(*TOKENS.shape, 64, dtype=torch.float64).add(8).to(torch.bfloat16)
     norm = layer_norm(64, torch.bfloat16)
-    fake = FakeLayerNorm(norm, 1, classes())
+    fake = fake_norm(norm)
     found = fake(x)
     assert found.dtype == torch.bfloat16
     assert {buffer.dtype for buffer in fake.buffers()} == {torch.float32}
@@ -124,7 +161,7 @@ def test_statistics_of_bfloat16_are_float32():
 
 def test_a_frozen_site_is_the_linear_map_centre_divide_gain():
     norm, frozen = layer_norm(), (2.0, 8.0, 0.5)
-    fake = FakeLayerNorm(norm, 1, classes())
+    fake = fake_norm(norm)
     set_site(fake.divisors[0], 1.0, frozen)
     centring = torch.eye(D, dtype=torch.float64) - 1 / D
     for x in (stream().detach(), 100 * stream().detach()):
@@ -137,7 +174,7 @@ def test_a_frozen_site_is_the_linear_map_centre_divide_gain():
 
 
 def test_a_frozen_site_does_not_see_the_std():
-    fake = FakeLayerNorm(layer_norm(), 1, classes())
+    fake = fake_norm(layer_norm())
     set_site(fake.divisors[0], 1.0)
     x = stream().detach()
     centre = x.mean(-1, keepdim=True)
@@ -147,7 +184,7 @@ def test_a_frozen_site_does_not_see_the_std():
 
 
 def test_the_constant_of_position_0_reaches_position_0_and_no_hidden_dimension():
-    fake = FakeLayerNorm(layer_norm(), 1, classes())
+    fake = fake_norm(layer_norm())
     x = stream()
     set_site(fake.divisors[0], 1.0, (2.0, 2.0, 2.0))
     before = fake(x)
@@ -160,7 +197,7 @@ def test_the_constant_of_position_0_reaches_position_0_and_no_hidden_dimension()
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_norm_without_bias_still_centres_and_divides(alpha):
     norm = nn.LayerNorm(D, bias=False, dtype=torch.float64)
-    fake = FakeLayerNorm(norm, 1, classes())
+    fake = fake_norm(norm)
     set_site(fake.divisors[0], alpha, (4.0, 4.0, 4.0))
     y = fake(stream())
     torch.testing.assert_close(y.mean(-1), torch.zeros_like(y[..., 0]))
@@ -185,92 +222,130 @@ def test_classes_without_end_of_text():
 
 
 def test_a_class_without_tokens_has_the_constant_of_ordinary_tokens():
-    site = FakeLayerNorm(layer_norm(), 1, classes()).divisors[0]
+    site = fake_norm(layer_norm()).divisors[0]
     site.update(torch.tensor([6.0, 10.0, 0.0]).double(), torch.tensor([3.0, 2.0, 0.0]).double(), 0.9)
     site.freeze()
     assert site.frozen.tolist() == [2.0, 5.0, 2.0]
 
 
-def normed_conv(d, widths, merged=0.0, bias=True, dtype=torch.float64, tokens=TOKENS, alphas=None) -> NormedConv1D:
-    conv = Conv1D(sum(widths), d).to(dtype)
-    nn.init.normal_(conv.weight)
-    nn.init.normal_(conv.bias)
-    module = NormedConv1D(FakeLayerNorm(layer_norm(d, dtype, bias), len(widths), classes(tokens)), conv, widths)
-    for i, site in enumerate(module.norm.divisors):
-        alpha = torch.rand(()) if alphas is None else alphas[i]
-        set_site(site, alpha, (torch.rand(3) + 0.5).tolist(), merged)
-    return module
+class Read(nn.Module):
+    """A norm and a linear module that reads it, with our norm in it and as it is."""
+
+    def __init__(
+        self,
+        paths=(0, 0, 1),
+        groups=1,
+        width=D,
+        d=D,
+        style=LAYER_NORM,
+        linear=Conv1D,
+        bias=True,
+        merged=0.0,
+        dtype=torch.float64,
+        tokens=TOKENS,
+        alphas=None,
+    ):
+        super().__init__()
+        out = groups * len(paths) * width
+        plain = Conv1D(out, d).to(dtype) if linear is Conv1D else nn.Linear(d, out, bias, dtype=dtype)
+        for parameter in plain.parameters():
+            nn.init.normal_(parameter)
+        n_paths = max(paths) + 1
+        self.norm = FakeNorm(make_norm(style, d, dtype, bias), style, n_paths, classes(tokens))
+        self.reader = NormedReader(self.norm, plain, paths, groups)
+        self.__dict__["plain"] = plain
+        for i, divisor in enumerate(self.norm.divisors):
+            alpha = torch.rand(()) if alphas is None else alphas[i]
+            set_site(divisor, alpha, (torch.rand(3) + 0.5).tolist(), merged)
+
+    def forward(self, x):
+        return self.reader(self.norm(x))
+
+    def separate(self, x):
+        """The definition: a norm of its own for each path, then the product, part by part."""
+        weight = self.reader.matrix.unflatten(0, (self.reader.groups, len(self.reader.paths), -1))
+        parts = []
+        for i, path in enumerate(self.reader.paths):
+            norm = copy.copy(self.norm)  # the same parameters
+            norm._modules = {"divisors": nn.ModuleList([self.norm.divisors[path]])}
+            norm.has_readers = False
+            parts.append(torch.einsum("bpi,goi->bpgo", norm(x), weight[:, i]))
+        found = torch.stack(parts, dim=-2).flatten(-3)
+        return found if self.reader.bias is None else found + self.reader.bias
 
 
-def separate_products(module: NormedConv1D, x):
-    """The definition: a norm of its own for each path, then the product."""
-    parts = []
-    for i, weight in enumerate(module.conv.weight.split(module.widths, dim=1)):
-        path = copy.copy(module.norm)  # the same parameters
-        path._modules = {"divisors": nn.ModuleList([module.norm.divisors[i]])}
-        parts.append(path(x) @ weight + module.conv.bias.split(module.widths)[i])
-    return torch.cat(parts, -1)
-
-
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_one_product_equals_separate_norms_and_products(data):
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
     tokens = torch.randint(0, EOT + 1, data.draw(st.tuples(st.integers(1, 3), st.integers(1, 5))))
-    d, widths = data.draw(st.integers(2, 7)), tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
-    alphas = [data.draw(st.sampled_from([0.0, 0.4, 1.0])) for _ in widths]
-    module = normed_conv(d, widths, data.draw(st.sampled_from([0.0, 0.5])), data.draw(st.booleans()), tokens=tokens,
-                         alphas=alphas)  # fmt: skip
-    x = stream(tokens=tokens, d=d)
-    found, expected = module(x), separate_products(module, x)
+    paths = tuple(sorted(data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=3))))
+    read = Read(
+        paths=paths,
+        groups=data.draw(st.integers(1, 3)),
+        width=data.draw(st.integers(1, 6)),
+        d=data.draw(st.integers(2, 7)),
+        style=data.draw(st.sampled_from(STYLES)),
+        linear=data.draw(st.sampled_from([Conv1D, nn.Linear])),
+        bias=data.draw(st.booleans()),
+        merged=data.draw(st.sampled_from([0.0, 0.5])),
+        tokens=tokens,
+        alphas=[data.draw(st.sampled_from([0.0, 0.4, 1.0])) for _ in range(3)],
+    )
+    x = stream(tokens=tokens, d=read.norm.weight.shape[0])
+    found, expected = read(x), read.separate(x)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    inputs = [x, *module.parameters()]
+    inputs = [x, *read.parameters()]
     torch.testing.assert_close(gradients(found, *inputs), gradients(expected, *inputs), rtol=1e-8, atol=1e-8)
 
 
 def test_qk_and_v_cost_one_product():
-    module = normed_conv(D, (2 * D, D))
+    read = Read()
     x = stream()
     with FlopCounterMode(display=False) as ours:
-        module(x)
+        read(x)
     with FlopCounterMode(display=False) as plain:
-        module.conv(x)
+        read.plain(x)
     assert ours.get_total_flops() == plain.get_total_flops() > 0
 
 
-def test_no_scale_reaches_a_bias():
-    module = normed_conv(D, (2 * D, D), alphas=(1.0, 1.0))
+@pytest.mark.parametrize("groups", [1, 3])
+def test_no_scale_reaches_a_bias(groups):
+    read = Read(alphas=(1.0, 1.0), groups=groups)
     at_mean = torch.full((*TOKENS.shape, D), 3.0, dtype=torch.float64)
-    expected = (module.norm.bias @ module.conv.weight + module.conv.bias).expand(*TOKENS.shape, -1)
+    expected = read.plain(read.norm.bias).expand(*TOKENS.shape, -1)
     for frozen in ((1.0, 2.0, 3.0), (50.0, 0.1, 7.0)):
-        set_site(module.norm.divisors[1], 1.0, frozen)
-        torch.testing.assert_close(module(at_mean), expected)
+        set_site(read.norm.divisors[1], 1.0, frozen)
+        torch.testing.assert_close(read(at_mean), expected)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.15)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("shortcut", "alpha"), [("live", 0.0), ("constant", 1.0)])
-def test_shortcuts_equal_the_general_path(dtype, tolerance, bias, shortcut, alpha):
-    module = normed_conv(D, (2 * D, D), merged=alpha, bias=bias, dtype=dtype, alphas=(alpha, alpha))
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("paths", "groups"), [((0, 0, 1), 1), ((0, 0, 1), 2), ((1,), 1)])
+def test_shortcuts_equal_the_general_path(dtype, tolerance, bias, shortcut, alpha, style, paths, groups):
+    linear = Conv1D if bias else nn.Linear
+    read = Read(paths, groups, style=style, linear=linear, bias=bias, merged=alpha, dtype=dtype, alphas=(alpha, alpha))
     x = stream(dtype)
-    general, live_std = module(x), module.norm.live_std
-    setattr(module, shortcut, True)
-    short = module(x)
+    general, live_std = read(x), read.norm.live_std
+    setattr(read.norm, shortcut, True)
+    short = read(x)
     assert short.dtype == general.dtype == dtype
     torch.testing.assert_close(short, general, rtol=tolerance, atol=tolerance)
-    inputs = [x, *module.parameters()]
+    inputs = [x, *read.parameters()]
     torch.testing.assert_close(
         gradients(short, *inputs), gradients(general, *inputs), rtol=10 * tolerance, atol=10 * tolerance
     )
-    torch.testing.assert_close(module.norm.live_std, live_std, rtol=1e-6, atol=0)
+    torch.testing.assert_close(read.norm.live_std, live_std, rtol=1e-6, atol=0)
 
 
 def test_autocast_rounds_products_and_no_statistics():
-    module = normed_conv(D, (2 * D, D), dtype=torch.float32)
+    read = Read(dtype=torch.float32)
     x = stream(torch.float32)
-    exact, std = module(x), module.norm.live_std
+    exact, std = read(x), read.norm.live_std
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = module(x)
+        rounded = read(x)
     assert rounded.dtype == torch.bfloat16
-    assert torch.equal(module.norm.live_std, std)
+    assert torch.equal(read.norm.live_std, std)
     assert 0 < (rounded.float() - exact).abs().max() < 0.03 * exact.abs().max()
