@@ -186,6 +186,8 @@ class FakeNorm(nn.Module):
         self.divisors = nn.ModuleList(divisors)  # type: ignore[assignment]
         self.classes = classes
         self.live = self.constant = False
+        self.live_graph = False
+        """Whether a constant norm keeps the graph of its live std, for a penalty on it."""
         self.live_std: Float[Tensor, "batch pos"]
         self.ratios: list[Float[Tensor, "batch pos 1"]] = []
         """Of the last forward: the first path's scale over each other path's."""
@@ -238,11 +240,11 @@ class FakeNorm(nn.Module):
         y = self.normalise(x)[0] * self.gain
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
-    @torch.no_grad()
     def _measure(self, x: Float[Tensor, "batch pos d"]) -> None:
-        """Keep the live std for the log, although nothing depends on it."""
-        x = x.to(_statistics_dtype(x.dtype))
-        self.live_std = _std(_centre(x, self.style.centred), self.eps).squeeze(-1)
+        """Keep the live std for the log or a penalty, although the output does not depend on it."""
+        with torch.set_grad_enabled(self.live_graph and torch.is_grad_enabled()):
+            x = x.to(_statistics_dtype(x.dtype))
+            self.live_std = _std(_centre(x, self.style.centred), self.eps).squeeze(-1)
 
 
 class NormedReader(nn.Module):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -52,13 +52,20 @@ def unembedding(model: PreTrainedModel) -> Float[Tensor, "vocab d"]:
 
 
 class NextTokenLoss(NamedTuple):
-    """Means over all positions but each sequence's last, nats/token."""
+    """Sums over the text or the cover, divided by the number of all positions but each sequence's last, nats/token.
+
+    Where all is text they are means. Where some is cover, a mean over micro-batches is right however it is spread.
+    """
 
     total: Float[Tensor, ""]
-    """(1 − kl_weight) · cross-entropy + kl_weight · KL; the only one with a gradient."""
+    """(1 − kl_weight) · cross-entropy of the text + kl_weight · KL on all; the only one with a gradient."""
     cross_entropy: Float[Tensor, ""]
     kl: Float[Tensor, ""]
-    """KL(teacher ‖ model); 0 without a teacher."""
+    """KL(teacher ‖ model) on the text; 0 without a teacher."""
+    teacher_cross_entropy: Float[Tensor, ""]
+    """0 without a teacher."""
+    cover_kl: Float[Tensor, ""]
+    """KL(teacher ‖ model) on the cover."""
 
 
 def next_token_loss(
@@ -67,25 +74,29 @@ def next_token_loss(
     teacher: Head | None = None,
     kl_weight: float = 0.0,
     dtype: torch.dtype | None = None,
+    is_cover: Bool[Tensor, " batch"] | None = None,
 ) -> NextTokenLoss:
     """Return the loss of the next token, and of `teacher`'s prediction of it (Hinton et al. 2015, arXiv 1503.02531).
 
-    Products are taken in `dtype` (None: the residual's), softmax and sums in float32 at least.
+    Sequences that `is_cover` (None: none) are not text: their next tokens say nothing, only `teacher` does. Products
+    are taken in `dtype` (None: the residual's), softmax and sums in float32 at least.
     """
     ends = [
         end for head in (model, teacher) if head is not None for end in (head.residual[:, :-1].flatten(0, 1), head[1])
     ]
-    return NextTokenLoss(*_NextTokenLoss.apply(input_ids[:, 1:].flatten(), kl_weight, dtype, *ends))
+    targets = input_ids[:, 1:]
+    is_text = None if is_cover is None else (~is_cover).unsqueeze(-1).expand_as(targets).flatten()
+    return NextTokenLoss(*_NextTokenLoss.apply(targets.flatten(), is_text, kl_weight, dtype, *ends))
 
 
 class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, targets: Tensor, kl_weight: float, dtype: torch.dtype | None, *ends: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, targets: Tensor, is_text: Tensor | None, kl_weight: float, dtype: torch.dtype | None, *ends: Tensor
+    ) -> tuple[Tensor, ...]:
         residual, unembedding, *teacher = (end.to(dtype or ends[0].dtype) for end in ends)
         wide = torch.promote_types(residual.dtype, torch.float32)
-        cross_entropy, kl = torch.zeros(2, dtype=wide, device=residual.device)
+        cross_entropy, kl, teacher_cross_entropy, cover_kl = torch.zeros(4, dtype=wide, device=residual.device)
         of_residual, of_unembedding = torch.empty_like(residual), torch.zeros_like(unembedding, dtype=wide)
         pieces = math.ceil(len(targets) * len(unembedding) / _LOGITS_AT_ONCE.get(residual.device.type, 2**24))
         size = math.ceil(len(targets) / pieces)
@@ -93,14 +104,23 @@ class _NextTokenLoss(torch.autograd.Function):
             piece = slice(start, start + size)
             target = targets[piece].unsqueeze(-1)
             log_probs = F.log_softmax(residual[piece] @ unembedding.T, -1, dtype=wide)
-            cross_entropy -= log_probs.gather(-1, target).sum()
+            text = None if is_text is None else is_text[piece].to(wide)
+            cross_entropy -= _sum(log_probs.gather(-1, target).squeeze(-1), text)
             gradient = log_probs.exp()
+            of_target = torch.full_like(target, kl_weight - 1, dtype=wide)
+            if text is not None and kl_weight < 1:
+                gradient *= (kl_weight + (1 - kl_weight) * text).unsqueeze(-1)
+                of_target *= text.unsqueeze(-1)
             if teacher:
                 expected = F.log_softmax(teacher[0][piece] @ teacher[1].T, -1, dtype=wide)
                 probs = expected.exp()
-                kl += probs.flatten() @ (expected - log_probs).flatten()
+                teacher_cross_entropy -= _sum(expected.gather(-1, target).squeeze(-1), text)
+                divergence = torch.linalg.vecdot(probs, expected - log_probs)
+                kl += _sum(divergence, text)
+                if text is not None:
+                    cover_kl += divergence @ (1 - text)
                 gradient.sub_(probs, alpha=kl_weight)
-            gradient.scatter_add_(-1, target, torch.full_like(target, kl_weight - 1, dtype=wide))
+            gradient.scatter_add_(-1, target, of_target)
             gradient = gradient.to(residual.dtype)
             of_residual[piece] = gradient @ unembedding
             of_unembedding += gradient.T @ residual[piece]
@@ -108,14 +128,19 @@ class _NextTokenLoss(torch.autograd.Function):
             (gradient / len(targets)).to(end)
             for gradient, end in zip((of_residual, of_unembedding), ends, strict=False)
         ]
-        cross_entropy, kl = cross_entropy / len(targets), kl / len(targets)
-        ctx.mark_non_differentiable(cross_entropy, kl)
-        return (1 - kl_weight) * cross_entropy + kl_weight * kl, cross_entropy, kl
+        sums = cross_entropy, kl, teacher_cross_entropy, cover_kl
+        cross_entropy, kl, *others = parts = [part / len(targets) for part in sums]
+        ctx.mark_non_differentiable(*parts)
+        return (1 - kl_weight) * cross_entropy + kl_weight * (kl + others[1]), *parts
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         of_residual, of_unembedding = (gradient * of_total for gradient in ctx.gradients)
-        return None, None, None, of_residual, of_unembedding, None, None
+        return None, None, None, None, of_residual, of_unembedding, None, None
+
+
+def _sum(values: Float[Tensor, " token"], weights: Float[Tensor, " token"] | None) -> Float[Tensor, ""]:
+    return values.sum() if weights is None else values @ weights
 
 
 def residual_distance(
@@ -133,12 +158,32 @@ def residual_distance(
     return torch.stack(distances).mean()
 
 
-def auxiliary_loss(std: Float[Tensor, "batch pos"], classes: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+def auxiliary_loss(
+    std: Float[Tensor, "batch pos"], classes: Int[Tensor, "batch pos"], is_cover: Bool[Tensor, " batch"] | None = None
+) -> Float[Tensor, ""]:
     """Return the mean of (σ_token − σ̂)² over all positions, with σ̂ the mean of σ over ordinary tokens.
 
     It keeps the stds at the final norm uniform, so that dividing by a constant changes little. No gradient flows
     through σ̂ (Baroni et al. 2025, arXiv 2507.02559, section 3). `classes` are indices into `fake_norm.CLASSES`.
+    Sequences that `is_cover` (None: none) count as 0.
     """
     ordinary = classes == CLASSES.index("ordinary")
-    target = (std.detach() * ordinary).sum() / ordinary.sum()
-    return (std - target).square().mean()
+    if is_cover is None:
+        target = (std.detach() * ordinary).sum() / ordinary.sum()
+        return (std - target).square().mean()
+    is_text = ~is_cover.unsqueeze(-1)
+    ordinary = ordinary & is_text
+    target = (std.detach() * ordinary).sum() / ordinary.sum().clamp_min(1)
+    return ((std - target).square() * is_text).mean()
+
+
+def spread_loss(
+    stds: Float[Tensor, "site batch pos"],
+    constants: Float[Tensor, "site batch pos"],
+    weights: Float[Tensor, "site batch_or_1 1"],
+) -> Float[Tensor, ""]:
+    """Return the mean of (log std − log constant)² over sites and tokens, each weighed.
+
+    No gradient flows through the constants.
+    """
+    return ((stds.log() - constants.detach().log()).square() * weights).mean()

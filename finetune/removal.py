@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune import checkpoint, evaluate, families, folding, schedule
 from finetune import recipe as recipes
 from finetune.bundled import MODELS
+from finetune.cover import Cover
 from finetune.errors import CheckpointError
 from finetune.names import is_local
 from finetune.processes import check_processes
@@ -44,7 +45,7 @@ from finetune.run_directory import (
 )
 from finetune.schedule import Event
 from finetune.sites import Sites
-from finetune.text import TextSplits, load_text
+from finetune.text import TextSplits, load_text, token_ids
 from finetune.training import checkpoints, fuse_gelu
 
 
@@ -166,6 +167,9 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> No
         directory / "log.jsonl",
         name,
         teacher=_ready(setup.model) if events and (recipe.kl_weight or recipe.match_weight) else None,
+        cover=Cover(recipe, token_ids(setup.tokenizer, model.config.vocab_size), setup.text.train)
+        if events and recipe.cover
+        else None,
     )
     saved = checkpoints(directory / "checkpoints" / name)
     trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)

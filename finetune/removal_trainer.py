@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from finetune import objective, schedule
+from finetune.cover import Cover
 from finetune.objective import Head, unembedding
 from finetune.recipe import Recipe
 from finetune.schedule import Event
@@ -33,9 +34,11 @@ class RemovalTrainer(RunTrainer):
     """Trains a model with `Sites` in it through a schedule; with no events it is the control.
 
     `directory` takes the checkpoints, `log_path` one line of JSON a step: model (`name`), step, tokens seen so far,
-    means over the step of loss (cross-entropy, nats/token), of kl and distance to the teacher (0 without one) and of
-    aux (the auxiliary loss), lr, grad_norm, frozen (what froze at this step) and seconds; with a teacher
-    teacher_seconds, of its forward but for the unembedding; every `log_every` steps std, for each site the live and the
+    means over the step's text of loss (cross-entropy, nats/token) and of kl to the teacher (0 without one), and over
+    all of distance to the teacher and of aux (the auxiliary loss), lr, grad_norm, frozen (what froze at this step) and
+    seconds; with a teacher teacher_loss, its cross-entropy on the same text, and teacher_seconds, of its forward but
+    for the unembedding; with cover cover_kl, the kl on it (None if the step had none), and text, which share of the
+    step's tokens was text; with a penalty on it spread; every `log_every` steps std, for each site the live and the
     frozen stds by class of token.
     """
 
@@ -52,13 +55,20 @@ class RemovalTrainer(RunTrainer):
         log_path: Path,
         name: str,
         teacher: PreTrainedModel | None = None,
+        cover: Cover | None = None,
     ) -> None:
-        self.sites, self.removes = sites, bool(events)
+        self.sites, self.removes, self.covers = sites, bool(events), cover is not None
         adaptive = self.removes and recipe.schedule.tolerance is not None
         self.pacing = schedule.Pacing(events, recipe.schedule, recipe.steps) if adaptive else None
         self.events = [] if adaptive else list(events)  # with a pacing, those that have begun
         objective.defer_unembedding(sites.model)
         super().__init__(sites.model, recipe, text, directory, _RemovalRecord(self, log_path, name))
+        if cover is not None:
+            assert isinstance(self.train_dataset, Dataset)
+            self.train_dataset = cover.over(self.train_dataset)
+        self._counted: Bool[Tensor, " batch"] | None = None
+        if recipe.spread_weight:
+            sites.keep_live_graph()
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).to(device=self.args.device, dtype=self._dtype)  # type: ignore[call-arg]
@@ -67,10 +77,11 @@ class RemovalTrainer(RunTrainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """Return the loss of the next token, plus the auxiliary loss where a schedule is run."""
-        input_ids, recipe = inputs["input_ids"], self.recipe
+        input_ids, is_cover, recipe = inputs["input_ids"], inputs.get("is_cover"), self.recipe
+        self._counted = None if is_cover is None or recipe.cover_stds else ~is_cover
         own = model(input_ids=input_ids, use_cache=False, output_hidden_states=self._matches)
         head, teacher = Head(own.logits, unembedding(self.sites.model)), None
-        auxiliary = distance = own.logits.new_zeros(())
+        auxiliary = distance = spread = own.logits.new_zeros(())
         if self.teacher is not None:
             with self._record.teacher_clock(input_ids.device), torch.no_grad():
                 original = self.teacher.base_model(
@@ -81,19 +92,23 @@ class RemovalTrainer(RunTrainer):
                 # The first is the embeddings, the last is behind the final norm: what it unembeds to is matched by KL.
                 distance = objective.residual_distance(own.hidden_states[1:-1], original.hidden_states[1:-1])
         kl_weight = recipe.kl_weight if teacher else 0.0
-        loss = objective.next_token_loss(head, input_ids, teacher, kl_weight, self._dtype)
+        loss = objective.next_token_loss(head, input_ids, teacher, kl_weight, self._dtype, is_cover)
         if self.removes and recipe.aux_weight:
-            auxiliary = objective.auxiliary_loss(self.sites.norms[-1].live_std, self.sites.classes.index)
-        self._record.keep(torch.stack([loss.cross_entropy, loss.kl, distance.detach(), auxiliary.detach()]))
+            auxiliary = objective.auxiliary_loss(self.sites.norms[-1].live_std, self.sites.classes.index, is_cover)
+        if self.removes and recipe.spread_weight:
+            spread = objective.spread_loss(*self.sites.spread(is_cover if recipe.spread_on == "cover" else None))
+        text = torch.ones_like(loss.kl) if is_cover is None else (~is_cover).to(loss.kl).mean()
+        parts = [*loss[1:], distance.detach(), auxiliary.detach(), spread.detach(), text]
+        self._record.keep(torch.stack(parts))
         if self._matches:
             assert self.lr_scheduler is not None
             distance = distance * recipe.match_weight * self.lr_scheduler.get_last_lr()[0] / recipe.lr
-        return loss.total + distance + recipe.aux_weight * auxiliary
+        return loss.total + distance + recipe.aux_weight * auxiliary + recipe.spread_weight * spread
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch forward and backward, and observe its stds once, recomputed or not."""
         loss = super().training_step(*args, **kwargs)
-        self.sites.observe()
+        self.sites.observe(self._counted)
         return loss
 
 
@@ -101,7 +116,7 @@ class _RemovalRecord(Record):
     """Runs the schedule too, and logs what froze, the stds and the teacher's time."""
 
     trainer: RemovalTrainer
-    parts = ("loss", "kl", "distance", "aux")
+    parts = ("loss", "kl", "teacher_loss", "cover_kl", "distance", "aux", "spread", "text")
     advice = "Larger gaps in the schedule, a lower lr and a higher min_lr make the removal steadier."
 
     def __init__(self, trainer: RemovalTrainer, path: Path, name: str) -> None:
@@ -130,6 +145,28 @@ class _RemovalRecord(Record):
             self._observe(line["loss"], line["kl"])
         begun = [event.name for event in self.trainer.events if event.step < step]
         self._frozen = begun[-1] if begun else "none"
+
+    @property
+    def guarded(self) -> str:  # type: ignore[override]
+        """What `excess` is."""
+        return "the loss" if self.trainer.teacher is None else "the loss less the original's on the same tokens"
+
+    def excess(self, line: dict[str, Any]) -> float:
+        """Return the loss less the teacher's: text that is hard for both says nothing of the training."""
+        if self.trainer.teacher is None:
+            return super().excess(line)
+        if not all(math.isfinite(line[part] or 0) for part in ("cover_kl", "distance") if part in line):
+            return math.nan
+        return line["loss"] - line["teacher_loss"]
+
+    def means(self, losses: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
+        """Return means over the text, or over the cover, of what is summed over these and divided by all."""
+        if not self.trainer.covers:
+            return losses
+        loss, kl, teacher_loss, cover_kl, *others, text = losses.unbind()
+        of_text = torch.where(text > 0, text, 1.0)  # another process may have all of it
+        of_cover = torch.where(text < 1, 1 - text, 1.0)
+        return torch.stack([loss / of_text, kl / of_text, teacher_loss / of_text, cover_kl / of_cover, *others, text])
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Bring the sites to where the schedule has them."""
@@ -174,6 +211,14 @@ class _RemovalRecord(Record):
     def named(self, numbers: Float[Tensor, " number"], line: dict[str, Any]) -> dict[str, Any]:
         """Return the stds by site, and read the teacher's clocks, too."""
         named = super().named(numbers, line)
+        if self.trainer.teacher is None:
+            del named["teacher_loss"]
+        if not self.trainer.covers:
+            del named["cover_kl"], named["text"]
+        elif named["text"] == 1:
+            named["cover_kl"] = None
+        if not self.trainer.removes or not self.trainer.recipe.spread_weight:
+            del named["spread"]
         if "teacher_seconds" in line:
             named["teacher_seconds"] = round(sum(clock() for clock in line["teacher_seconds"]), 4)
         stds = numbers[len(self.parts) + 1 :]

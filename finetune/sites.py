@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -81,6 +81,11 @@ class Sites:
         past = kwargs.get("past_key_values")
         self.classes.set(args[0] if args else kwargs["input_ids"], 0 if past is None else past.get_seq_length())
 
+    def keep_live_graph(self) -> None:
+        """Keep the graph of live stds even where norms are constants, for `spread`."""
+        for norm in self.norms:
+            norm.live_graph = True
+
     def __getitem__(self, name: str) -> Divisor:
         """Return what divides at the site called `name`."""
         return self._divisors[name]
@@ -89,12 +94,32 @@ class Sites:
         """Iterate over the names of the sites."""
         return iter(self._divisors)
 
+    def spread(
+        self, of: Bool[Tensor, " batch"] | None = None
+    ) -> tuple[Float[Tensor, "site batch pos"], Float[Tensor, "site batch pos"], Float[Tensor, "site batch_or_1 1"]]:
+        """Return the live stds of the last forward, the constants in their place, and how much each counts.
+
+        A site counts as far as it is frozen, in the sequences `of` (None: in all). See `objective.spread_loss`.
+        """
+        of_site = [(norm.live_std, divisor) for norm in self.norms for divisor in norm.divisors]
+        weights = torch.stack([divisor.alpha for _, divisor in of_site]).view(-1, 1, 1)
+        return (
+            torch.stack([std for std, _ in of_site]),
+            torch.stack([divisor.constants()[self.classes.index] for _, divisor in of_site]),
+            weights if of is None else weights * of.view(-1, 1),
+        )
+
     @torch.no_grad()
-    def observe(self) -> None:
-        """Take in the live stds of the last forward: once a micro-batch, however often it was recomputed."""
+    def observe(self, of: Bool[Tensor, " batch"] | None = None) -> None:
+        """Take in the live stds of the last forward: once a micro-batch, however often it was recomputed.
+
+        Only those of the sequences `of` (None: of all).
+        """
         to_mean, _ = STD_MEANS[self._std_mean]
         stds = to_mean(torch.stack([norm.live_std.detach() for norm in self.norms]))
         members = [self.classes.index == c for c in range(len(CLASSES))]
+        if of is not None:
+            members = [member & of.unsqueeze(-1) for member in members]
         sums = torch.stack([(stds * member).sum((1, 2)) for member in members], dim=-1)
         counts = torch.stack([member.sum() for member in members])
         self._observed.append(torch.cat([sums, counts.unsqueeze(0)]))

@@ -8,7 +8,8 @@ A sweep file is YAML:
     runs: [{kl_weight: 0.0}, {kl_weight: 1.0}]     # a run each, at every seed
     grid: {schedule.fade: [1, 30]}                 # each of them with every combination
     texts: {report: books-report}                  # measured beside the recipe's held-out text, which is `choose`,
-                                                   # on as many blocks (text.held_out_blocks) at the most
+                                                   # on as many blocks (text.held_out_blocks) at the most;
+                                                   # random-tokens is so many blocks of tokens drawn uniformly
 
 OUT/runs/RUN/       a run directory each
 OUT/results.csv     a row a run

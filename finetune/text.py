@@ -39,6 +39,8 @@ COMPRESSIONS = ".gz", ".bz2", ".xz", ".zst"
 BATCH_CHARACTERS = 1_000_000  # a call of the tokenizer
 PIECE_CHARACTERS = 100_000  # longer documents are tokenised in pieces, in parallel
 SHUFFLE_DOCUMENTS = 10_000  # what streaming shuffles among
+RANDOM_TOKENS = "random-tokens"  # the name of the text that is none: tokens drawn uniformly
+_RANDOM_BLOCKS = 240  # of it, unless it is said how many
 _CHUNK = 4096  # blocks that are looked at in one go
 
 Part = tuple[UInt[np.ndarray, " token"], Int[np.ndarray, " document"] | None]
@@ -200,11 +202,13 @@ def load_blocks(
     """Read, tokenise and pack `text.source` as `load_text` does, with nothing held out.
 
     All of it, or its first blocks: `most` at the most, which are all that is read where `text.streaming`.
-    Of a directory of nanoGPT's it is val.bin, where there is one.
+    Of a directory of nanoGPT's it is val.bin, where there is one. Of the source `random-tokens` it is `random_blocks`.
 
     Raises:
         TextError: as `load_text` does.
     """
+    if text.source == RANDOM_TOKENS:
+        return random_blocks(tokenizer, context, vocab_size, _RANDOM_BLOCKS if most is None else most)
     if text.streaming and most is not None and not _bin_files(text.source):
         part: Part = _first(_documents(*_open(text.source, text), text.source), tokenizer, most * context)[1:]
     else:
@@ -213,6 +217,18 @@ def load_blocks(
     _check_length(len(tokens), context, text.source)
     _check_ids(tokens.max(), vocab_size, text.source)
     return Blocks(tokens if most is None else tokens[: most * context], context, tokenizer.eos_token_id, ends)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Int[np.ndarray, " id"]:
+    """Return the ids that a tokenizer has. A model's vocabulary may be larger: padded, with rows that mean nothing."""
+    ids = np.unique(np.array([*tokenizer.get_vocab().values()], np.int64))
+    return ids[ids < vocab_size]
+
+
+def random_blocks(tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, count: int) -> Blocks:
+    """Return blocks of tokens drawn uniformly from those that the tokenizer has, always the same; each a document."""
+    drawn = np.random.default_rng(0).choice(token_ids(tokenizer, vocab_size), count * context)
+    return Blocks(drawn.astype(np.uint32), context, ends=np.arange(1, count + 1) * context)
 
 
 def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, seed: int) -> TextSplits:

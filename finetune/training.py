@@ -231,6 +231,8 @@ class Record(TrainerCallback):
     """What `keep` is given of each micro-batch; the first is the cross-entropy, nats/token."""
     advice = "A lower lr and a longer warmup make training steadier."
     """What to do where the loss has diverged."""
+    guarded = "the loss"
+    """What `excess` is."""
 
     def __init__(self, trainer: RunTrainer, path: Path, name: str) -> None:
         self.trainer, self.path, self.name = trainer, path, name
@@ -251,6 +253,14 @@ class Record(TrainerCallback):
     def replay(self, log: list[dict[str, Any]], step: int) -> None:
         """Take in the log of a run that is taken up at `step`."""
 
+    def excess(self, line: dict[str, Any]) -> float:
+        """Return what must not rise far above what it was in the first steps, of a step's parts by name, nats/token."""
+        return line["loss"]
+
+    def means(self, losses: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
+        """Return the parts of a step, averaged over its micro-batches, as they are logged."""
+        return losses
+
     def measure(self, line: dict[str, Any], losses: Float[Tensor, " part"]) -> list[Tensor]:
         """Add to a step's line what is known of it; return what is to be copied to the host with its losses."""
         return []
@@ -265,7 +275,7 @@ class Record(TrainerCallback):
         lines = [json.loads(line) for line in written if line.endswith("\n")]
         lines = [line for line in lines if line["model"] != self.name or line["step"] < state.global_step]
         own = [line for line in lines if line["model"] == self.name]
-        self._first = [line["loss"] for line in own[:10]]
+        self._first = [self.excess(line) for line in own[:10]]
         self._begin = time.monotonic() - (own[-1]["seconds"] if own else 0)
         self.replay(own, state.global_step)
         if args.should_save:
@@ -286,8 +296,8 @@ class Record(TrainerCallback):
         """Check the loss before the weights move, and record the step."""
         if self._copied is not None:
             self._copied.synchronize()  # the forward is done; the backward still keeps the device busy
-        loss = float(torch.stack(self._on_host)[:, 0].mean())
-        self._check(loss, state.global_step)
+        parts = dict(zip(self.parts, self.means(torch.stack(self._on_host).mean(0)).tolist(), strict=True))
+        self._check(self.excess(parts), state.global_step)
         step = state.global_step
         line = {
             "model": self.name,
@@ -296,23 +306,23 @@ class Record(TrainerCallback):
             "lr": kwargs["lr_scheduler"].get_last_lr()[0],
             "seconds": round(time.monotonic() - self._begin, 3),
         }
-        losses = self.trainer.accelerator.reduce(torch.stack(self._losses).mean(0), "mean")
+        losses = self.means(self.trainer.accelerator.reduce(torch.stack(self._losses).mean(0), "mean"))
         values = [losses, self.grad_norm.reshape(1), *self.measure(line, losses)]
         self._steps.append(_Step(line, torch.cat([value.to(losses) for value in values])))
         self._losses.clear()
         self._on_host.clear()
-        self.bar.set_postfix({"loss": f"{loss:.3f}", **self.status()}, refresh=False)
+        self.bar.set_postfix({"loss": f"{parts['loss']:.3f}", **self.status()}, refresh=False)
 
-    def _check(self, loss: float, step: int) -> None:
+    def _check(self, excess: float, step: int) -> None:
         usual = sum(self._first) / len(self._first) if self._first else math.inf
-        if math.isfinite(loss) and loss <= usual + self.trainer.recipe.max_rise:
+        if math.isfinite(excess) and excess <= usual + self.trainer.recipe.max_rise:
             if len(self._first) < 10:
-                self._first.append(loss)
+                self._first.append(excess)
             return
         self.write()
         raise self.diverged(
-            f"the loss is {loss:.3f} nats/token at step {step}, more than max_rise={self.trainer.recipe.max_rise:g} "
-            "above that of the first steps"
+            f"{self.guarded} is {excess:.3f} nats/token at step {step}, more than "
+            f"max_rise={self.trainer.recipe.max_rise:g} above that of the first steps"
         )
 
     def diverged(self, what: str) -> DivergedError:

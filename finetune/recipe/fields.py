@@ -23,6 +23,10 @@ Phase = Literal["mlp", "qk", "v", "attn_out", "mlp_out", "final", "eot", "positi
 StdMean = Literal["arithmetic", "geometric", "harmonic"]
 """The kind of mean of the stds that a constant is."""
 
+_COVER_KIND = re.compile(
+    r"uniform|shuffled|renamed|repeated|runs|(unigram|corrupted)(-(?=[\d.]*[1-9])(\d+(\.\d+)?|\.\d+))?"
+)
+
 _Kind = TypeVar("_Kind")
 
 strict = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -245,7 +249,8 @@ class Training:
     clip: float = 1.0
     """The largest norm of the gradient; larger ones are scaled down to it. 0: no limit."""
     max_rise: float = 3.0
-    """The run stops when a step's loss exceeds the mean of the first ten by more than this, in nats/token."""
+    """The run stops when a step's loss exceeds the mean of the first ten by more than this, in nats/token. Fitted to
+    the original, the loss less the original's on the same tokens is what counts: no text is too hard."""
     seed: int = 0
     """Of the order of the text, and of whatever else is drawn."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -329,6 +334,23 @@ class Recipe(Training):
     aux_weight: float = 0.0
     """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at the final
     norm."""
+    cover: float = 0.0
+    """The share of the run's blocks that are cover: not text, but tokens on which the LN-free model is held to the
+    original's predictions all the same (`kl_weight`, `match_weight`). The control sees text in their place."""
+    cover_kinds: tuple[str, ...] = ("uniform",)
+    """What is in them, one kind after another. uniform: tokens drawn uniformly from the vocabulary. unigram-T: drawn as
+    often as the text has them, at temperature T (1 if there is none). shuffled: the block of text in another order.
+    corrupted-P: a part P of its tokens (if there is none, one drawn for each block) is uniform ones. renamed: each of
+    its tokens is another throughout. repeated: 1 to 32 of its tokens or of uniform ones, again and again. runs: one
+    short run after another of all these."""
+    cover_span: tuple[float, float] = (0.0, 1.0)
+    """Between which fractions of the run there is cover; `cover` is its share there."""
+    cover_stds: bool = True
+    """Whether the running means of the stds are over cover too."""
+    spread_weight: float = 0.0
+    """The weight of the mean over sites and tokens of (log live std − log constant)², of the sites that are frozen."""
+    spread_on: Literal["all", "cover"] = "all"
+    """Which blocks `spread_weight` acts on."""
     std_decay: float = 0.9
     """How much of the running means of the stds is kept at each optimizer step."""
     std_mean: StdMean = "arithmetic"
@@ -343,9 +365,10 @@ class Recipe(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_not_negative("match_weight", "aux_weight")
+        self._check_not_negative("match_weight", "aux_weight", "spread_weight")
         if not 0 <= self.kl_weight <= 1:
             raise RecipeError(f"kl_weight is {self.kl_weight}; it must lie between 0, the text, and 1, the original.")
+        self._check_cover()
         if not 0 <= self.std_decay < 1:
             raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
         if self.schedule.start >= self.steps:
@@ -359,6 +382,29 @@ class Recipe(Training):
     def control_settings(self) -> tuple[Any, ...]:
         """The values of the fields on which the control depends: recipes with equal ones have the same control."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if SHAPES_CONTROL[field.name])
+
+    def _check_cover(self) -> None:
+        if not 0 <= self.cover <= 1 - 1 / self.batch:
+            raise RecipeError(
+                f"cover is {self.cover}; it must be at least 0, and at most {1 - 1 / self.batch:g}, which leaves a "
+                f"block of text in every batch of {self.batch}."
+            )
+        if self.cover and not (self.kl_weight or self.match_weight):
+            raise RecipeError(
+                f"cover is {self.cover}, but nothing is to be learnt from it without the original: set kl_weight or "
+                "match_weight."
+            )
+        unknown = [kind for kind in self.cover_kinds if not _COVER_KIND.fullmatch(kind)]
+        if unknown or not self.cover_kinds:
+            raise RecipeError(
+                f"cover_kinds is {', '.join(self.cover_kinds) or 'empty'}; the kinds are uniform, unigram, unigram-T, "
+                "shuffled, corrupted, corrupted-P, renamed, repeated and runs, with positive numbers T and P."
+            )
+        start, end = self.cover_span
+        if not 0 <= start < end <= 1:
+            raise RecipeError(f"cover_span is {start}, {end}; it must begin before it ends, between 0 and 1.")
+        if self.spread_weight and self.spread_on == "cover" and not self.cover:
+            raise RecipeError("spread_on is cover, but cover is 0: there would be no penalty.")
 
     def _scaled(self, steps: int) -> dict[str, Any]:
         factor = steps / self.steps
@@ -386,6 +432,7 @@ SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
 ) | dict.fromkeys(
     (
         *("schedule", "std_decay", "std_mean", "kl_weight", "match_weight", "aux_weight", "export_format"),
+        *("cover", "cover_kinds", "cover_span", "cover_stds", "spread_weight", "spread_on"),
         *("name", "log_every", "save_every", "report_to", "push_to_hub"),
     ),
     False,

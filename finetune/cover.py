@@ -1,0 +1,134 @@
+"""Cover: blocks of tokens that need not be text, on which the LN-free model is held to the original's predictions.
+
+A constant is right for the tokens and contexts that training has shown it. Text shows it few of those that other text
+has; the original's predictions, unlike a true next token, are there for any sequence of tokens.
+
+Of the blocks of a run in their order, that at position i (from 0, within `cover_span`) is cover if and only if
+⌊(i+1)·share⌋ > ⌊i·share⌋: a share of .05 is one block in twenty, evenly spread. Cover takes the place of the text that
+the run would have had there, and is a function of that text and of a generator seeded by the run's seed and i. So all
+other blocks are the control's, and a run that is resumed or shared by several processes sees the same cover.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from finetune.recipe import Recipe
+from finetune.text import Blocks
+
+_COUNTED_BLOCKS = 4096
+"""The blocks of the text whose tokens `unigram` counts, at most: evenly spaced, of a stream the first."""
+_LONGEST_PERIOD = 32
+_SHORTEST_RUN = 4
+
+
+class Cover:
+    """Which blocks of a run are cover, and what is in them."""
+
+    def __init__(self, recipe: Recipe, token_ids: Int[np.ndarray, " id"], text: Dataset[dict[str, Tensor]]) -> None:
+        """Draw from `token_ids`, those that the tokenizer has; `text` is what the run trains on, for its unigrams."""
+        self._seed, self._kinds, self._ids = recipe.seed, recipe.cover_kinds, token_ids
+        self._share = Fraction(str(recipe.cover))  # the decimal number that was written, not the nearest binary one
+        self._first, self._end = (math.floor(part * recipe.steps) * recipe.batch for part in recipe.cover_span)
+        unigrams = any(kind.startswith("unigram") for kind in recipe.cover_kinds)
+        self._counts = _count(text, token_ids) if unigrams else np.ones(len(token_ids))
+
+    def number(self, position: int) -> int | None:
+        """Return which block of cover, from 0, is at a position of the run, or None if there is text."""
+        if not self._first <= position < self._end:
+            return None
+        before, after = (math.floor((position - self._first + i) * self._share) for i in (0, 1))
+        return before if after > before else None
+
+    def at(self, position: int, block: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the run has at a position where its text has `block`: `input_ids`, and whether they are cover."""
+        number = self.number(position)
+        if number is not None:
+            kind = self._kinds[number % len(self._kinds)]
+            drawn = self.draw(kind, block["input_ids"].numpy(), np.random.default_rng([self._seed, position]))
+            block = {"input_ids": torch.from_numpy(drawn)}
+        return block | {"is_cover": torch.tensor(number is not None)}
+
+    def over(self, blocks: Dataset[dict[str, Tensor]]) -> Dataset[dict[str, Tensor]]:
+        """Return the blocks of a run, which are in its order, with cover among them."""
+        return _CoveredStream(blocks, self) if isinstance(blocks, IterableDataset) else _Covered(blocks, self)
+
+    def draw(self, kind: str, text: Int[np.ndarray, " pos"], rng: np.random.Generator) -> Int[np.ndarray, " pos"]:
+        """Return a block of cover in place of a block of text. `recipe.CoverKind` says what the kinds are."""
+        name, _, number = kind.partition("-")
+        match name:
+            case "text":
+                return text
+            case "uniform":
+                return rng.choice(self._ids, len(text))
+            case "unigram":
+                weights = self._counts ** (1 / float(number or 1))
+                return rng.choice(self._ids, len(text), p=weights / weights.sum())
+            case "shuffled":
+                return rng.permutation(text)
+            case "corrupted":
+                part = float(number) if number else rng.random()
+                return np.where(rng.random(len(text)) < part, self.draw("uniform", text, rng), text)
+            case "renamed":
+                used, places = np.unique(text, return_inverse=True)
+                return rng.choice(self._ids, len(used), replace=len(used) > len(self._ids))[places]
+            case "repeated":
+                period = min(_log_uniform(rng, 1, _LONGEST_PERIOD), len(text))
+                source = text if rng.random() < 0.5 else self.draw("uniform", text, rng)
+                begin = rng.integers(len(text) - period + 1)
+                return np.resize(source[begin : begin + period], len(text))
+            case "runs":
+                drawn, start = text.copy(), 0
+                while start < len(text):
+                    run = slice(start, start + _log_uniform(rng, _SHORTEST_RUN, max(_SHORTEST_RUN, len(text) // 2)))
+                    drawn[run] = self.draw(str(rng.choice(_IN_RUNS)), text[run], rng)
+                    start = run.stop
+                return drawn
+        raise ValueError(f"{kind} is not a kind of cover")
+
+
+_IN_RUNS = ("text", "uniform", "shuffled", "corrupted", "renamed", "repeated")
+
+
+def _log_uniform(rng: np.random.Generator, least: int, most: int) -> int:
+    return math.floor(math.exp(rng.uniform(math.log(least), math.log(most + 1))))
+
+
+def _count(text: Dataset[Any], token_ids: Int[np.ndarray, " id"]) -> Float[np.ndarray, " id"]:
+    """Return how often each token is in the text, plus one: none is impossible."""
+    if isinstance(text, Blocks):
+        rows = np.unique(np.linspace(0, len(text) - 1, _COUNTED_BLOCKS).round().astype(int))
+        tokens = text.blocks[rows].ravel().astype(np.int64)
+    else:
+        tokens = np.concatenate([block["input_ids"] for block in itertools.islice(iter(text), _COUNTED_BLOCKS)])
+    return 1.0 + np.bincount(tokens, minlength=token_ids.max() + 1)[token_ids]
+
+
+class _Covered(Dataset):
+    def __init__(self, blocks: Any, cover: Cover) -> None:
+        self.blocks, self.cover = blocks, cover
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        return self.cover.at(position, self.blocks[position])
+
+
+class _CoveredStream(IterableDataset):
+    """Every iteration begins at position 0, as the stream does: what a resumed run skips is counted."""
+
+    def __init__(self, blocks: Any, cover: Cover) -> None:
+        self.blocks, self.cover = blocks, cover
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for position, block in enumerate(self.blocks):
+            yield self.cover.at(position, block)
