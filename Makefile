@@ -23,10 +23,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Executes the notebooks in place and draws the README's picture; PNGs need Chrome or Chromium.
+# Executes the notebooks in place and draws the README's figure; PNGs need Chrome or Chromium.
 notebooks: $(VENV)/installed
 	$(BIN)/python notebooks/execute.py
-	$(BIN)/python notebooks/picture.py
+	$(BIN)/python notebooks/readme_figure.py
 
 benchmark: $(VENV)/installed
 	$(BIN)/python -m pytest -s tests/benchmarks

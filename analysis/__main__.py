@@ -3,11 +3,10 @@
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
+from analysis.report.options import Options
 from finetune.errors import NolnError
 
 USAGE = """\
@@ -17,40 +16,6 @@ Compare an LN-free model with what it was made from.
 
   python -m analysis report --help    every flag with its default
 """
-
-
-@dataclass(frozen=True)
-class Options:
-    """Compare an original model, a control and an LN-free model, and write tables, figures and one HTML page."""
-
-    original: str | None = None
-    """The model that LN was removed from: a short name, a directory, or a Hub id. None: that of the newest run."""
-    ln_free: str | None = None
-    """The LN-free model. None: that of the newest run."""
-    control: str | None = None
-    """The model fine-tuned in the same way with LN kept. None: that of the newest run, or none at all where the other
-    models are named."""
-    revision: str | None = None
-    """The revision of an original on the Hub. None: that of the newest run."""
-    text: tuple[str, ...] = ("books-report", "shifted-peps")
-    """Texts to compare the models on: bundled names, files, directories, or Hub data sets. The first one serves the
-    analyses that look at one text."""
-    pairs: Path | None = None
-    """A JSON file of prompt pairs for patching, a list of objects with the texts clean, corrupt, correct and wrong.
-    None: pairs that come with the package or, where the tokenizer cuts their words, some made for it."""
-    tokens: int = 8_192
-    """Tokens of each text, at most, in blocks spread evenly over it."""
-    out: Path | None = None
-    """The directory to write. None: reports/TIME."""
-    only: tuple[str, ...] = ()
-    """The analyses to run, by their module's names. Empty: all."""
-    batch_size: int = 8
-    """Blocks in one forward, at most. No number depends on it."""
-    png: bool = False
-    """Also write the figures as PNG; needs the extra `png`, and Chrome or Chromium."""
-    benchmark: tuple[str, ...] = ()
-    """Tasks of EleutherAI's lm-evaluation-harness, such as hellaswag: NAME, on its data on the Hub, or NAME=FILE.jsonl,
-    a file with the fields of those data in their place; needs the extra `eval`. Empty: none."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +41,7 @@ def _report(arguments: list[str]) -> None:
 
     from analysis import report
 
-    page = report.run(**vars(options))
+    page = report.run(options)
     print(f"The report is {page}; its tables and figures lie beside it.")
 
 

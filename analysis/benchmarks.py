@@ -178,7 +178,7 @@ def measure(
     for what, least, number in (("limit", 1, limit), ("num_fewshot", 0, num_fewshot), ("batch_size", 1, batch_size)):
         if number is not None and number < least:
             raise BenchmarkError(f"{what} is {number}, but is to be at least {least}.")
-    loaded = _load(tasks, num_fewshot)
+    loaded = load_tasks(tasks, num_fewshot)
     from lm_eval.evaluator import evaluate
 
     rows = []
@@ -203,7 +203,52 @@ def measure(
 
 def check(tasks: Tasks, num_fewshot: int | None = None) -> None:
     """Raise BenchmarkError where `measure` would, as far as that is known without a model."""
-    _load(tasks, num_fewshot)
+    load_tasks(tasks, num_fewshot)
+
+
+def load_tasks(tasks: Tasks, num_fewshot: int | None = None) -> dict[str, dict[str, Any]]:
+    """Return what the harness's `evaluate` takes: its tasks and groups by name.
+
+    Raises:
+        BenchmarkError: there is no such task, or its data cannot be read or do not suit it.
+    """
+    if TemplateLM is object:
+        raise BenchmarkError("Benchmarks need EleutherAI's lm-evaluation-harness: pip install 'noln[eval]'.")
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
+    if not isinstance(tasks, Mapping):
+        tasks = dict(task.partition("=")[::2] for task in ([tasks] if isinstance(tasks, str) else tasks))
+    if not tasks:
+        raise BenchmarkError("No task is named; hellaswag is one.")
+    for name, file in tasks.items():
+        manager = _manager(name)
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.all_tasks) or ["hellaswag", "…"]
+            raise BenchmarkError(f"The harness has no task {name}; it has {', '.join(near)}.")
+        is_plain = manager.task_index[name].kind.name == "TASK"
+        if file and not is_plain:
+            raise BenchmarkError(f"{name} is several tasks, or reads data in its own way: no {file} can stand for it.")
+        data = datasets.DatasetDict(test=_read(Path(file))) if file else None
+        if data and num_fewshot and len(data["test"]) <= num_fewshot:
+            raise BenchmarkError(f"{file} has {len(data['test'])} examples: too few for {num_fewshot} shots.")
+        try:
+            with _seeded():
+                found = manager.load([name if data is None else _in_place(name, data)])
+        except Exception as error:  # tasks run code of their own, which fails in any way
+            why = f"{type(error).__name__}: {error}"
+            if file:
+                raise BenchmarkError(f"{file} has not the fields and values of {name}'s data ({why}).") from error
+            instead = f" A file can stand for them: {name}=FILE.jsonl." if is_plain else ""
+            raise BenchmarkError(f"The data of {name} cannot be had ({why}).{instead}") from error
+        for task in found["tasks"].values():
+            if task.OUTPUT_TYPE == "generate_until":
+                raise BenchmarkError(f"{task.task_name} has models write: take one of choices or of likelihood.")
+            # As the harness does: what has no shots by its nature keeps none.
+            if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot")):
+                task.set_config("num_fewshot", num_fewshot or 0)
+        loaded["tasks"] |= found["tasks"]
+        if data is None:
+            loaded["groups"] |= found["groups"]
+    return loaded
 
 
 def plot(frame: pd.DataFrame) -> go.Figure:
@@ -274,47 +319,6 @@ def _seeded() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-def _load(tasks: Tasks, num_fewshot: int | None) -> dict[str, dict[str, Any]]:
-    """Return what the harness's `evaluate` takes: its tasks and groups by name."""
-    if TemplateLM is object:
-        raise BenchmarkError("Benchmarks need EleutherAI's lm-evaluation-harness: pip install 'noln[eval]'.")
-    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
-    if not isinstance(tasks, Mapping):
-        tasks = dict(task.partition("=")[::2] for task in ([tasks] if isinstance(tasks, str) else tasks))
-    if not tasks:
-        raise BenchmarkError("No task is named; hellaswag is one.")
-    for name, file in tasks.items():
-        manager = _manager(name)
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, manager.all_tasks) or ["hellaswag", "…"]
-            raise BenchmarkError(f"The harness has no task {name}; it has {', '.join(near)}.")
-        is_plain = manager.task_index[name].kind.name == "TASK"
-        if file and not is_plain:
-            raise BenchmarkError(f"{name} is several tasks, or reads data in its own way: no {file} can stand for it.")
-        data = datasets.DatasetDict(test=_read(Path(file))) if file else None
-        if data and num_fewshot and len(data["test"]) <= num_fewshot:
-            raise BenchmarkError(f"{file} has {len(data['test'])} examples: too few for {num_fewshot} shots.")
-        try:
-            with _seeded():
-                found = manager.load([name if data is None else _in_place(name, data)])
-        except Exception as error:  # tasks run code of their own, which fails in any way
-            why = f"{type(error).__name__}: {error}"
-            if file:
-                raise BenchmarkError(f"{file} has not the fields and values of {name}'s data ({why}).") from error
-            instead = f" A file can stand for them: {name}=FILE.jsonl." if is_plain else ""
-            raise BenchmarkError(f"The data of {name} cannot be had ({why}).{instead}") from error
-        for task in found["tasks"].values():
-            if task.OUTPUT_TYPE == "generate_until":
-                raise BenchmarkError(f"{task.task_name} has models write: take one of choices or of likelihood.")
-            # As the harness does: what has no shots by its nature keeps none.
-            if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot")):
-                task.set_config("num_fewshot", num_fewshot or 0)
-        loaded["tasks"] |= found["tasks"]
-        if data is None:
-            loaded["groups"] |= found["groups"]
-    return loaded
 
 
 @functools.cache

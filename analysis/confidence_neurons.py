@@ -32,6 +32,7 @@ from torch import Tensor
 
 from analysis import palette
 from analysis.batches import forwards
+from analysis.stream import Stream
 from finetune.errors import NolnError
 from finetune.evaluate import losses
 
@@ -156,7 +157,8 @@ def _check(name: str, model: Any, neurons: Sequence[int]) -> None:
 @torch.no_grad()
 def _weights(model: Any) -> tuple[Float[Tensor, "neuron d_model"], Float[Tensor, "d_model vocab"]]:
     """Return W_out of the last MLP and W_U, in float64."""
-    return model.blocks[-1].mlp.W_out.detach().double(), model.W_U.detach().double()
+    stream = Stream(model)
+    return stream.weight(stream.neurons[-1]).detach().double(), model.W_U.detach().double()
 
 
 def _norm_and_logit_var(model: Any) -> tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"]]:
@@ -173,8 +175,8 @@ def _ablate(
     name: str, model: Any, tokens: Int[Tensor, "block pos"], groups: Sequence[Sequence[int]], batch_size: int
 ) -> Float[Tensor, "group measure 3"]:
     """Return each measure without ablation, with it, and with it under a frozen scale, means over tokens."""
-    last = f"blocks.{model.cfg.n_layers - 1}"
-    post, resid = f"{last}.mlp.hook_post", f"{last}.hook_resid_post"
+    stream = Stream(model)
+    post, resid = stream.neurons[-1].hook, stream.final
     mean = torch.zeros(model.cfg.d_mlp, dtype=torch.float64, device=model.cfg.device)
     for _, outputs in forwards({name: model}, tokens, [post], batch_size, f"Mean activations of {name}"):
         mean += outputs[name].cache[post].double().sum((0, 1)) / tokens.numel()
@@ -184,12 +186,12 @@ def _ablate(
         logits, cache = outputs[name]
         # Block by block: the logits of a batch are large, and are needed for every group anew.
         for block in zip(batch.split(1), logits.split(1), cache[post].split(1), cache[resid].split(1), strict=True):
-            total += _ablate_block(model, *block, mean, groups)
+            total += _ablate_block(stream, *block, mean, groups)
     return total / tokens[:, 1:].numel()
 
 
 def _ablate_block(
-    model: Any,
+    stream: Stream,
     tokens: Int[Tensor, "1 pos"],
     logits: Float[Tensor, "1 pos vocab"],
     activation: Float[Tensor, "1 pos neuron"],
@@ -198,13 +200,13 @@ def _ablate_block(
     groups: Sequence[Sequence[int]],
 ) -> Float[Tensor, "group measure 3"]:
     """Return what `_ablate` does, summed over the tokens of one block."""
-    W_out, b_U = model.blocks[-1].mlp.W_out, model.b_U
-    clean, scale = _entropy_and_loss(logits, tokens), _final_scale(model, resid)
+    W_out, W_U, b_U = stream.weight(stream.neurons[-1]), stream.model.W_U, stream.model.b_U
+    clean, scale = _entropy_and_loss(logits, tokens), stream.measured_scale(resid)
     sums = []
     for group in groups:
         excess = (activation[..., group] - mean[group]).to(logits.dtype)
-        direct = torch.baddbmm(logits, (excess / scale).to(logits.dtype), (W_out[group] @ model.W_U)[None], alpha=-1)
-        ratio = scale / _final_scale(model, resid - excess @ W_out[group])
+        direct = torch.baddbmm(logits, (excess / scale).to(logits.dtype), (W_out[group] @ W_U)[None], alpha=-1)
+        ratio = scale / stream.measured_scale(resid - excess @ W_out[group])
         measured = direct_measured = _entropy_and_loss(direct, tokens)
         if (ratio != 1).any():
             measured = _entropy_and_loss(b_U + (direct - b_U) * ratio, tokens)
@@ -219,16 +221,6 @@ def _entropy_and_loss(
     log_probs = logits.float().log_softmax(-1)
     entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)[:, :-1]
     return torch.stack([entropy.double().sum(), losses(log_probs, tokens).double().sum()])
-
-
-def _final_scale(model: Any, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos 1"]:
-    """Return what the model's final norm divides `resid` by: 1 where nothing divides."""
-    if "ln_final.hook_scale" not in model.hook_dict:
-        return torch.ones_like(resid[..., :1])
-    scales: list[Tensor] = []
-    with model.hooks(fwd_hooks=[("ln_final.hook_scale", lambda scale, hook: scales.append(scale))]):
-        model.ln_final(resid)
-    return scales[0]
 
 
 def plot_neurons(frame: pd.DataFrame) -> go.Figure:

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from analysis import figures, palette
 from analysis.batches import forwards
-from analysis.logit_attribution import Readout
+from analysis.readout import Readout
+from analysis.stream import Stream
 from finetune.evaluate import js_divergence, kl_divergence
 
 _TOP = 50
@@ -218,8 +219,7 @@ def measure_layers(
     cka, linear, over tokens, from 0 to 1: both without unit.
     """
     _check(models, reference)
-    blocks = range(models[reference].cfg.n_layers)
-    points = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in blocks)]
+    points = Stream(models[reference]).between_blocks
     keys = [(name, positions, layer) for name in models for positions in _POSITIONS for layer in range(len(points))]
     cosine = dict.fromkeys(keys, 0.0)
     cka = {key: _CKA() for key in keys}
@@ -273,15 +273,16 @@ def measure_heads(
     cfg = models[reference].cfg
     queries = tokens.shape[1] - 1
     batch_size = min(batch_size, max(1, _PATTERNS_AT_ONCE // (cfg.n_layers * cfg.n_heads * (queries + 1) ** 2)))
-    patterns, zs = ([f"blocks.{layer}.attn.hook_{name}" for layer in range(cfg.n_layers)] for name in ("pattern", "z"))
-    names = [*patterns, *zs, f"blocks.{cfg.n_layers - 1}.hook_resid_post"]
+    patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(cfg.n_layers)]
+    stream = Stream(models[reference])
+    names = [*patterns, *(heads.hook for heads in stream.heads), stream.final]
     distance = {name: torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.float64) for name in models}
     correlation = {name: _Correlation() for name in models}
     for batch, outputs in forwards(models, tokens, names, batch_size, "Comparing heads"):
         dla = {}
         for name, (_, cache) in outputs.items():
             readout = Readout(models[name], batch, cache)
-            dla[name] = torch.cat([readout.heads(layer).dla for layer in range(cfg.n_layers)], dim=-1).flatten(0, 1)
+            dla[name] = torch.cat([readout.effects(heads).dla for heads in stream.heads], dim=-1).flatten(0, 1)
         for name in models:
             correlation[name].add(dla[reference], dla[name])
             for layer, point in enumerate(patterns):
@@ -324,7 +325,7 @@ def measure_neurons(
     correlation, Pearson's over tokens, NaN where a neuron is constant.
     """
     _check(models, reference)
-    points = [f"blocks.{layer}.mlp.hook_post" for layer in range(models[reference].cfg.n_layers)]
+    points = [neurons.hook for neurons in Stream(models[reference]).neurons]
     correlation = {(name, layer): _Correlation() for name in models for layer in range(len(points))}
     for _, outputs in forwards(models, tokens, points, batch_size, "Comparing neurons"):
         for (name, layer), pair in correlation.items():

@@ -125,7 +125,7 @@ class HookedBlocks(HookedRootModule):
             raise NotImplementedError("HookedBlocks has no ActivationCache: take the dict.")
         return super().run_with_cache(*args, **kwargs)
 
-    def reach(self, layer: int, attention: bool = False) -> Float[Tensor, " 1"]:
+    def skip_gain(self, layer: int, attention: bool = False) -> Float[Tensor, " 1"]:
         """Return by what skips multiply a layer's output on its way to the final residual stream: no unit.
 
         Args:
@@ -146,6 +146,8 @@ class HookedBlocks(HookedRootModule):
             if i > layer or (attention and i == layer and not block.parallel):
                 product = product * _gain(block.mlp_skip_gain)
         return product
+
+    reach = skip_gain  # the old name
 
 
 def _gain(skip: Any) -> Float[Tensor, " 1"] | float:

@@ -1,27 +1,16 @@
 """Direct logit attribution (DLA) and direct effect of every part of a model on a logit, and the logit lens.
 
-The final residual stream r of a token is a sum of components c: the embeddings, every head, every attention bias and
-every MLP. The logit of a target is read off it as LN(r) · w + b, w being the target's column of the unembedding.
-
-1. The target is the next token, whose w is taken less its mean over the vocabulary unless asked otherwise (the logit
-   then counts from the mean logit), or the difference of two given tokens.
-2. The DLA of c is its share at the scale of the full r: c · w / σ(r).
-3. The direct effect of c is what the logit loses when c is taken out of r and the final norm, as the model has it, is
-   applied afresh: logit(r) − logit(r − c).
-4. Over tokens, NMAE = 100 · mean|DLA − direct effect| / mean|direct effect|: 0 % where the final norm is linear (Baroni
+1. Of each token `readout` says what every component of the final residual stream does to the logit of a target: its
+   DLA, which is its share at the scale of the full stream, and its direct effect, which is what the logit loses when it
+   is taken out and the final norm is applied afresh.
+2. Over tokens, NMAE = 100 · mean|DLA − direct effect| / mean|direct effect|: 0 % where the final norm is linear (Baroni
    et al. 2025, arXiv 2507.02559; their code scores the current token, here it is the next).
-5. No vector r − c is made. With r, c and w centred, logit(r − c) = (r·w − c·w) / σ(r − c) + b, where
-   d_model · σ²(r − c) = ‖r‖² − 2 r·c + ‖c‖² + d_model · eps: three dot products a component. That of a head is
-   c = z W_O, so that c·w = z·(W_O w), c·r = z·(W_O r) and ‖c‖² = z (W_O W_Oᵀ) z. Under RMSNorm nothing is centred.
-6. Where skips have gains, as those of `load_hooked_blocks` may, c is what is written times the gains of the skips after
-   it. A layer without a skip lets nothing from before it through but what it reads: those components are 0.
-
-Activations have the model's dtype; from the final residual stream on everything is float64.
+3. The logit lens reads the residual stream between blocks as if it were final.
 """
 
 import html
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,158 +22,13 @@ from torch.nn import functional as F
 
 from analysis import figures, palette
 from analysis.batches import forwards
+from analysis.readout import Readout, hook_names
+from analysis.stream import Stream
 
 _BARS = 24
 """Components that the figure of a prompt shows."""
 _STATISTICS = ("dla", "direct_effect", "dla_abs", "direct_effect_abs", "error_abs", "dla_max", "direct_effect_max")
 _LENS = ("loss", "agreement", "logit", "scale")
-
-
-class Effects(NamedTuple):
-    """What components do to the logit of the target, float64."""
-
-    dla: Float[Tensor, "batch pos component"]
-    direct_effect: Float[Tensor, "batch pos component"]
-
-
-class Readout:
-    """How one model reads the target of every token of a batch off its final residual stream, in float64."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokens: Int[Tensor, "batch all_pos"],
-        cache: Mapping[str, Tensor],
-        pair: tuple[int, int] | None = None,
-        centre_unembedding: bool = True,
-    ) -> None:
-        """Take the target of each token: the next token, which the last one lacks, or the difference of `pair`.
-
-        `cache` holds the final residual stream and the activations of the components that are asked for later.
-
-        Raises:
-            ValueError: a final norm whose weights are not folded into the unembedding.
-        """
-        self._model, self._cache, self._norm = model, cache, model.cfg.normalization_type
-        if self._norm not in (None, "LNPre", "RMSPre"):
-            raise ValueError(
-                f"The final norm is of type {self._norm}; only a folded LayerNorm (LNPre), a folded RMSNorm (RMSPre) "
-                "or none is known: load the model with analysis.load_hooked, load_bridge or load_hooked_blocks."
-            )
-        self._pair, self._centre_unembedding = pair, centre_unembedding
-        self._targets = tokens[:, 1:] if pair is None else torch.full_like(tokens, pair[0])
-        self.w = self._centre(model.W_U.T[self._targets].double() - self._base(model.W_U))
-        self.b = model.b_U[self._targets].double() - self._base(model.b_U)
-        self.r = self._centre(self.cached(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"))
-        self._rw, self._rr = (torch.linalg.vecdot(self.r, x).unsqueeze(-1) for x in (self.w, self.r))
-
-    def _base(self, by_token: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:
-        """Return what the target's entry counts from: the other token's, the mean over the vocabulary, or zero."""
-        if self._pair is not None:
-            return by_token[..., self._pair[1]].double()
-        mean = by_token.mean(-1, dtype=torch.float64)
-        return mean if self._centre_unembedding else torch.zeros_like(mean)
-
-    def cached(self, name: str) -> Float[Tensor, "batch pos *shape"]:
-        """Return an activation at the tokens that have a target."""
-        return self._cache[name][:, : self._targets.shape[1]]
-
-    def _centre(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
-        x = x.double()
-        return x - x.mean(-1, keepdim=True) if self._norm == "LNPre" else x
-
-    def _reach(self, layer: int = -1, attention: bool = False) -> Any:
-        """Return by what skips multiply a layer's output on its way to r: 1 in GPT-2."""
-        return self._model.reach(layer, attention) if hasattr(self._model, "reach") else 1
-
-    def read(self, normalised: Float[Tensor, "batch all_pos d_model"]) -> Float[Tensor, "batch pos"]:
-        """Return the target's logit read off residual vectors that went through the final norm."""
-        return torch.linalg.vecdot(normalised[:, : self._targets.shape[1]], self.w) + self.b
-
-    def _scale(self, square_norm: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return what the final norm divides a centred vector of this squared norm by."""
-        if self._norm is None:
-            return torch.ones_like(square_norm)
-        return (square_norm.clamp(min=0) / self._model.cfg.d_model + self._model.cfg.eps).sqrt()
-
-    def logit(self, logits: Float[Tensor, "batch all_pos vocab"]) -> Float[Tensor, "batch pos"]:
-        """Return the target's logit among the model's own."""
-        logits = logits[:, : self._targets.shape[1]]
-        return logits.gather(-1, self._targets.unsqueeze(-1)).squeeze(-1).double() - self._base(logits)
-
-    def normalise(
-        self, x: Float[Tensor, "batch pos d_model"]
-    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos 1"]]:
-        """Return the final norm of any residual vectors at their own scale, and that scale."""
-        x = self._centre(x)
-        scale = self._scale(x.square().sum(-1, keepdim=True))
-        return x / scale, scale
-
-    def _effects(
-        self,
-        cw: Float[Tensor, "batch pos component"],
-        cr: Float[Tensor, "batch pos component"],
-        cc: Float[Tensor, "*token component"],
-    ) -> Effects:
-        """Return the effects of components from their dot products with w, with r and with themselves."""
-        scale = self._scale(self._rr)
-        without = (self._rw - cw) / self._scale(self._rr - 2 * cr + cc)
-        return Effects(cw / scale, self._rw / scale - without)
-
-    def _vector(self, c: Float[Tensor, "*token d_model"]) -> Effects:
-        """Return the effects of one component whose vectors are at hand."""
-        c = self._centre(c)
-        cw, cr, cc = (torch.linalg.vecdot(c, x).unsqueeze(-1) for x in (self.w, self.r, c))
-        return self._effects(cw, cr, cc)
-
-    def _written(
-        self,
-        activations: Float[Tensor, "batch pos component d_in"],
-        weights: Float[Tensor, "component d_in d_model"],
-    ) -> Effects:
-        """Return the effects of components that write `activations` to the residual stream through `weights`."""
-        a, W = activations.double(), self._centre(weights)
-        cw, cr = (torch.linalg.vecdot(a, (x @ W.flatten(0, 1).T).view_as(a)) for x in (self.w, self.r))
-        cc = torch.einsum("bpci,cij,bpcj->bpc", a, W @ W.mT, a)
-        return self._effects(cw, cr, cc)
-
-    def heads(self, layer: int) -> Effects:
-        """Return the effects of a layer's heads, without the attention's bias, which is none of theirs."""
-        W_O = self._model.blocks[layer].attn.W_O * self._reach(layer, attention=True)
-        return self._written(self.cached(f"blocks.{layer}.attn.hook_z"), W_O)
-
-    def neurons(self, layer: int) -> Effects:
-        """Return the effects of the neurons of a layer's MLP."""
-        activations = self.cached(f"blocks.{layer}.mlp.hook_post")
-        W_out = self._model.blocks[layer].mlp.W_out * self._reach(layer)
-        return self._written(activations.unsqueeze(-1), W_out.unsqueeze(1))
-
-    def components(
-        self, logits: Float[Tensor, "batch all_pos vocab"], neurons: bool = False
-    ) -> Iterator[tuple[str, int | None, Effects]]:
-        """Yield (kind, layer, effects) of everything that adds up to the logit, of that, and of what is left over.
-
-        Neurons are in the sum as parts of their MLP, whose bias is in it too. The model's own `logits` are the sum to
-        be reached; unlike the DLA, the direct effects of an LN model do not reach it.
-        """
-        dla = direct_effect = self.b
-        for kind, layer, effects in self._summands():
-            yield kind, layer, effects
-            dla, direct_effect = dla + effects.dla.sum(-1), direct_effect + effects.direct_effect.sum(-1)
-            if neurons and kind == "mlp" and layer is not None:
-                yield "neuron", layer, self.neurons(layer)
-        yield "b_U", None, Effects(self.b.unsqueeze(-1), self.b.unsqueeze(-1))
-        logit = self.logit(logits)
-        yield "logit", None, Effects(logit.unsqueeze(-1), logit.unsqueeze(-1))
-        yield "residue", None, Effects((logit - dla).unsqueeze(-1), (logit - direct_effect).unsqueeze(-1))
-
-    def _summands(self) -> Iterator[tuple[str, int | None, Effects]]:
-        for name in ("embed", "pos_embed"):
-            yield name, None, self._vector(self.cached(f"hook_{name}") * self._reach())
-        for layer, block in enumerate(self._model.blocks):
-            yield "head", layer, self.heads(layer)
-            yield "b_O", layer, self._vector(block.attn.b_O * self._reach(layer, attention=True))
-            yield "mlp", layer, self._vector(self.cached(f"blocks.{layer}.hook_mlp_out") * self._reach(layer))
 
 
 def measure(
@@ -296,8 +140,8 @@ def measure_components(
     for name, model in models.items():
         sums: dict[tuple[str, int | None], Float[Tensor, "5 component"]] = {}
         maxima: dict[tuple[str, int | None], Float[Tensor, "2 component"]] = {}
-        hook_names = _hook_names(model, neurons)
-        for batch, outputs in forwards({name: model}, tokens, hook_names, batch_size, f"Logit attribution of {name}"):
+        hooks = hook_names(model, neurons)
+        for batch, outputs in forwards({name: model}, tokens, hooks, batch_size, f"Logit attribution of {name}"):
             logits, cache = outputs[name]
             readout = Readout(model, batch, cache, pair, centre_unembedding)
             for component, layer, effects in readout.components(logits, neurons):
@@ -361,7 +205,7 @@ def measure_prompt(
     frames = []
     for name, model in models.items():
         texts = np.array([_text(model, token) for token in prompt], dtype=object)
-        for batch, outputs in forwards({name: model}, prompt.unsqueeze(0), _hook_names(model, neurons)):
+        for batch, outputs in forwards({name: model}, prompt.unsqueeze(0), hook_names(model, neurons)):
             logits, cache = outputs[name]
             readout = Readout(model, batch, cache, pair, centre_unembedding)
             for component, layer, effects in readout.components(logits, neurons):
@@ -432,8 +276,7 @@ def measure_lens(
     """
     frames = []
     for name, model in models.items():
-        blocks = range(model.cfg.n_layers)
-        points = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in blocks)]
+        points = Stream(model).between_blocks
         total = torch.zeros(len(points), len(_LENS), dtype=torch.float64)
         for batch, outputs in forwards({name: model}, tokens, points, batch_size, f"Logit lens of {name}"):
             logits, cache = outputs[name]
@@ -463,13 +306,6 @@ def plot_lens(frame: pd.DataFrame) -> go.Figure:
         "logit": f"Logit of target,<br>W_U {frame['unembedding'].iloc[0]}",
     }
     return figures.lines(frame, "layer", quantities).update_xaxes(title="Blocks before", row=len(quantities))
-
-
-def _hook_names(model: Any, neurons: bool) -> list[str]:
-    """Return the hook points of the activations that `Readout.components` needs."""
-    names = ["attn.hook_z", "hook_mlp_out"] + ["mlp.hook_post"] * neurons
-    blocks = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in names]
-    return ["hook_embed", "hook_pos_embed", *blocks, f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
 
 
 def _text(model: Any, token: int | Tensor) -> str:

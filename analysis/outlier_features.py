@@ -23,7 +23,7 @@ from torch import Tensor
 
 from analysis import figures
 from analysis.batches import forwards
-from analysis.residual_norms import label, residual_points
+from analysis.stream import Stream, label
 from finetune.features import FeatureSums
 
 CLASSES = ("all", "all but position 0")
@@ -40,7 +40,7 @@ def measure(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batc
     """
     rows = []
     for name, model in models.items():
-        points = residual_points(model)
+        points = Stream(model).points
         first: dict[str, FeatureSums] = {}
         rest: dict[str, FeatureSums] = {}
         for _, outputs in forwards({name: model}, tokens, points, batch_size, f"Outlier features of {name}"):

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from analysis import palette
 from analysis.prompts import Pair, PairTokens, encode_pairs
+from analysis.stream import Stream
 
 HOOK_POINTS = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z"
 """Hook points of a layer, by their names in TransformerLens."""
@@ -63,7 +64,7 @@ def measure(
         A row a model, pair (numbered from 1), hook point, layer, position, and head (NA without heads), with `token`,
         the clean prompt's token there, and `activation`, `attribution` and `error`, in shares of LD_clean − LD_corrupt
         (no unit). Where a model hardly tells the prompts apart that is small, and the shares are large and mean little:
-        leave such pairs out, with `told_apart` of `measure_pairs` as `only`.
+        leave such pairs out, with `solved_by_all` of `measure_pairs` as `only`.
 
     Raises:
         PairError: what `encode_pairs` raises.
@@ -89,13 +90,13 @@ def _patch_pair(model: Any, tokens: PairTokens, hook_points: Sequence[str], batc
     device = model.cfg.device
     names = {f"blocks.{layer}.{point}": (layer, point) for layer in range(model.cfg.n_layers) for point in hook_points}
     corrupt = tokens.corrupt.to(device)
-    streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.cfg.n_layers)]
+    streams = Stream(model).before_blocks
     with torch.no_grad():
         logits, clean = model.run_with_cache(
             tokens.clean[None].to(device), names_filter=list(names), return_cache_object=False
         )
         corrupt_logits, corrupt_cache = model.run_with_cache(
-            corrupt[None], names_filter=streams, return_cache_object=False
+            corrupt[None], names_filter=list(streams), return_cache_object=False
         )
         low, high = _logit_difference(corrupt_logits, tokens), _logit_difference(logits, tokens)
 
@@ -157,10 +158,7 @@ def _activation(
             for block in model.blocks[layer:]:
                 resid = block(resid)
                 resid = resid[0] if isinstance(resid, tuple) else resid  # TransformerBridge returns a tuple
-        resid = resid[:, -1:]
-        if hasattr(model, "ln_final"):  # HookedTransformer without LN has none
-            resid = model.ln_final(resid)
-        effects.append(metric(model.unembed(resid)))
+        effects.append(metric(Stream(model).unembed(resid[:, -1:])))
     return torch.cat(effects)
 
 
@@ -217,17 +215,20 @@ def measure_pairs(models: Mapping[str, Any], pairs: Sequence[Pair], tokenizer: P
     return pd.DataFrame(rows)
 
 
-def told_apart(frame: pd.DataFrame) -> list[int]:
+def solved_by_all(frame: pd.DataFrame) -> list[int]:
     """Return the numbers of the pairs in what `measure_pairs` returns that every model can do."""
     can = (frame["clean_difference"] > 0) & (frame["corrupt_difference"] < 0)
     return [int(pair) for pair, all_can in can.groupby(frame["pair"]).all().items() if all_can]
 
 
+told_apart = solved_by_all  # the old name
+
+
 def describe_pairs(frame: pd.DataFrame) -> str:
     """Say how many of the pairs in what `measure_pairs` returns every model can do."""
     return (
-        f"{len(told_apart(frame))} of {frame['pair'].nunique()} pairs are patched: those for which every model has the "
-        "answer of the prompt ahead, above 0 for the clean one and below 0 for the corrupt one."
+        f"{len(solved_by_all(frame))} of {frame['pair'].nunique()} pairs are patched: those for which every model has "
+        "the answer of the prompt ahead, above 0 for the clean one and below 0 for the corrupt one."
     )
 
 

@@ -25,20 +25,15 @@ from torch.nn import functional as F
 
 from analysis import figures, palette
 from analysis.batches import forwards
+from analysis.stream import Stream, label
 
 CLASSES = ("ordinary", "position 0", "end-of-text")
 """The classes of token; position 0 wins over end-of-text."""
 
 
 def residual_points(model: Any) -> list[str]:
-    """Return the hook names of the residual stream in order: before each block, after its attention, and the end."""
-    blocks = [f"blocks.{layer}.hook_resid" for layer in range(model.cfg.n_layers)]
-    return [f"{block}_{place}" for block in blocks for place in ("pre", "mid")] + [f"{blocks[-1]}_post"]
-
-
-def label(point: str) -> str:
-    """Return a hook name of the residual stream as an axis shows it, such as "3 mid"."""
-    return point.removeprefix("blocks.").replace(".hook_resid_", " ")
+    """Return the hook names of the residual stream in order, as `analysis.stream.Stream` has them."""
+    return list(Stream(model).points)
 
 
 def measure(
@@ -71,7 +66,7 @@ def _measure(
 ) -> pd.DataFrame:
     if eot_token_id is None:
         eot_token_id = getattr(model.tokenizer, "eos_token_id", None)
-    points = residual_points(model)
+    points = list(Stream(model).points)
     summaries = {token_class: _Summary() for token_class in CLASSES}
     for batch, outputs in forwards({name: model}, tokens, points, batch_size, f"Residual norms of {name}"):
         values = _per_token([outputs[name].cache[point] for point in points])

@@ -158,6 +158,11 @@ def family_of(model: nn.Module | PreTrainedConfig, name: str | None = None) -> F
     name = name or getattr(config, "name_or_path", None) or "The model"
     family = FAMILIES.get(getattr(config, "model_type", ""))
     is_its_class = family is not None and (model is config or isinstance(model, family.model_class))
+    if getattr(config, "model_type", None) == "noln-blocks":
+        raise CheckpointError(
+            f"{name} is a {type(model).__name__}: only the norms of Pre-LN blocks can be removed or folded, and "
+            "`python -m finetune pretrain pre-ln` saves these as a GPT2LMHeadModel (`finetune.blocks.to_gpt2`)."
+        )
     if family is None or not is_its_class:
         kind = ", ".join(getattr(config, "architectures", None) or []) if model is config else type(model).__name__
         raise CheckpointError(

@@ -28,7 +28,7 @@ def code_cells(path: Path) -> list[Any]:
 
 def test_there_are_six_and_those_of_the_sweeps():
     assert len(NOTEBOOKS) == 6
-    assert {path.stem for path in SWEEPS} == {"best", "data", "objective", "order", "pace", "roads"}
+    assert {path.stem for path in SWEEPS} == {"best", "data", "objective", "order", "pace", "removed_vs_never"}
 
 
 @each
@@ -86,17 +86,17 @@ def test_every_plot_is_explained(path: Path):
         assert not shows or (following is not None and re.search(r"\bplots?\b.* (?:shows?|say)", following.source))
 
 
-def test_the_picture():
-    picture = runpy.run_path(str(FOLDER / "picture.py"))
-    norms, effects = picture["measure"](tokens=512)
-    colours = picture["THEMES"].values()
-    light, dark = (picture["draw"](norms, effects, **theme) for theme in colours)
+def test_the_figure_of_the_readme():
+    script = runpy.run_path(str(FOLDER / "readme_figure.py"))
+    norms, effects = script["measure"](tokens=512)
+    colours = script["THEMES"].values()
+    light, dark = (script["draw"](norms, effects, **theme) for theme in colours)
     assert len(light.data) == len(dark.data)
     assert light.layout.font.color != dark.layout.font.color
     dots = [trace for trace in light.data if trace.mode == "markers"]
     assert [len(trace.x) for trace in dots] == [len(dots[0].x)] * 2
     assert list(dots[1].x) == pytest.approx(list(dots[1].y), abs=1e-4)  # LN-free: DLA is the direct effect
-    for theme in picture["THEMES"]:
+    for theme in script["THEMES"]:
         assert (FOLDER / "figures" / f"overview-{theme}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -187,8 +187,8 @@ def test_modules_are_named():
         part = re.search(rf"^{package}/.*\n((?:  .*\n)+)", tree, re.MULTILINE)
         assert part is not None
         named = {*re.findall(r"\b\w+\.py\b", part[1])}
-        there = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
-        assert named | {"__main__.py"} == there
+        top, all_of_them = ({path.name for path in (ROOT / package).glob(files)} for files in ("*.py", "**/*.py"))
+        assert top - {"__init__.py", "__main__.py"} <= named <= all_of_them
         packages = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
         assert {*re.findall(r"\b(\w+)/(?=[, ])", part[1])} == packages
     analyses = set(re.findall(r"^\| .*\? \| `(\w+)`", README, re.MULTILINE))

@@ -12,7 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from analysis import faithfulness, load_hooked
-from analysis.report import read_text
+from analysis.texts import read_text
 
 HERE = Path(__file__).parent
 

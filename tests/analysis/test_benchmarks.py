@@ -126,7 +126,7 @@ def test_log_likelihoods_of_all_kinds_of_models_by_hand(plain, tokenizer, batch_
 
 
 def test_the_harness_s_own_model_answers_alike(plain, tokenizer, file):
-    loaded = benchmarks._load({"hellaswag": file}, None)
+    loaded = benchmarks.load_tasks({"hellaswag": file})
     expected = evaluate(HFLM(pretrained=plain(1), tokenizer=tokenizer, batch_size=4), loaded)["results"]["hellaswag"]
     frame = benchmarks.measure({"original": plain(1)}, [f"hellaswag={file}"], tokenizer)
     for row in frame.itertuples():

@@ -8,7 +8,7 @@ from contract import EOT, TL4, TOKENS, assert_keeps_contract, assert_plots_by_mo
 from scipy.stats import entropy
 
 from analysis import confidence_neurons, load_bridge, load_trio
-from finetune import NolnError
+from finetune.errors import NolnError
 from finetune.families import FAMILIES
 from finetune.recipe import Gaps, Schedule
 from finetune.schedule import resolve

@@ -20,9 +20,11 @@ from analysis import (
     patching,
     residual_norms,
 )
-from finetune import NolnError
+from analysis.readout import Readout
+from analysis.stream import Stream
 from finetune.blocks import BLOCKS, BlocksForCausalLM, signals, to_gpt2
 from finetune.checkpoint import CheckpointError, load_tokenizer
+from finetune.errors import NolnError
 
 TOKENS = torch.randint(23, (5, 11), generator=torch.Generator().manual_seed(0))
 each_block = pytest.mark.parametrize("name", BLOCKS)
@@ -61,7 +63,7 @@ def test_logits_and_activations_are_the_sources(name):
     assert set(cache) == set(activations) == set(hooked.hook_dict)
     for hook, activation in activations.items():
         torch.testing.assert_close(cache[hook], activation)
-    for point in residual_norms.residual_points(hooked):
+    for point in Stream(hooked).points:
         assert cache[point].shape == (5, 11, 12)
     pattern = cache["blocks.1.attn.hook_pattern"]
     torch.testing.assert_close(pattern.sum(-1), torch.ones(5, 3, 11).double())
@@ -141,8 +143,9 @@ def test_attributions_add_up_to_the_logits(name, knobs):
     neurons = frame[(frame["component"] == "neuron") & (frame["layer"] == 2)]
     bias = hooked.blocks[2].mlp_gain(hooked.blocks[2].mlp.proj(torch.zeros(1, 1, 48).double()))
     _, cache = hooked.run_with_cache(TOKENS)
-    readout = logit_attribution.Readout(hooked, TOKENS, cache)
-    mlp = neurons["dla"].sum() + readout._vector(bias.expand(5, 10, 12)).dla.mean().item()
+    readout = Readout(hooked, TOKENS, cache)
+    scale = readout.normalise(cache["blocks.2.hook_resid_post"])[1][:, :-1, 0]
+    mlp = neurons["dla"].sum() + ((readout.w * bias).sum(-1) / scale).mean().item()
     assert mlp == pytest.approx(frame.loc["L2 MLP", "dla"])
     if knobs.get("final_norm") == "none":
         np.testing.assert_allclose(parts["dla_abs"], parts["direct_effect_abs"])
@@ -157,9 +160,7 @@ def test_direct_effects_are_those_of_taking_out(name, knobs):
     frozen = {f"blocks.{layer}.hook_{part}_out" for layer in range(3) for part in ("attn", "mlp")}
     effects = {
         (kind, layer): effect.direct_effect
-        for kind, layer, effect in logit_attribution.Readout(
-            hooked, TOKENS, cache, centre_unembedding=False
-        ).components(clean)
+        for kind, layer, effect in Readout(hooked, TOKENS, cache, centre_unembedding=False).components(clean)
     }
 
     def effect_of(hook: str, written: torch.Tensor) -> torch.Tensor:
@@ -214,7 +215,7 @@ def test_analyses_that_read_activations_take_every_block(name):
     expected = -log_probs.log_softmax(-1)[:, :-1].gather(-1, TOKENS[:, 1:, None]).mean().item()
     assert loss.measure(models, TOKENS).loc[0, "loss"] == pytest.approx(expected)
     norms = residual_norms.measure(models, TOKENS).set_index(["model", "point", "token_class"])
-    for point in residual_norms.residual_points(models["original"]):
+    for point in Stream(models["original"]).points:
         norm = activations[point][:, 0].norm(dim=-1).mean().item()
         assert norms.loc[("original", point, "position 0"), "norm"] == pytest.approx(norm)
     pattern = activations["blocks.2.attn.hook_pattern"][:, :, 1:, 0]
@@ -309,7 +310,7 @@ def test_a_model_in_memory_stays_as_it_is():
 def test_config_follows_the_weights():
     hooked = load_hooked_blocks(make("op")).to(torch.float32).to("meta")
     assert (hooked.cfg.device, hooked.cfg.dtype) == ("meta", torch.float32)
-    assert hooked.reach(-1).device.type == "meta"
+    assert hooked.skip_gain(-1).device.type == "meta"
 
 
 def test_half_precision():

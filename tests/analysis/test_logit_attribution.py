@@ -7,7 +7,7 @@ import torch
 from contract import TOKENS, assert_keeps_contract, assert_plots_by_model, assert_same, trio
 from torch.nn import functional as F
 
-from analysis import load_bridge, load_trio, logit_attribution
+from analysis import load_trio, logit_attribution
 from finetune.checkpoint import load, load_tokenizer
 from finetune.families import FAMILIES
 from finetune.recipe import Gaps, Schedule
@@ -201,13 +201,6 @@ def test_the_lens_by_brute_force(pair, make_gpt2):
 )
 def test_contract(measure, make_gpt2):
     assert_keeps_contract(measure, make_gpt2)
-
-
-def test_a_norm_with_weights_is_refused(make_gpt2, monkeypatch):
-    models = {"original": load_bridge(make_gpt2())}
-    monkeypatch.setattr(models["original"].cfg, "normalization_type", "LN")
-    with pytest.raises(ValueError, match=r"of type LN;.*load_bridge"):
-        logit_attribution.measure(models, TOKENS)
 
 
 def test_plots(make_gpt2):

@@ -6,7 +6,7 @@ import torch
 from contract import TOKENS, assert_keeps_contract, assert_plots_by_model, trio
 
 from analysis import load_bridge, outlier_features
-from analysis.residual_norms import residual_points
+from analysis.stream import Stream
 
 
 def test_contract(make_gpt2):
@@ -41,7 +41,7 @@ def test_against_the_definitions(make_gpt2):
     frame = outlier_features.measure({"m": model}, TOKENS, batch_size=2).set_index(["point", "token_class"])
     with torch.no_grad():
         _, cache = model.run_with_cache(TOKENS)
-    for point in residual_points(model):
+    for point in Stream(model).points:
         x = cache[point].double().numpy()
         for token_class, part in (("all", x), ("all but position 0", x[:, 1:])):
             row = frame.loc[point, token_class]
@@ -53,6 +53,7 @@ class Constant:
     """A model whose residual stream is `x` everywhere, whatever it reads."""
 
     cfg = SimpleNamespace(n_layers=1, d_vocab=1, device="cpu")
+    hook_dict = frozenset({"blocks.0.hook_resid_pre", "blocks.0.hook_resid_mid", "blocks.0.hook_resid_post"})
 
     def __init__(self, x: torch.Tensor):
         self.x = x

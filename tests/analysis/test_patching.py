@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from analysis import load_bridge, patching, prompts
 from analysis.prompts import Pair, PairError
-from finetune import NolnError
 from finetune.checkpoint import load_tokenizer
+from finetune.errors import NolnError
 
 PAIRS = [
     Pair("a b c d e", "a b f d e", " g", " h"),
@@ -197,7 +197,7 @@ def test_summary_against_a_loop(measured):
         assert row.error_spread == pytest.approx(np.std(errors, ddof=1))
 
 
-def test_pairs_that_every_model_tells_apart():
+def test_pairs_that_every_model_solves():
     frame = pd.DataFrame(
         {
             "model": ["a", "a", "a", "b", "b", "b"],
@@ -206,8 +206,8 @@ def test_pairs_that_every_model_tells_apart():
             "corrupt_difference": [-1.0, -1.0, -1.0, -1.0, 1.0, -0.5],
         }
     )
-    assert patching.told_apart(frame) == [3]
-    assert patching.told_apart(frame[:3]) == [1, 2, 3]
+    assert patching.solved_by_all(frame) == [3]
+    assert patching.solved_by_all(frame[:3]) == [1, 2, 3]
     assert patching.describe_pairs(frame).startswith("1 of 3 pairs are patched")
 
 

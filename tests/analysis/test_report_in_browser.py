@@ -10,6 +10,7 @@ from models import random_model
 from transformers import PreTrainedTokenizerFast
 
 from analysis import load_trio, report
+from analysis.texts import Sample
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -30,7 +31,7 @@ def page_file(tmp_path_factory):
     shape = {"vocab_size": 61, "n_positions": 12}
     models = load_trio(random_model(**shape), None, random_model(frozen=True, **shape), tokenizer)
     models = {"original": models["original"], HOSTILE: models["original"], "ln_free": models["ln_free"]}
-    sample = report.Sample(torch.randint(61, (4, 12)), np.arange(48).reshape(4, 12) // 20, HOSTILE)
+    sample = Sample(torch.randint(61, (4, 12)), np.arange(48).reshape(4, 12) // 20, HOSTILE)
     only = [analysis.name for analysis in report.ANALYSES if analysis.name != "patching"]
     out = tmp_path_factory.mktemp("hostile") / "report"
     return report.write(models, {HOSTILE: sample}, out, names=dict.fromkeys(models, HOSTILE), only=only)

@@ -19,7 +19,8 @@ from transformer_lens import ActivationCache
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from analysis import load_hooked
-from analysis.logit_attribution import Readout
+from analysis.readout import Readout
+from analysis.stream import Stream
 
 SMALL = {"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 2048}
 ROUNDS = 3
@@ -27,7 +28,7 @@ ROUNDS = 3
 
 def ours(model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
     readout = Readout(model, tokens, cache, centre_unembedding=False)
-    heads = [readout.heads(layer) for layer in range(model.cfg.n_layers)]
+    heads = [readout.effects(heads) for heads in Stream(model).heads]
     return tuple(torch.cat(effects, dim=-1) for effects in zip(*heads, strict=True))
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from analysis import load_trio, report
+from analysis.texts import Sample
 
 TOKENS = 10_000, 50_000
 ROW_BYTES = 3 * 500
@@ -31,7 +32,7 @@ def _measure(name: str, tokens: int) -> dict[str, float]:
     models = load_trio("micro", "micro", "micro-ln-free")
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(models["original"].cfg.d_vocab, (tokens // 256, 256), generator=generator)
-    sample = report.Sample(blocks, (torch.arange(blocks.numel()) // 1000).view_as(blocks).numpy(), "random tokens")
+    sample = Sample(blocks, (torch.arange(blocks.numel()) // 1000).view_as(blocks).numpy(), "random tokens")
     before, begin = machine.peak("cpu"), time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         report.write(models, {"random": sample}, Path(directory) / "report", only=[name])

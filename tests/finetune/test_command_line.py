@@ -80,7 +80,7 @@ class TestCommands:
 
         help = capsys.readouterr().out
         fields = [field for field in recipes.Recipe.__dataclass_fields__ if field not in ("name", "text", "schedule")]
-        for flag in (*fields, "out", "text", "text.held-out", "schedule.gap.ln-2", "no-control"):
+        for flag in (*fields, "out", "text", "text.held-out", "schedule.gap.mlp", "no-control"):
             assert f"--{flag.replace('_', '-')}" in help, flag
 
     def test_list_and_show(self, capsys: pytest.CaptureFixture):
@@ -300,7 +300,7 @@ class TestRefused:
 
         message = error(quick, "--out", "run", "--model", "deep")
 
-        assert "12 layers" in message
+        assert "37 sites" in message
         assert "--steps" in message
 
     def test_missing_text(self, quick: Path):

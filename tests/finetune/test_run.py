@@ -246,7 +246,7 @@ for i, path in enumerate(sys.argv[1:]):
         for row in run.results.to_dict("records"):
             assert f"| {row['model']} | {row['loss']:.4f} ± " in body
         assert "16 steps of 4 sequences, 1,024 tokens; dropout 0; seed 0" in body
-        assert ("| 8 | ln_f |" in body) == (name == "ln_free")
+        assert ("| 8 | final |" in body) == (name == "ln_free")
         assert "nan" not in body
 
     def test_model_card_names_a_base_model_on_the_hub(self, run: Run, recipe: Recipe):

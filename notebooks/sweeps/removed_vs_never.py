@@ -1,8 +1,8 @@
 """LN removed afterwards against LN never there: models that runs of this package made, measured alike, as a table.
 
-`python notebooks/sweeps/roads.py RUN…` takes run directories of `finetune pretrain BLOCK`, and of `finetune run` on
-the models of these, and writes roads.csv beside it, a row a model, in the order given. Losses are of 240 blocks of each
-text; outlier features and the attribution error of 8,192 tokens of books-report.
+`python notebooks/sweeps/removed_vs_never.py RUN…` takes run directories of `finetune pretrain BLOCK`, and of `finetune
+run` on the models of these, and writes removed_vs_never.csv beside it, a row a model, in the order given. Losses are of
+240 blocks of each text; outlier features and the attribution error of 8,192 tokens of books-report.
 """
 
 import sys
@@ -13,7 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from analysis import load_hooked, load_hooked_blocks, logit_attribution, loss, outlier_features
-from analysis.report import read_text
+from analysis.texts import read_text
 from finetune.blocks import BlocksConfig
 from finetune.checkpoint import load_config
 from finetune.recipe import PretrainRecipe, load_pretraining
@@ -71,4 +71,4 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     rows = [row for run in tqdm(sys.argv[1:], unit="run") for row in read(Path(run))]
-    pd.DataFrame(rows).to_csv(HERE / "roads.csv", index=False)
+    pd.DataFrame(rows).to_csv(HERE / "removed_vs_never.csv", index=False)

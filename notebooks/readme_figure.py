@@ -1,4 +1,4 @@
-"""The picture of the README, light and dark: `make notebooks`, or `python notebooks/picture.py`.
+"""The figure of the README, light and dark: `make notebooks`, or `python notebooks/readme_figure.py`.
 
 Original against LN-free: how long residual vectors are, and what heads are said to do to a logit (their direct logit
 attribution, DLA) over what they do (their direct effect). It takes the extra `png`, and Chrome or Chromium.
@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analysis import load_trio, logit_attribution, palette, residual_norms
-from analysis.report import read_text
+from analysis.stream import label
+from analysis.texts import read_text
 
 THEMES = {"light": {"ink": "#1f2328", "lines": "#d1d9e0"}, "dark": {"ink": "#e6edf3", "lines": "#3d444d"}}
 LABELS = {"original": "original", "ln_free": "LN-free"}
@@ -35,14 +36,14 @@ def draw(norms: pd.DataFrame, effects: pd.DataFrame, ink: str, lines: str) -> go
         3,
         column_widths=[0.42, 0.29, 0.29],
         horizontal_spacing=0.06,
-        subplot_titles=["Length of residual vectors", *(f"Heads: said and done, {label}" for label in LABELS.values())],
+        subplot_titles=["Length of residual vectors", *(f"Heads: said and done, {model}" for model in LABELS.values())],
     )
     for (model, token_class), points in norms.groupby(["model", "token_class"], sort=False):
         if token_class == "end-of-text":
             continue
         is_first = token_class == "position 0"
         figure.add_scatter(
-            x=points["point"].map(residual_norms.label),
+            x=points["point"].map(label),
             y=points["norm"],
             name=f"{LABELS[model]}, {'position 0' if is_first else 'ordinary tokens'}",
             line={"color": palette.colour(model), "width": 2.5, "dash": "dot" if is_first else "solid"},

@@ -1,7 +1,7 @@
 """The questions that the report opens with, answered in a number and a sentence.
 
 Which sentence it is follows from the numbers by rule, and an effect that is weak or absent is called so. Each rule
-takes plain numbers; `answer` finds these in the tables of the report.
+takes plain numbers; `make` finds these in the tables of the report.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from scipy.stats import t
 
-from analysis.residual_norms import label
+from analysis.stream import place
 from finetune.evaluate import mean_and_error
 
 _B25 = "Baroni et al. 2025, arXiv 2507.02559"
@@ -20,8 +20,8 @@ _H24 = "Heimersheim 2024, arXiv 2409.13710"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One question with its answer."""
+class Card:
+    """A question with its answer."""
 
     question: str
     number: str
@@ -32,34 +32,34 @@ class Answer:
     published_model: str = "GPT-2 small"
 
 
-def answer(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Answer]:
-    """Answer what the tables of a report, by module and grain, have the numbers for."""
-    answers = []
+def make(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Card]:
+    """Make the cards for which the tables of a report, by module and name, have the numbers."""
+    cards = []
     if ("loss", "token") in tables:
         frame = tables["loss", "token"]
-        paid = {model: _losses_paid(frame, model) for model in ("original", "control") if model in set(frame["model"])}
-        text = next(iter(paid["original"]))
+        costs = {model: _costs(frame, model) for model in ("original", "control") if model in set(frame["model"])}
+        text = next(iter(costs["original"]))
         # The better of the two: fine-tuning may have brought the control nearer to the text, or farther from it.
-        baseline = max(paid, key=lambda model: paid[model][text].mean)
-        answers.append(loss_paid(text, baseline, {model: losses[text] for model, losses in paid.items()}))
-        if len(paid[baseline]) > 1:
-            answers.append(loss_elsewhere(baseline, paid[baseline]))
+        baseline = max(costs, key=lambda model: costs[model][text].mean)
+        cards.append(loss_here(text, baseline, {model: by_text[text] for model, by_text in costs.items()}))
+        if len(costs[baseline]) > 1:
+            cards.append(loss_elsewhere(baseline, costs[baseline]))
     if ("residual_norms", "point") in tables:
-        answers.append(_position_0(tables["residual_norms", "point"]))
+        cards.append(_position_0(tables["residual_norms", "point"]))
     if ("attention", "model") in tables:
         rate = tables["attention", "model"].set_index("model")["sink_rate"]
-        answers.append(attention_sinks(rate["original"], rate["ln_free"]))
+        cards.append(attention_sinks(rate["original"], rate["ln_free"]))
     if ("logit_attribution", "model") in tables:
         measured = tables["logit_attribution", "model"].set_index("model")
         nmae, residue = measured["nmae"], measured["residue_relative"]
-        answers.append(exact_attribution(nmae["original"], nmae["ln_free"], residue["ln_free"]))
+        cards.append(exact_attribution(nmae["original"], nmae["ln_free"], residue["ln_free"]))
     if ("faithfulness", "model") in tables:
         jsd = tables["faithfulness", "model"].set_index("model")["jsd"]
-        answers.append(same_model(jsd["ln_free"], jsd.get("control")))
-    return answers
+        cards.append(same_model(jsd["ln_free"], jsd.get("control")))
+    return cards
 
 
-class Paid(NamedTuple):
+class Cost(NamedTuple):
     """What a model's loss on a text is above another's."""
 
     mean: float
@@ -71,18 +71,18 @@ class Paid(NamedTuple):
     def __str__(self) -> str:
         return _signed(self.mean, self.error)
 
-    def is_told_from(self, other: "Paid | None" = None) -> bool:
+    def differs_from(self, other: "Cost | None" = None) -> bool:
         """Return whether the difference to `other`, or to 0, is beyond chance: two-sided t-test at 5 %."""
-        other = other or Paid(0, 0, self.documents)
+        other = other or Cost(0, 0, self.documents)
         documents = min(self.documents, other.documents)
         error = math.hypot(self.error, other.error)
         return documents > 1 and abs(self.mean - other.mean) > t.ppf(0.975, documents - 1) * error
 
 
-def loss_paid(text: str, baseline: str, paid: Mapping[str, Paid]) -> Answer:
-    """Answer from the loss of the LN-free model on a text less that of `baseline`, among `paid` by model."""
-    cost = paid[baseline]
-    if not cost.is_told_from():
+def loss_here(text: str, baseline: str, costs: Mapping[str, Cost]) -> Card:
+    """Answer from the loss of the LN-free model on a text less that of `baseline`, among `costs` by model."""
+    cost = costs[baseline]
+    if not cost.differs_from():
         sentence = f"On {text} no difference to the {baseline} can be told from chance."
     elif cost.mean < 0:
         sentence = f"Nothing: the LN-free model predicts {text} better than the {baseline} does."
@@ -90,11 +90,11 @@ def loss_paid(text: str, baseline: str, paid: Mapping[str, Paid]) -> Answer:
         sentence = f"Little: the LN-free model predicts {text} hardly worse than the {baseline} does."
     else:
         sentence = f"The LN-free model predicts {text} worse than the {baseline} does."
-    if others := [model for model in paid if model != baseline]:
-        sentence += f" The difference to the {others[0]}, which predicts it less well, is {paid[others[0]]}."
+    if others := [model for model in costs if model != baseline]:
+        sentence += f" The difference to the {others[0]}, which predicts it less well, is {costs[others[0]]}."
     else:
         sentence += " Without a control, what fine-tuning did and what losing LN did cannot be told apart."
-    return Answer(
+    return Card(
         "What does losing LN cost?",
         str(cost),
         f"nats/token above the {baseline}, standard error over documents",
@@ -103,15 +103,15 @@ def loss_paid(text: str, baseline: str, paid: Mapping[str, Paid]) -> Answer:
     )
 
 
-def loss_elsewhere(baseline: str, paid: Mapping[str, Paid]) -> Answer:
+def loss_elsewhere(baseline: str, costs: Mapping[str, Cost]) -> Card:
     """Answer from the same on several texts, by name: the first, and the one of the others that costs the most.
 
     That is one whose difference to the first is beyond chance, if there is any.
     """
-    (home, at_home), *others = paid.items()
-    text, there = max(others, key=lambda other: (other[1].is_told_from(at_home), other[1].mean))
+    (home, at_home), *others = costs.items()
+    text, there = max(others, key=lambda other: (other[1].differs_from(at_home), other[1].mean))
     both = f"{there} against {at_home}"
-    if not there.is_told_from(at_home):
+    if not there.differs_from(at_home):
         sentence = f"On {text} no other cost than on {home} can be told from chance: {both}."
     elif there.mean < at_home.mean:
         sentence = f"No more: it costs less on {text} than on {home}, {both}."
@@ -121,7 +121,7 @@ def loss_elsewhere(baseline: str, paid: Mapping[str, Paid]) -> Answer:
         sentence = f"It costs more on {text} than on {home}: {both}."
     rest = [f"{name} {cost}" for name, cost in others if name != text]
     sentence += f" On others: {', '.join(rest)}." if rest else ""
-    return Answer(
+    return Card(
         "And on other text?",
         str(there),
         f"nats/token on {text} above the {baseline}, standard error over documents",
@@ -130,18 +130,18 @@ def loss_elsewhere(baseline: str, paid: Mapping[str, Paid]) -> Answer:
     )
 
 
-def _losses_paid(frame: pd.DataFrame, baseline: str) -> dict[str, Paid]:
+def _costs(frame: pd.DataFrame, baseline: str) -> dict[str, Cost]:
     """Return by text the loss of the LN-free model less that of `baseline`."""
-    paid = {}
+    costs = {}
     for text, group in frame.groupby("text", sort=False):
         loss = {model: tokens["loss"].to_numpy() for model, tokens in group.groupby("model")}
         documents = group.loc[group["model"] == "ln_free", "document"].to_numpy()
         mean, error = mean_and_error(loss["ln_free"] - loss[baseline], documents)
-        paid[str(text)] = Paid(mean, error, len(set(documents)))
-    return paid
+        costs[str(text)] = Cost(mean, error, len(set(documents)))
+    return costs
 
 
-def position_0(before: float, at_before: str, after: float, at_after: str) -> Answer:
+def position_0(before: float, at_before: str, after: float, at_after: str) -> Card:
     """Answer from the norm at position 0 over that at other positions, before and after, each where it is largest."""
     if max(before, after) < 1.5:
         sentence = "There is nothing to lose: in both models its norm is like that of other positions."
@@ -160,7 +160,7 @@ def position_0(before: float, at_before: str, after: float, at_after: str) -> An
             f"At most, {at_before}, its norm is {before:.1f} times that of other positions; it {change} {after:.1f} "
             f"times, {at_after}."
         )
-    return Answer(
+    return Card(
         "What becomes of position 0?",
         f"{before:.1f} → {after:.1f}",
         "× the norm of other positions, where it is most",
@@ -169,18 +169,17 @@ def position_0(before: float, at_before: str, after: float, at_after: str) -> An
     )
 
 
-def _position_0(frame: pd.DataFrame) -> Answer:
+def _position_0(frame: pd.DataFrame) -> Card:
     norms = frame.pivot(index=["model", "point"], columns="token_class", values="norm")
     ratio = norms["position 0"] / norms["ordinary"]
-    places = {"pre": "before block", "mid": "after the attention of block", "post": "after block"}
     most: list[Any] = []
     for model in ("original", "ln_free"):
-        layer, place = label(point := ratio[model].idxmax()).split()
-        most += [ratio[model, point], f"{places[place]} {layer}"]
+        point = ratio[model].idxmax()
+        most += [ratio[model, point], place(point)]
     return position_0(*most)
 
 
-def attention_sinks(before: float, after: float) -> Answer:
+def attention_sinks(before: float, after: float) -> Card:
     """Answer from the sink rate of the original and of the LN-free model, shares."""
     if max(before, after) < 0.05:
         sentence = "No, in neither model: hardly a head ever attends much to position 0."
@@ -189,7 +188,7 @@ def attention_sinks(before: float, after: float) -> Answer:
     else:
         change = "fewer of them" if after < 0.9 * before else "more of them" if after > 1.1 * before else "as many"
         sentence = f"Yes, and in the LN-free model there are {change}."
-    return Answer(
+    return Card(
         "Are there attention sinks?",
         f"{100 * before:.1f} → {100 * after:.1f}",
         "% of queries, over all heads, attend to position 0 with more than 0.3",
@@ -199,7 +198,7 @@ def attention_sinks(before: float, after: float) -> Answer:
     )
 
 
-def exact_attribution(before: float, after: float, residue: float) -> Answer:
+def exact_attribution(before: float, after: float, residue: float) -> Card:
     """Answer from the NMAE of direct logit attribution in the original and in the LN-free model, percent.
 
     And from `residue`, by how much of the largest logit the LN-free model's attributions miss a logit in sum: a model
@@ -213,7 +212,7 @@ def exact_attribution(before: float, after: float, residue: float) -> Answer:
         sentence = "Yes. In the original it was off by a little: what LN hides from it is a weak effect here."
     else:
         sentence = "Yes. In the original it misses the effect that removing a head really has by this much on average."
-    return Answer(
+    return Card(
         "Is direct logit attribution exact?",
         f"{before:.2f} → {after:.2f}",
         "% NMAE, mean over heads",
@@ -222,7 +221,7 @@ def exact_attribution(before: float, after: float, residue: float) -> Answer:
     )
 
 
-def same_model(ln_free: float, control: float | None) -> Answer:
+def same_model(ln_free: float, control: float | None) -> Card:
     """Answer from the mean JSD to the original of the LN-free model and of the control, nats/token."""
     if not control:
         number = f"{ln_free:.4f}"
@@ -240,7 +239,7 @@ def same_model(ln_free: float, control: float | None) -> Answer:
             sentence = (
                 f"Its predictions are {ln_free / control:.1f} times as far from the original’s as those of the control."
             )
-    return Answer(
+    return Card(
         "Is it still the same model?",
         number,
         "nats JSD to original, LN-free" + ("" if control is None else " / control"),

@@ -1,0 +1,162 @@
+"""How a model reads a target off its final residual stream, and what each component of the stream does to it.
+
+The final residual stream r of a token is a sum of components c: the embeddings, every head, every attention bias and
+every MLP. The logit of a target is read off it as LN(r) · w + b, w being the target's column of the unembedding.
+
+1. The target is the next token, whose w is taken less its mean over the vocabulary unless asked otherwise (the logit
+   then counts from the mean logit), or the difference of two given tokens.
+2. The DLA of c is its share at the scale of the full r: c · w / σ(r).
+3. The direct effect of c is what the logit loses when c is taken out of r and the final norm, as the model has it, is
+   applied afresh: logit(r) − logit(r − c).
+4. No vector r − c is made. With r, c and w centred, logit(r − c) = (r·w − c·w) / σ(r − c) + b, where
+   d_model · σ²(r − c) = ‖r‖² − 2 r·c + ‖c‖² + d_model · eps: three dot products a component. That of a head is
+   c = z W_O, so that c·w = z·(W_O w), c·r = z·(W_O r) and ‖c‖² = z (W_O W_Oᵀ) z. Under RMSNorm nothing is centred.
+5. Where skips have gains, as those of `load_hooked_blocks` may, c is what is written times the gains of the skips after
+   it. A layer without a skip lets nothing from before it through but what it reads: those components are 0.
+
+Activations have the model's dtype; from the final residual stream on everything is float64.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from analysis.stream import Component, Stream
+
+
+class Effects(NamedTuple):
+    """What components do to the logit of the target, float64."""
+
+    dla: Float[Tensor, "batch pos component"]
+    direct_effect: Float[Tensor, "batch pos component"]
+
+
+class Readout:
+    """How one model reads the target of every token of a batch off its final residual stream, in float64."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "batch all_pos"],
+        cache: Mapping[str, Tensor],
+        pair: tuple[int, int] | None = None,
+        centre_unembedding: bool = True,
+    ) -> None:
+        """Take the target of each token: the next token, which the last one lacks, or the difference of `pair`.
+
+        `cache` holds the final residual stream and the activations of the components that are asked for later.
+
+        Raises:
+            ValueError: a final norm whose weights are not folded into the unembedding.
+        """
+        self._stream, self._cache = Stream(model), cache
+        self._stream.require_folded_norm()
+        self._pair, self._centre_unembedding = pair, centre_unembedding
+        self._targets = tokens[:, 1:] if pair is None else torch.full_like(tokens, pair[0])
+        self.w = self._centred(model.W_U.T[self._targets].double() - self._base(model.W_U))
+        self.b = model.b_U[self._targets].double() - self._base(model.b_U)
+        self.r = self._centred(self.cached(self._stream.final))
+        self._rw, self._rr = (torch.linalg.vecdot(self.r, x).unsqueeze(-1) for x in (self.w, self.r))
+
+    def _base(self, by_token: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:
+        """Return what the target's entry counts from: the other token's, the mean over the vocabulary, or zero."""
+        if self._pair is not None:
+            return by_token[..., self._pair[1]].double()
+        mean = by_token.mean(-1, dtype=torch.float64)
+        return mean if self._centre_unembedding else torch.zeros_like(mean)
+
+    def cached(self, name: str) -> Float[Tensor, "batch pos *shape"]:
+        """Return an activation at the tokens that have a target."""
+        return self._cache[name][:, : self._targets.shape[1]]
+
+    def _centred(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
+        return self._stream.centre(x.double())
+
+    def read(self, normalised: Float[Tensor, "batch all_pos d_model"]) -> Float[Tensor, "batch pos"]:
+        """Return the target's logit read off residual vectors that went through the final norm."""
+        return torch.linalg.vecdot(normalised[:, : self._targets.shape[1]], self.w) + self.b
+
+    def logit(self, logits: Float[Tensor, "batch all_pos vocab"]) -> Float[Tensor, "batch pos"]:
+        """Return the target's logit among the model's own."""
+        logits = logits[:, : self._targets.shape[1]]
+        return logits.gather(-1, self._targets.unsqueeze(-1)).squeeze(-1).double() - self._base(logits)
+
+    def normalise(
+        self, x: Float[Tensor, "batch pos d_model"]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos 1"]]:
+        """Return the final norm of any residual vectors at their own scale, and that scale."""
+        x = self._centred(x)
+        scale = self._stream.scale(x.square().sum(-1, keepdim=True))
+        return x / scale, scale
+
+    def _effects(
+        self,
+        cw: Float[Tensor, "batch pos component"],
+        cr: Float[Tensor, "batch pos component"],
+        cc: Float[Tensor, "*token component"],
+    ) -> Effects:
+        """Return the effects of components from their dot products with w, with r and with themselves."""
+        scale = self._stream.scale(self._rr)
+        without = (self._rw - cw) / self._stream.scale(self._rr - 2 * cr + cc)
+        return Effects(cw / scale, self._rw / scale - without)
+
+    def _vector(self, c: Float[Tensor, "*token d_model"]) -> Effects:
+        """Return the effects of one component whose vectors are at hand."""
+        c = self._centred(c)
+        cw, cr, cc = (torch.linalg.vecdot(c, x).unsqueeze(-1) for x in (self.w, self.r, c))
+        return self._effects(cw, cr, cc)
+
+    def _written(
+        self,
+        activations: Float[Tensor, "batch pos component d_in"],
+        weights: Float[Tensor, "component d_in d_model"],
+    ) -> Effects:
+        """Return the effects of components that write `activations` to the residual stream through `weights`."""
+        a, W = activations.double(), self._centred(weights)
+        cw, cr = (torch.linalg.vecdot(a, (x @ W.flatten(0, 1).T).view_as(a)) for x in (self.w, self.r))
+        cc = torch.einsum("bpci,cij,bpcj->bpc", a, W @ W.mT, a)
+        return self._effects(cw, cr, cc)
+
+    def effects(self, component: Component) -> Effects:
+        """Return the effects of a component, of heads and neurons one by one.
+
+        The attention's bias is none of the heads', the MLP's none of the neurons'.
+        """
+        gain = self._stream.skip_gain(component)
+        if component.kind == "head":
+            return self._written(self.cached(component.hook), self._stream.weight(component) * gain)
+        if component.kind == "neuron":
+            weights = self._stream.weight(component) * gain
+            return self._written(self.cached(component.hook).unsqueeze(-1), weights.unsqueeze(1))
+        vectors = self.cached(component.hook) if component.hook else self._stream.weight(component)
+        return self._vector(vectors * gain)
+
+    def components(
+        self, logits: Float[Tensor, "batch all_pos vocab"], neurons: bool = False
+    ) -> Iterator[tuple[str, int | None, Effects]]:
+        """Yield (kind, layer, effects) of everything that adds up to the logit, of that, and of what is left over.
+
+        Neurons are in the sum as parts of their MLP, whose bias is in it too. The model's own `logits` are the sum to
+        be reached; unlike the DLA, the direct effects of an LN model do not reach it.
+        """
+        dla = direct_effect = self.b
+        for component in self._stream.components:
+            effects = self.effects(component)
+            yield component.kind, component.layer, effects
+            dla, direct_effect = dla + effects.dla.sum(-1), direct_effect + effects.direct_effect.sum(-1)
+            if neurons and component.kind == "mlp" and component.layer is not None:
+                yield "neuron", component.layer, self.effects(self._stream.neurons[component.layer])
+        yield "b_U", None, Effects(self.b.unsqueeze(-1), self.b.unsqueeze(-1))
+        logit = self.logit(logits)
+        yield "logit", None, Effects(logit.unsqueeze(-1), logit.unsqueeze(-1))
+        yield "residue", None, Effects((logit - dla).unsqueeze(-1), (logit - direct_effect).unsqueeze(-1))
+
+
+def hook_names(model: Any, neurons: bool = False) -> list[str]:
+    """Return the activations that `Readout.components` needs."""
+    stream = Stream(model)
+    written = [*stream.components, *(stream.neurons if neurons else ())]
+    return [*(component.hook for component in written if component.hook), stream.final]

@@ -1,0 +1,212 @@
+"""Builds a report: one directory with the page, tables as CSV, and figures as plotly JSON.
+
+1. Name the models: those given, or those of the newest run; load them, and pack the texts as in training.
+2. Measure and plot, analysis by analysis, in the order of `ANALYSES`.
+3. Answer the questions that the page opens with, from the tables (`cards`).
+4. Write everything under a temporary name, and rename it when it is complete.
+"""
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io
+import torch
+from tqdm.auto import tqdm
+
+from analysis import benchmarks, patching
+from analysis.loading import load_trio
+from analysis.prompts import Pair, choose_pairs, encode_pairs, read_pairs
+from analysis.report import cards, page, tokens
+from analysis.report.options import Options
+from analysis.report.sections import ANALYSES, Inputs, Table, benchmark_section
+from analysis.texts import Sample, read_text
+from finetune.checkpoint import load_tokenizer
+from finetune.errors import NolnError
+from finetune.run_directory import control_of, recipe_of
+
+_PNG_NEEDS = (
+    "PNGs are drawn by kaleido and Chrome or Chromium: install the extra `png` (pip install -e '.[png]') and a browser "
+    "(BROWSER_PATH names one that is not found), or leave --png away."
+)
+_OF_RUN = {"original", "control", "ln_free", "text", "tokens"}
+"""Options that `run` loads models and texts from. `write` takes these loaded instead."""
+
+
+class ReportError(NolnError):
+    """A report that cannot be made as asked; the message says why and what to do."""
+
+
+def run(options: Options | None = None, /, **given: Any) -> Path:
+    """Load models and texts, write a report of them, and return its page: what `python -m analysis report` does.
+
+    Args:
+        options: what is asked for. None: the default of each field, with the models of the newest run under runs/ or,
+            without a run, the bundled ones.
+        given: fields of `Options` that override those of `options`, such as `run(original="gpt2", ln_free="DIR")`. For
+            models in memory use `write`.
+
+    Raises:
+        ReportError: no models, texts or tokens, an analysis that there is not, `out` exists, a batch size below 1, or
+            what PNGs need is not there.
+        BenchmarkError: as `benchmarks.check` does.
+        CheckpointError, TextError, PairError: a model, a text or the pairs cannot be used.
+    """
+    options = replace(options or Options(), **given)
+    options = replace(options, out=Path(options.out or Path("reports") / time.strftime("%Y%m%d-%H%M%S")))
+    check(options)
+    tokenizer = None
+    if all(name is None for name in (options.original, options.control, options.ln_free, options.revision)):
+        options, tokenizer = _of_newest_run(options)
+    if options.original is None or options.ln_free is None:
+        raise ReportError("Name both --original and --ln-free, or neither: then those of the newest run are taken.")
+    if options.pairs is not None:
+        read_pairs(options.pairs)  # raise now rather than later
+    named = options.original, options.control, options.ln_free
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = load_trio(*named, tokenizer, revision=options.revision, device=device)
+    samples = {name: read_text(name, models["original"], options.tokens) for name in options.text}
+    names = {key: str(getattr(options, key)) for key in models}
+    return _write(models, samples, names, options)
+
+
+def _of_newest_run(options: Options) -> tuple[Options, Any]:
+    """Return `options` with the models of the run completed last, and their tokenizer; without a run the bundled ones.
+
+    A run writes its `ln_free/` before it trains the control, and its results at the end.
+    """
+    runs = [path.parent for path in Path("runs").glob("*/results.csv") if (path.parent / "ln_free").is_dir()]
+    if not runs:
+        return replace(options, original="micro", control="micro-control", ln_free="micro-ln-free"), None
+    newest = max(runs, key=lambda run: (run / "results.csv").stat().st_mtime)
+    recipe: Any = recipe_of(newest)
+    control, ln_free = control_of(recipe, newest), newest / "ln_free"
+    models = {"original": recipe.model, "control": control and str(control), "ln_free": str(ln_free)}
+    return replace(options, revision=recipe.revision, **models), load_tokenizer(ln_free)
+
+
+def check(options: Options) -> None:
+    """Raise what `run` and `write` raise of these options, as far as that is known without a model."""
+    if options.batch_size < 1:
+        raise ReportError(f"--batch-size is {options.batch_size}, but is to be at least 1.")
+    if options.png and importlib.util.find_spec("kaleido") is None:
+        raise ReportError(_PNG_NEEDS)
+    if options.out is not None and options.out.exists():
+        raise ReportError(f"{options.out} exists, and a report writes over nothing: name another directory with --out.")
+    known = [*(analysis.name for analysis in ANALYSES), *(["benchmarks"] if options.benchmark else [])]
+    if unknown := [name for name in options.only if name not in known]:
+        raise ReportError(f"There is no analysis {', '.join(unknown)}: name some of {', '.join(known)}.")
+    if options.benchmark:
+        benchmarks.check(options.benchmark)
+    if options.tokens < 1:
+        raise ReportError(f"--tokens is {options.tokens}, but is to be at least 1.")
+    if not options.text:
+        raise ReportError("Name at least one text with --text, or leave it away.")
+
+
+def write(
+    models: Mapping[str, Any],
+    samples: Mapping[str, Sample],
+    out: str | Path,
+    *,
+    names: Mapping[str, str] | None = None,
+    **given: Any,
+) -> Path:
+    """Run the analyses, write their tables and figures and a page of them all to `out`, and return the page.
+
+    Args:
+        models: as `load_trio` returns them, `original` and `ln_free` among them.
+        samples: the texts by name, as `read_text` returns them; the first one serves the analyses that look at one.
+        out: the directory to write, whole or not at all.
+        names: what the models are, on top of the page and in its Python; where None, their keys.
+        given: other fields of `Options`: `revision`, `pairs`, `only`, `batch_size`, `png`, `benchmark`.
+
+    Raises:
+        ReportError: no `original` or `ln_free`, `out` exists, an analysis that there is not, a batch size below 1, or
+            what PNGs need is not there.
+        BenchmarkError: as `benchmarks.check` does.
+        PairError: `pairs` cannot be read or do not suit the tokenizer, or none can be made for it.
+        TypeError: an option that names models or texts, or one that does not exist.
+    """
+    if named := sorted(_OF_RUN & given.keys()):
+        raise TypeError(f"write() takes models and texts that are loaded, not {', '.join(named)}: use run() instead.")
+    options = Options(out=Path(out), **given)
+    check(options)
+    return _write(models, samples, names or {name: name for name in models}, options)
+
+
+def _write(
+    models: Mapping[str, Any], samples: Mapping[str, Sample], names: Mapping[str, str], options: Options
+) -> Path:
+    """Do the work of `write`, once the options are checked."""
+    if not {"original", "ln_free"} <= models.keys():
+        raise ReportError(f"The models are {', '.join(models)}: a report compares `original` and `ln_free`.")
+    analyses = [analysis for analysis in ANALYSES if not options.only or analysis.name in options.only]
+    analyses += [benchmark_section(options.benchmark)] if options.benchmark else []
+    chosen: list[Pair] = []
+    if any(analysis.module is patching for analysis in analyses):
+        chosen = choose_pairs(models["original"].tokenizer, options.pairs)
+        encode_pairs(chosen, models["original"].tokenizer, models["original"].cfg.n_ctx)  # raise now rather than later
+    assert options.out is not None
+    out = options.out
+    beside = next(parent for parent in out.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=beside) as temporary:
+        partial = Path(temporary) / out.name
+        partial.mkdir()
+        inputs = Inputs(dict(models), dict(samples), chosen, options.batch_size)
+        text, sample = next(iter(samples.items()))
+        frames: dict[tuple[str, str], pd.DataFrame] = {}
+        sections = []
+        for analysis in (progress := tqdm(analyses, unit="analysis")):
+            progress.set_description(analysis.title)
+            measured = analysis.measure(inputs)
+            frames |= {(analysis.name, name): frame for name, frame in measured.items()}
+            made = replace(analysis, tables=tuple(table for table in analysis.tables if table.name in measured))
+            shown = [_save(measured, table, partial / f"{analysis.name}-{table.name}") for table in made.tables]
+            code = page.python_code(made, names, options, text, sample.tokens.numel())
+            sections.append(page.section_data(analysis, shown, code))
+        view = tokens.view(models, samples, options.batch_size)
+        html = page.render(models, samples, names, options.revision, cards.make(frames), view, sections)
+        (partial / "report.html").write_text(html, encoding="utf-8")
+        if options.png:
+            write_png(partial)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(out)
+    return out / "report.html"
+
+
+def _save(frames: Mapping[str, pd.DataFrame], table: Table, path: Path) -> dict[str, Any]:
+    """Write the table and the figure beside the page, and return what the page shows of them."""
+    frame = frames[table.name]
+    frame.to_csv(path.with_name(f"{path.name}.csv"), index=False)
+    figure: go.Figure | None = None
+    if table.plot is not None:
+        figure = table.plot(frames[table.plotted or table.name])
+        rows = len({axis.domain for axis in figure.select_yaxes()})
+        figure.layout.height = figure.layout.height or 200 + 200 * rows
+        figure.write_json(path.with_name(f"{path.name}.json"))
+    return page.table_data(table, path.name, frame, figure)
+
+
+def write_png(directory: str | Path, scale: float = 2) -> list[Path]:
+    """Draw every figure that a report wrote to `directory` as PNG beside its JSON, and return the files.
+
+    `scale` is pixels of the file by pixel of the figure. It takes the extra `png` and Chrome or Chromium; the
+    environment variable BROWSER_PATH names one that is not found.
+
+    Raises:
+        ReportError: one of them is not there.
+    """
+    sources = sorted(Path(directory).glob("*.json"))
+    files = [source.with_suffix(".png") for source in sources]
+    try:
+        plotly.io.write_images([plotly.io.read_json(source) for source in sources], files, scale=scale)
+    except (ValueError, RuntimeError) as error:  # what plotly makes of a missing kaleido or browser
+        raise ReportError(f"{_PNG_NEEDS} ({str(error).strip().splitlines()[0]})") from error
+    return files

@@ -1,0 +1,345 @@
+"""The sections of the page, one for each analysis: what it measures, its tables and figures, and their calls."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analysis import (
+    attention,
+    benchmarks,
+    confidence_neurons,
+    faithfulness,
+    logit_attribution,
+    loss,
+    outlier_features,
+    patching,
+    residual_norms,
+)
+from analysis.prompts import Pair
+from analysis.texts import Sample
+
+PROMPT_TOKENS = 24
+"""Tokens in the prompt whose logits are attributed: the first of the text."""
+WORST = 6
+"""Of the worst tokens, how many of each model and text."""
+
+
+class Inputs(NamedTuple):
+    """What the analyses of a report look at."""
+
+    models: dict[str, Any]
+    samples: dict[str, Sample]
+    """The texts by name."""
+    pairs: Sequence[Pair]
+    """For patching."""
+    batch_size: int
+
+    def on_first_text(self, measure: Callable[..., pd.DataFrame], **options: Any) -> pd.DataFrame:
+        """Return what `measure` returns for the models and the first text."""
+        tokens = next(iter(self.samples.values())).tokens
+        return measure(self.models, tokens, batch_size=self.batch_size, **options)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of an analysis and its figure."""
+
+    name: str
+    """With the module's, the name of the files."""
+    title: str
+    plot: Callable[[pd.DataFrame], go.Figure] | None
+    python: str
+    """The call that makes what is plotted, from `models` and `tokens`."""
+    plotted: str | None = None
+    """The name of the table that is plotted, if another than this one."""
+    note: Callable[[pd.DataFrame], str] | None = None
+    """Says of the table what no figure shows."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One module of the package, and its section of the page."""
+
+    module: ModuleType
+    title: str
+    sentence: str
+    """What it measures."""
+    measure: Callable[[Inputs], dict[str, pd.DataFrame]]
+    """Makes the tables by name, from as few forwards as can be."""
+    tables: tuple[Table, ...]
+    python: tuple[str, ...] = ()
+    """What the calls of its tables need beside models and tokens; {pairs} stands for the file of prompt pairs."""
+
+    @property
+    def name(self) -> str:
+        """The module's name, in tables and file names too."""
+        return self.module.__name__.rpartition(".")[2]
+
+
+def _loss(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    """Measure every text: they stand side by side in each table."""
+    token = pd.concat(
+        [
+            loss.measure_tokens(inputs.models, sample.tokens, sample.documents, text=name, batch_size=inputs.batch_size)
+            for name, sample in inputs.samples.items()
+        ],
+        ignore_index=True,
+    )
+    tokenizer = inputs.models["original"].tokenizer
+    worst = [
+        loss.worst_tokens(token[token["text"] == name], sample.tokens, tokenizer, WORST)
+        for name, sample in inputs.samples.items()
+    ]
+    return {
+        "model": loss.summarise(token),
+        "position": loss.average_positions(token),
+        "token": token,
+        "worst": pd.concat(worst, ignore_index=True),
+    }
+
+
+def _residual_norms(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    point = inputs.on_first_text(residual_norms.measure)
+    step = point[["model", "point", "token_class", "growth", "cosine", "tokens"]].dropna()
+    return {"point": point.drop(columns=["growth", "cosine"]), "step": step}
+
+
+def _attention(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    head = inputs.on_first_text(attention.measure_heads)
+    return {"model": attention.summarise(head), "head": head}
+
+
+def _logit_attribution(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    component = inputs.on_first_text(logit_attribution.measure_components)
+    prompt = next(iter(inputs.samples.values())).tokens[0, :PROMPT_TOKENS]
+    return {
+        "model": logit_attribution.summarise(component),
+        "component": component,
+        "head": component[component["component"] == "head"],
+        "prompt": logit_attribution.largest_first(logit_attribution.measure_prompt(inputs.models, prompt)),
+        "lens": inputs.on_first_text(logit_attribution.measure_lens),
+    }
+
+
+def _faithfulness(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    token = inputs.on_first_text(faithfulness.measure_tokens)
+    model = faithfulness.summarise(token)
+    is_tail = model.columns.str.startswith(("jsd_", "kl_"))
+    return {
+        "model": model.loc[:, ~is_tail],
+        "tail": model.loc[:, is_tail | model.columns.isin(["model", "reference", "tokens"])],
+        "calibration": faithfulness.calibrate(token),
+        "layer": inputs.on_first_text(faithfulness.measure_layers),
+        "head": inputs.on_first_text(faithfulness.measure_heads),
+        "neuron": inputs.on_first_text(faithfulness.measure_neurons),
+    }
+
+
+def _confidence_neurons(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    neurons = confidence_neurons.candidates(inputs.models["original"])
+    ablation = inputs.on_first_text(confidence_neurons.measure, neurons=neurons)
+    return {
+        "neuron": confidence_neurons.measure_neurons(inputs.models, neurons),
+        "ablation": ablation[ablation["ablation"] == "alone"],
+        "cumulative": ablation[ablation["ablation"] == "together"],
+        "spectrum": confidence_neurons.measure_spectrum(inputs.models, neurons),
+    }
+
+
+def _patching(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    """Patch the pairs that every model can do: where a logit difference is small, effects in shares of it are noise."""
+    tokenizer = inputs.models["original"].tokenizer
+    pair = patching.measure_pairs(inputs.models, inputs.pairs, tokenizer)
+    if not (able := patching.solved_by_all(pair)):
+        return {"pair": pair}
+    place = patching.measure(inputs.models, inputs.pairs, tokenizer, only=able)
+    return {"pair": pair, "layer": patching.summarise(place), "place": place}
+
+
+_PATCH = "patching.measure(models, pairs, tokenizer, only=patching.solved_by_all(frame))"
+
+ANALYSES = (
+    Analysis(
+        loss,
+        "Loss",
+        "The cross-entropy of every next token, and what it is in the LN-free model and in the control less what it is "
+        "in the original; of a mean that a few tokens make, the percentiles tell.",
+        _loss,
+        (
+            Table("model", "By model and text", loss.plot, "loss.measure(models, tokens, documents)"),
+            Table("position", "By position", loss.plot_positions, "loss.measure_positions(models, tokens)"),
+            Table(
+                "token",
+                "Difference to the original by token",
+                loss.plot_tokens,
+                "loss.measure_tokens(models, tokens, documents)",
+            ),
+            Table(
+                "worst",
+                "The worst tokens",
+                None,
+                f"loss.worst_tokens(frame, tokens, models['original'].tokenizer, {WORST})",
+            ),
+        ),
+    ),
+    Analysis(
+        residual_norms,
+        "Residual norms",
+        "The L2 norm and std of the residual stream at each of its points, at position 0, at end-of-text tokens and "
+        "at the others; bars are the spread over tokens, dashes the largest. Then how it grows and turns on the way.",
+        _residual_norms,
+        (
+            Table("point", "By point of the stream", residual_norms.plot, "residual_norms.measure(models, tokens)"),
+            Table("step", "From point to point", residual_norms.plot_steps, "residual_norms.measure(models, tokens)"),
+        ),
+    ),
+    Analysis(
+        logit_attribution,
+        "Logit attribution",
+        "How well the direct logit attribution (DLA) of a head, an MLP or the embeddings to the next token tells what "
+        "its removal does to the logit (direct effect); the unembedding is centred. NMAE is the error over the effect.",
+        _logit_attribution,
+        (
+            Table(
+                "model",
+                "NMAE by model",
+                logit_attribution.plot,
+                "logit_attribution.measure(models, tokens)",
+                note=logit_attribution.describe_residue,
+            ),
+            Table(
+                "component",
+                "DLA against direct effect",
+                logit_attribution.plot_components,
+                "logit_attribution.measure_components(models, tokens)",
+            ),
+            Table(
+                "head",
+                "NMAE by head",
+                logit_attribution.plot_heads,
+                "logit_attribution.measure_components(models, tokens)",
+            ),
+            Table(
+                "prompt",
+                "One prompt",
+                logit_attribution.plot_prompt,
+                "logit_attribution.largest_first(\n"
+                f"    logit_attribution.measure_prompt(models, tokens[0, :{PROMPT_TOKENS}])\n)",
+                note=logit_attribution.describe_prompt,
+            ),
+            Table("lens", "Logit lens", logit_attribution.plot_lens, "logit_attribution.measure_lens(models, tokens)"),
+        ),
+    ),
+    Analysis(
+        faithfulness,
+        "Faithfulness",
+        "Whether a model still does what the original does: its predictions, and inside, layer by layer, its residual "
+        "stream, attention patterns, heads and neurons. What the control shows, fine-tuning did.",
+        _faithfulness,
+        (
+            Table("model", "Predictions", faithfulness.plot, "faithfulness.measure(models, tokens)"),
+            Table("tail", "The tail of tokens", faithfulness.plot_tails, "faithfulness.measure(models, tokens)"),
+            Table(
+                "calibration",
+                "Calibration",
+                faithfulness.plot_calibration,
+                "faithfulness.measure_calibration(models, tokens)",
+            ),
+            Table("layer", "By layer", faithfulness.plot_layers, "faithfulness.measure_layers(models, tokens)"),
+            Table("head", "By head", faithfulness.plot_heads, "faithfulness.measure_heads(models, tokens)"),
+            Table("neuron", "By neuron", faithfulness.plot_neurons, "faithfulness.measure_neurons(models, tokens)"),
+        ),
+    ),
+    Analysis(
+        attention,
+        "Attention",
+        "How much heads attend to position 0, the attention sink, and how spread their patterns are.",
+        _attention,
+        (
+            Table("model", "By model", attention.plot, "attention.measure(models, tokens)"),
+            Table("head", "By head", attention.plot_heads, "attention.measure_heads(models, tokens)"),
+        ),
+    ),
+    Analysis(
+        confidence_neurons,
+        "Confidence neurons",
+        "What neurons of the last MLP do that write much and yet hardly in directions that the logits see: the change "
+        "of entropy and loss when their activation is set to its mean, and what of it goes through the final LN.",
+        _confidence_neurons,
+        (
+            Table(
+                "neuron",
+                "LogitVar against norm",
+                confidence_neurons.plot_neurons,
+                "confidence_neurons.measure_neurons(models, neurons)",
+            ),
+            Table(
+                "ablation",
+                "Neurons ablated one by one",
+                confidence_neurons.plot,
+                "confidence_neurons.measure(models, tokens, neurons)",
+                note=confidence_neurons.describe,
+            ),
+            Table(
+                "cumulative",
+                "Neurons ablated together",
+                confidence_neurons.plot_cumulative,
+                "confidence_neurons.measure(models, tokens, neurons)",
+            ),
+            Table(
+                "spectrum",
+                "Spectrum of the unembedding",
+                confidence_neurons.plot_spectrum,
+                "confidence_neurons.measure_spectrum(models, neurons)",
+            ),
+        ),
+        ("neurons = confidence_neurons.candidates(models['original'])",),
+    ),
+    Analysis(
+        patching,
+        "Patching",
+        "How well attribution patching, one backward pass, estimates activation patching, a forward for each place, on "
+        "pairs of prompts that every model here can tell apart.",
+        _patching,
+        (
+            Table(
+                "pair",
+                "Can the models do it?",
+                patching.plot_pairs,
+                "patching.measure_pairs(models, pairs, tokenizer)",
+                note=patching.describe_pairs,
+            ),
+            Table("layer", "Error by layer", patching.plot, _PATCH, "place"),
+            Table("place", "By place", patching.plot_effects, _PATCH),
+        ),
+        (
+            "tokenizer = models['original'].tokenizer",
+            "pairs = choose_pairs(tokenizer, {pairs!r})",
+        ),
+    ),
+    Analysis(
+        outlier_features,
+        "Outlier features",
+        "Whether a few features carry most of the residual stream: kurtosis is 1 where all are alike and grows with "
+        "outliers; max-median ratio and the correlations of features and of tokens tell of the same.",
+        lambda inputs: {"point": inputs.on_first_text(outlier_features.measure)},
+        (Table("point", "By point of the stream", outlier_features.plot, "outlier_features.measure(models, tokens)"),),
+    ),
+)
+"""The sections of the page, in order. To add an analysis, add an entry."""
+
+
+def benchmark_section(tasks: Sequence[str]) -> Analysis:
+    """Return the section that there is where tasks are asked for: their data may have to come from the Hub."""
+    return Analysis(
+        benchmarks,
+        "Benchmarks",
+        "How well the models do on tasks of EleutherAI's lm-evaluation-harness; the difference to the original is "
+        "taken example by example.",
+        lambda inputs: {"task": benchmarks.measure(inputs.models, tasks, batch_size=inputs.batch_size)},
+        (Table("task", "By task", benchmarks.plot, f"benchmarks.measure(models, {list(tasks)})"),),
+    )

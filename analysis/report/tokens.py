@@ -1,0 +1,99 @@
+"""What each model expected, token by token: a text to read, coloured by how the models differ on it."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
+
+from analysis import palette
+from analysis.batches import forwards
+from analysis.texts import Sample
+from finetune.evaluate import js_divergence, losses
+
+TOKENS_SHOWN = 512
+"""In two blocks."""
+
+
+def measure(
+    models: dict[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    reference: str = "original",
+    top: int = 5,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Measure each model at every token of `tokens` that has one before it, from which it is predicted.
+
+    Returns:
+        A row a model and token: model, block, position, token; loss, of predicting the token, and jsd, of the
+        prediction to that of the model called `reference`, both in nats; tokens and probabilities, the likeliest
+        `top`.
+    """
+    rows = []
+    first = 0
+    for batch, outputs in forwards(models, tokens, batch_size=batch_size, description="Token by token"):
+        log_probs = {name: output.logits.float().log_softmax(-1) for name, output in outputs.items()}
+        for name in models:
+            loss = losses(log_probs[name], batch)
+            jsd = js_divergence(log_probs[reference], log_probs[name])[:, :-1]
+            likeliest = log_probs[name][:, :-1].topk(top)
+            for block, position in [(b, p) for b in range(len(batch)) for p in range(batch.shape[1] - 1)]:
+                rows.append(
+                    {
+                        "model": name,
+                        "block": first + block,
+                        "position": position + 1,
+                        "token": batch[block, position + 1].item(),
+                        "loss": loss[block, position].item(),
+                        "jsd": jsd[block, position].item(),
+                        "tokens": likeliest.indices[block, position].tolist(),
+                        "probabilities": likeliest.values[block, position].exp().tolist(),
+                    }
+                )
+        first += len(batch)
+    return pd.DataFrame(rows)
+
+
+def view(models: Mapping[str, Any], samples: Mapping[str, Sample], batch_size: int) -> dict[str, Any]:
+    """Return the text of the token view, and what its script needs to know of each token."""
+    name, sample = next(iter(samples.items()))
+    length = min(sample.tokens.shape[1], TOKENS_SHOWN // 2)
+    tokens = sample.tokens[[0, len(sample.tokens) // 2] if len(sample.tokens) > 1 else [0], :length]
+    frame = measure(dict(models), tokens, batch_size=batch_size)
+    decode = functools.cache(lambda token: models["original"].tokenizer.decode([token]))
+
+    def per_token(model: str, column: str) -> list[Any]:
+        """Return a column with None at position 0 of each block, before which there is nothing."""
+        values = frame.loc[frame["model"] == model].sort_values(["block", "position"])[column].tolist()
+        return [
+            value
+            for start in range(0, len(values), length - 1)
+            for value in [None, *values[start : start + length - 1]]
+        ]
+
+    data = {}
+    losses = per_token("original", "loss")
+    for model in models:
+        top = zip(per_token(model, "tokens"), per_token(model, "probabilities"), strict=True)
+        data[model] = {
+            "colour": palette.colour(model),
+            "losses": per_token(model, "loss"),
+            "loss": [None if a is None else a - b for a, b in zip(per_token(model, "loss"), losses, strict=True)],
+            "jsd": per_token(model, "jsd"),
+            "top": [None if ids is None else [[decode(i), p] for i, p in zip(ids, ps, strict=True)] for ids, ps in top],
+        }
+    compared = [model for model in models if model != "original"]
+    scale = {
+        measure: np.quantile([abs(x) for model in compared for x in data[model][measure] if x is not None], 0.99)
+        for measure in ("loss", "jsd")
+    }
+    return {
+        "sentence": f"{tokens.numel():,} tokens of {name}.",
+        "compared": compared,
+        "blocks": [[decode(token) for token in block] for block in tokens.tolist()],
+        "data": {"models": data, "scale": scale},
+    }

@@ -1,0 +1,151 @@
+"""The residual stream of a loaded model: what is written to it, where it can be seen, and the final norm that reads it.
+
+This is the only place that knows which parts a model has, so that another family is a matter of this file. What not
+every model has is looked up in it: a position embedding (a rotary one writes nothing), biases of attention, and a point
+between attention and MLP (in parallel blocks there is none). Names of activations are TransformerLens's hook names.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analysis.hooked_blocks import HookedBlocks
+
+_PLACES = {"pre": "before block", "mid": "after the attention of block", "post": "after block"}
+
+
+class Component(NamedTuple):
+    """Something that is written to the residual stream; the heads or neurons of a layer are one, of many parts."""
+
+    kind: str
+    """`embed`, `pos_embed`, `head`, `b_O` (the bias of the attention), `mlp` (its bias in it), or `neuron`."""
+    layer: int | None
+    """None for the embeddings."""
+    hook: str
+    """The activation that is written, of heads and neurons through `Stream.weight`. Empty for a bias."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream of `model`, a model that one of the loaders of `analysis` returned."""
+
+    model: Any
+
+    @cached_property
+    def components(self) -> tuple[Component, ...]:
+        """What adds up to the final residual stream, in the order in which it is written."""
+        components = [Component("embed", None, "hook_embed")]
+        if "hook_pos_embed" in self.model.hook_dict:
+            components.append(Component("pos_embed", None, "hook_pos_embed"))
+        for layer, block in enumerate(self.model.blocks):
+            components.append(Component("head", layer, f"blocks.{layer}.attn.hook_z"))
+            if block.attn.b_O is not None:
+                components.append(Component("b_O", layer, ""))
+            components.append(Component("mlp", layer, f"blocks.{layer}.hook_mlp_out"))
+        return tuple(components)
+
+    @property
+    def heads(self) -> tuple[Component, ...]:
+        """The heads, layer by layer."""
+        return tuple(component for component in self.components if component.kind == "head")
+
+    @property
+    def neurons(self) -> tuple[Component, ...]:
+        """The neurons, layer by layer. `components` has them as parts of their MLP."""
+        return tuple(Component("neuron", i, f"blocks.{i}.mlp.hook_post") for i in range(self.model.cfg.n_layers))
+
+    def weight(self, component: Component) -> Float[Tensor, "*part d_model"]:
+        """Return what a component writes through: W_O [head, d_head, d_model], W_out [neuron, d_model]; or the bias."""
+        block = self.model.blocks[component.layer]
+        if component.kind == "neuron":
+            return block.mlp.W_out
+        return block.attn.W_O if component.kind == "head" else block.attn.b_O
+
+    def skip_gain(self, component: Component) -> Float[Tensor, " 1"] | int:
+        """Return by what the skips after a component multiply it on its way to the final stream: no unit, 1 in GPT-2.
+
+        Raises:
+            NolnError: the final stream is not a sum of components, because norms lie on the way.
+        """
+        if not isinstance(self.model, HookedBlocks):
+            return 1
+        layer = -1 if component.layer is None else component.layer
+        return self.model.skip_gain(layer, attention=component.kind in ("head", "b_O"))
+
+    @property
+    def before_blocks(self) -> tuple[str, ...]:
+        """The points before each block."""
+        return tuple(f"blocks.{layer}.hook_resid_pre" for layer in range(self.model.cfg.n_layers))
+
+    @property
+    def between_blocks(self) -> tuple[str, ...]:
+        """The points before the first block and after each: the i-th has i blocks before it."""
+        after = (f"blocks.{layer}.hook_resid_post" for layer in range(self.model.cfg.n_layers))
+        return (self.before_blocks[0], *after)
+
+    @property
+    def final(self) -> str:
+        """The point at the end, which the final norm and the unembedding read."""
+        return self.between_blocks[-1]
+
+    @cached_property
+    def points(self) -> tuple[str, ...]:
+        """All points in order: before each block, after its attention where there is such a point, and the end."""
+        hooks = self.model.hook_dict
+        pairs = ((before, before.replace("_pre", "_mid")) for before in self.before_blocks)
+        return (*(point for pair in pairs for point in pair if point in hooks), self.final)
+
+    @property
+    def norm(self) -> str | None:
+        """The kind of the final norm: "LN", "RMS", or None.
+
+        `is_folded` says whether its weights are in the unembedding.
+        """
+        kind = self.model.cfg.normalization_type
+        return kind if kind is None else kind.removesuffix("Pre")
+
+    def require_folded_norm(self) -> None:
+        """Raise ValueError where the final norm has weights that are not folded into the unembedding."""
+        if (kind := self.model.cfg.normalization_type) not in (None, "LNPre", "RMSPre"):
+            raise ValueError(
+                f"The final norm is of type {kind}; only a folded LayerNorm (LNPre), a folded RMSNorm (RMSPre) or none "
+                "is known: load the model with analysis.load_hooked, load_bridge or load_hooked_blocks."
+            )
+
+    def centre(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
+        """Return `x` as the final norm divides it: under LayerNorm without its mean."""
+        return x - x.mean(-1, keepdim=True) if self.norm == "LN" else x
+
+    def scale(self, square_norm: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return what the final norm divides a centred vector of this squared norm by: 1 without a norm."""
+        if self.norm is None:
+            return torch.ones_like(square_norm)
+        return (square_norm.clamp(min=0) / self.model.cfg.d_model + self.model.cfg.eps).sqrt()
+
+    def measured_scale(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos 1"]:
+        """Return what the model's own final norm, in its own precision, divides `resid` by: 1 without a norm."""
+        if self.norm is None:
+            return torch.ones_like(resid[..., :1])
+        scales: list[Tensor] = []
+        with self.model.hooks(fwd_hooks=[("ln_final.hook_scale", lambda scale, hook: scales.append(scale))]):
+            self.model.ln_final(resid)
+        return scales[0]
+
+    def unembed(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
+        """Return the logits of final residual vectors."""
+        return self.model.unembed(resid if self.norm is None else self.model.ln_final(resid))
+
+
+def label(point: str) -> str:
+    """Return a point of the residual stream as an axis shows it: "3 mid"."""
+    return point.removeprefix("blocks.").replace(".hook_resid_", " ")
+
+
+def place(point: str) -> str:
+    """Return a point of the residual stream in words: "after the attention of block 3"."""
+    layer, where = label(point).split()
+    return f"{_PLACES[where]} {layer}"

@@ -1,0 +1,52 @@
+"""Texts that models are compared on: blocks packed as in training, spread evenly over each text."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from finetune.bundled import resolve_text
+from finetune.recipe import Text
+from finetune.text import TextError, load_blocks
+
+
+class Sample(NamedTuple):
+    """Blocks of a text, packed as in training, nothing prepended."""
+
+    tokens: Int[Tensor, "block pos"]
+    documents: Int[np.ndarray, "block pos"]
+    """The number of each token's document."""
+    description: str
+
+
+def read_text(name: str, model: Any, tokens: int = 8_192) -> Sample:
+    """Pack a text for `model` as in training, nothing prepended, and take blocks spread evenly over it.
+
+    Of a Hub data set, which may be larger than the disk, no more is read than the first blocks.
+
+    Args:
+        name: a source as in a recipe: a bundled name, a file, a directory, or a Hub data set.
+        model: what `load_hooked` or `load_bridge` returns, with a tokenizer.
+        tokens: how many to take, at most, in whole blocks of the model's context.
+
+    Raises:
+        TextError: the model has no tokenizer, or the text cannot be read, is shorter than a block, or has tokens beyond
+            the vocabulary.
+    """
+    if model.tokenizer is None:
+        raise TextError("The original model has no tokenizer beside it: put its tokenizer.json there.")
+    context = model.cfg.n_ctx
+    wanted, from_hub = max(1, tokens // context), not Path(resolve_text(name)).expanduser().exists()
+    text = Text(name, streaming=from_hub)
+    packed = load_blocks(text, model.tokenizer, context, model.cfg.d_vocab, most=wanted if from_hub else None)
+    chosen = np.linspace(0, len(packed) - 1, min(len(packed), wanted)).astype(int)
+    documents = packed.document_ids(chosen)
+    taken = f"its first {documents.size:,}" if from_hub else f"{documents.size:,} of {packed.blocks.size:,}"
+    return Sample(
+        torch.stack([packed[i]["input_ids"] for i in chosen]),
+        documents,
+        f"{name}: {taken} tokens, from {len(np.unique(documents)):,} documents",
+    )

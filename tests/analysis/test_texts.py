@@ -1,0 +1,51 @@
+import json
+import lzma
+
+import datasets
+import pytest
+
+from analysis import load_bridge
+from analysis.texts import read_text
+from finetune.bundled import resolve_text
+from finetune.recipe import Text
+from finetune.text import TextError, load_blocks
+
+
+@pytest.fixture(scope="module")
+def micro():
+    return load_bridge("micro")
+
+
+def test_blocks_are_packed_as_in_training_and_spread_over_the_text(micro):
+    sample = read_text("books-validation", micro, 1024)
+    few = read_text("books-validation", micro, 1)
+    assert sample.tokens.shape == sample.documents.shape == (4, 256)
+    assert few.tokens.equal(sample.tokens[:1])
+    assert sample.documents[-1, -1] > 20
+    documents = load_blocks(Text("books-validation"), micro.tokenizer, 256, 4096)
+    assert sample.tokens[0].equal(documents[0]["input_ids"])
+
+
+def test_a_hub_data_set_is_read_no_farther_than_is_needed(micro, monkeypatch):
+    books, read = read_documents("books-validation"), []
+
+    def load_dataset(name, subset, *, split, streaming):
+        assert (name, streaming) == ("somebody/books", True)
+        return datasets.IterableDataset.from_generator(lambda: ({"text": read.append(i) or t} for i, t in books))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sample = read_text("somebody/books", micro, 1024)
+    first = load_blocks(Text("books-validation"), micro.tokenizer, 256, 4096, most=4)
+    assert sample.tokens.tolist() == first.blocks.tolist()
+    assert max(read) < 3
+    assert "its first 1,024 tokens" in sample.description
+
+
+def read_documents(name: str) -> list[tuple[int, str]]:
+    with lzma.open(resolve_text(name), "rt") as file:
+        return [(i, json.loads(line)["text"]) for i, line in enumerate(file)]
+
+
+def test_a_model_without_a_tokenizer_is_refused(make_gpt2):
+    with pytest.raises(TextError, match="no tokenizer"):
+        read_text("books-validation", load_bridge(make_gpt2()))
