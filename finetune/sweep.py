@@ -110,8 +110,8 @@ def load(path: str | Path, out: str | Path) -> list[Job]:
             raise RecipeError(f"The sweep's run {overrides} has a seed of its own: say it in `seeds`, for all runs.")
         for seed in sweep.seeds:
             recipe = recipes.override(recipes.load(base), overrides | {"seed": seed}, f"sweep's run {overrides}")
-            said = recipes.said(dataclasses.replace(recipe, name="", seed=0))
-            digest = hashlib.sha256(json.dumps([said, sweep.texts], sort_keys=True).encode()).hexdigest()
+            fields = recipes.changed_fields(dataclasses.replace(recipe, name="", seed=0))
+            digest = hashlib.sha256(json.dumps([fields, sweep.texts], sort_keys=True).encode()).hexdigest()
             directory = Path(out).absolute() / "runs" / f"{digest[:8]}-seed{seed}"
             if directory in jobs:
                 raise RecipeError(f"The sweep's runs {jobs[directory].overrides} and {overrides} are the same.")
@@ -130,11 +130,11 @@ def run(path: str | Path, out: str | Path, processes: int = 1) -> pd.DataFrame:
     """
     jobs, out = load(path, out), Path(out)
     with directory_lock(out):
-        return _run(jobs, out, processes)
+        return _run_jobs(jobs, out, processes)
 
 
-def _run(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
-    rows, documents = (_read(out / name) for name in ("results.csv", "documents.csv"))
+def _run_jobs(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
+    rows, documents = (_read_table(out / name) for name in ("results.csv", "documents.csv"))
     if "error" in rows:  # a run that diverged would again; what failed otherwise may not
         rows = rows[rows["error"].isna() | rows["error"].astype(str).str.startswith(DivergedError.__name__)]
     done = {*rows.get("run", ())}
@@ -143,7 +143,7 @@ def _run(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
     controls = {job.control_settings: job.directory / "control" for job in jobs if (job.directory / "control").is_dir()}
     to_do = [job for job in jobs if job.name not in done]
     with tqdm(total=len(to_do), desc="sweep", unit="run", disable=not to_do) as bar:
-        for job, (row, measured) in _do(to_do, controls, processes):
+        for job, (row, measured) in _do_each(to_do, controls, processes):
             if (job.directory / "control").is_dir():  # for those to come
                 controls[job.control_settings] = job.directory / "control"
             rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
@@ -161,7 +161,7 @@ def _run(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
     return rows
 
 
-def _do(
+def _do_each(
     jobs: list[Job], controls: dict[tuple[Any, ...], Path], processes: int
 ) -> Iterator[tuple[Job, tuple[dict[str, Any], pd.DataFrame]]]:
     """Do `jobs`, in this process or in several; yield each with what it came to, as it is done."""
@@ -195,7 +195,7 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
     row: dict[str, Any] = {"recipe": job.base, "seed": job.recipe.seed}
     overridden = {f"override.{name}": json.dumps(value) for name, value in job.overrides.items()}
     try:
-        texts = _texts(job)
+        texts = _load_texts(job)
         if job.directory.is_dir():
             result = resume(job.directory)
         else:
@@ -234,7 +234,7 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
     )
 
 
-def _texts(job: Job) -> dict[str, Blocks]:
+def _load_texts(job: Job) -> dict[str, Blocks]:
     """Return the texts that the models of a run are measured on beside the recipe's own."""
     if not job.texts:
         return {}
@@ -280,8 +280,8 @@ def summarise(results: pd.DataFrame, names: Sequence[str] | None = None) -> pd.D
 
 def settings(results: pd.DataFrame) -> list[str]:
     """Return of each run of a table what was overridden, but for what was in all runs."""
-    said = ["recipe", *(column for column in results if column.startswith("override."))]
-    varied = [column for column in said if results[column].nunique(dropna=False) > 1]
+    columns = ["recipe", *(column for column in results if column.startswith("override."))]
+    varied = [column for column in columns if results[column].nunique(dropna=False) > 1]
     return [
         ", ".join(f"{name.removeprefix('override.')} {row[name]}" for name in varied if row[name] == row[name])
         for _, row in results.iterrows()
@@ -331,7 +331,7 @@ def plot_settings(summary: pd.DataFrame) -> go.Figure:
     return figure
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read_table(path: Path) -> pd.DataFrame:
     """Read a table, if there is one yet, what was overridden as the JSON that it is."""
     if not path.exists() or not path.read_text().strip():
         return pd.DataFrame()

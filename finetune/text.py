@@ -171,7 +171,7 @@ def load_text(
             )
     if text.streaming and not _bin_files(text.source):
         return _stream(text, tokenizer, context, vocab_size, seed)
-    read = partial(_read, text=text, tokenizer=tokenizer, vocab_size=vocab_size)
+    read = partial(_tokens_of, text=text, tokenizer=tokenizer, vocab_size=vocab_size)
     fraction = text.held_out_fraction
     if text.held_out is not None:
         parts = [read(text.source)[0], read(text.held_out)[-1]]
@@ -210,9 +210,10 @@ def load_blocks(
     if text.source == RANDOM_TOKENS:
         return random_blocks(tokenizer, context, vocab_size, _RANDOM_BLOCKS if most is None else most)
     if text.streaming and most is not None and not _bin_files(text.source):
-        part: Part = _first(_documents(*_open(text.source, text), text.source), tokenizer, most * context)[1:]
+        documents = _documents(*_open_source(text.source, text), text.source)
+        part: Part = _read_tokens(documents, tokenizer, most * context)[1:]
     else:
-        part = _read(text.source, replace(text, streaming=False), tokenizer, vocab_size)[-1]
+        part = _tokens_of(text.source, replace(text, streaming=False), tokenizer, vocab_size)[-1]
     tokens, ends = part
     _check_length(len(tokens), context, text.source)
     _check_ids(tokens.max(), vocab_size, text.source)
@@ -233,12 +234,12 @@ def random_blocks(tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: 
 
 def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, seed: int) -> TextSplits:
     """Hold out the first documents, enough for the blocks wanted, and stream the rest."""
-    source, column = _open(text.source, text)
+    source, column = _open_source(text.source, text)
     documents = _documents(source, column, text.source)
-    first = documents if text.held_out is None else _documents(*_open(text.held_out, text), text.held_out)
+    first = documents if text.held_out is None else _documents(*_open_source(text.held_out, text), text.held_out)
 
     stop = text.held_out_blocks * context
-    held_out, tokens, ends = _first(first, tokenizer, stop)
+    held_out, tokens, ends = _read_tokens(first, tokenizer, stop)
     _check_length(len(tokens), context, text.held_out or text.source, "to hold out")
     _check_ids(tokens.max(), vocab_size, text.held_out or text.source)
 
@@ -251,7 +252,7 @@ def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_
     return TextSplits(stream, Blocks(tokens[:stop], context, tokenizer.eos_token_id, ends))
 
 
-def _first(
+def _read_tokens(
     documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, most: int
 ) -> tuple[list[str], UInt[np.ndarray, " token"], Int[np.ndarray, " document"]]:
     """Read on until there are `most` tokens; return the documents read, all their tokens, and where each ends."""
@@ -263,27 +264,27 @@ def _first(
     return read, np.array(tokens, np.uint32), np.array(ends, np.int64)
 
 
-def _read(
+def _tokens_of(
     name: str, text: Text, tokenizer: PreTrainedTokenizerBase, vocab_size: int, fraction: float = 0.0
 ) -> list[Part]:
     """Return all tokens of a source, in two parts if whole documents or a val.bin are held out."""
     if files := _bin_files(name):
         dtype = text.token_dtype if text.token_dtype != "auto" else "uint16" if vocab_size <= 2**16 else "uint32"
         return [(_read_bin(file, np.dtype(dtype)), None) for file in files]
-    return _tokenise(*_open(name, text), name, tokenizer, fraction)
+    return _tokenise_once(*_open_source(name, text), name, tokenizer, fraction)
 
 
 def _read_bin(path: Path, dtype: np.dtype) -> UInt[np.ndarray, " token"]:
     """Map nanoGPT's file of token ids, nothing copied."""
     if path.stat().st_size % dtype.itemsize:
         raise TextError(f"{path}: its size is no multiple of {dtype}'s; it is corrupt, or text.token_dtype is wrong.")
-    tokens = _map(path, dtype)
+    tokens = _memory_map(path, dtype)
     if dtype == np.uint16 and len(tokens) and not tokens[1:1000:2].any():
         raise TextError(f"{path}: every second number is 0, as in a file of uint32. Set text.token_dtype to uint32.")
     return tokens
 
 
-def _open(name: str, text: Text) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
+def _open_source(name: str, text: Text) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
     """Return the data set that a source is, and which of its columns is the text."""
     path = _path(name)
     if not path.exists():
@@ -354,7 +355,7 @@ def _documents(data: datasets.Dataset | datasets.IterableDataset, column: str, n
             yield from filter(None, batch[column])
 
 
-def _tokenise(
+def _tokenise_once(
     data: datasets.Dataset, column: str, name: str, tokenizer: PreTrainedTokenizerBase, fraction: float
 ) -> list[Part]:
     """Return the training part and, if any document is held out, the held-out one, tokenised once for all.
@@ -363,7 +364,7 @@ def _tokenise(
     name when it is complete.
     """
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
-    key = repr((data._fingerprint, fraction, tokenizer.eos_token_id, _identity(tokenizer)))
+    key = repr((data._fingerprint, fraction, tokenizer.eos_token_id, _fingerprint_of(tokenizer)))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "noln"
     directory = cache / hashlib.sha256(key.encode()).hexdigest()
     try:
@@ -374,18 +375,18 @@ def _tokenise(
                     unfinished = Path(temporary) / "tokens"
                     unfinished.mkdir()
                     documents = tqdm(_documents(data, column, name), f"tokenising {name}", len(data), unit=" documents")
-                    _write(_encode(documents, tokenizer), unfinished, dtype, fraction)
+                    _write_tokens(_encode(documents, tokenizer), unfinished, dtype, fraction)
                     unfinished.rename(directory)
     except OSError as error:
         raise TextError(f"{name}: its tokens cannot be written to {cache}: {error}.") from error
     parts: list[Part] = [
-        (_map(directory / f"{part}.bin", dtype), _map(directory / f"{part}-ends.bin", np.dtype(np.int64)))
+        (_memory_map(directory / f"{part}.bin", dtype), _memory_map(directory / f"{part}-ends.bin", np.dtype(np.int64)))
         for part in ("train", "held_out")
     ]
     return parts if len(parts[1][0]) else parts[:1]
 
 
-def _write(encoded: Iterable[tuple[list[int], bool]], directory: Path, dtype: np.dtype, fraction: float) -> None:
+def _write_tokens(encoded: Iterable[tuple[list[int], bool]], directory: Path, dtype: np.dtype, fraction: float) -> None:
     """Write the tokens, and after which of them documents end, of the training and of the held-out part."""
     names = ("train", "held_out")
     ends = array("q"), array("q")
@@ -439,7 +440,7 @@ def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
         yield batch
 
 
-def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+def _fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Everything in a tokenizer that ids depend on."""
     if not tokenizer.is_fast:
         return repr((type(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
@@ -464,7 +465,7 @@ def _check_ids(largest: int, vocab_size: int, name: str) -> None:
         )
 
 
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+def _memory_map(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 

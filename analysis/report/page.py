@@ -78,7 +78,6 @@ def section_data(analysis: Analysis, tables: Sequence[Mapping[str, Any]], code: 
 def table_data(table: Table, file: str, frame: pd.DataFrame, figure: go.Figure | None) -> dict[str, Any]:
     """Return what the page shows of a table, which is saved as `file`.csv, and of its figure."""
     if figure is not None:
-        figure = go.Figure(figure)
         figure.layout.template = None  # the page has its own, light and dark
     first = frame.head(ROWS_SHOWN)
     is_text = {column: not pd.api.types.is_numeric_dtype(frame[column]) for column in frame}

@@ -191,7 +191,9 @@ def block_config(name: str, **knobs: Any) -> BlocksConfig:
         config = BlocksConfig(**BLOCKS[name] | knobs)
     except StrictDataclassFieldValidationError as error:
         raise BlockError(str(error)) from error
-    if idle := [f"{knob} is {knobs[knob]}, but {why}" for knob, why in _idle(config).items() if knob in knobs]:
+    if idle := [
+        f"{knob} is {knobs[knob]}, but {why}" for knob, why in _without_effect(config).items() if knob in knobs
+    ]:
         raise BlockError(f"Knobs that would do nothing: {'; '.join(idle)}.")
     small = {}
     if name == "op":
@@ -203,7 +205,7 @@ def block_config(name: str, **knobs: Any) -> BlocksConfig:
     return config
 
 
-def _idle(config: BlocksConfig) -> dict[str, str]:
+def _without_effect(config: BlocksConfig) -> dict[str, str]:
     """Return why which knobs change nothing in a model of this config."""
     idle: dict[str, str] = {}
     if config.value_skip_gain is None:

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from finetune.blocks.config import BlockError, BlocksConfig
 from finetune.blocks.model import BlocksForCausalLM
 
-_OF_GPT2 = (
+_FIXED_BY_GPT2 = (
     *("norm", "final_norm", "norm_position", "qk_norm", "softcap", "parallel"),
     *("attn_skip_gain", "attn_gain", "mlp_skip_gain", "mlp_gain", "train_attn_gains", "train_mlp_gains"),
     *("attn_identity_gain", "attn_softmax_gain", "attn_centre_gain", "train_attn_matrix_gains"),
@@ -29,7 +29,7 @@ _GPT2_NAMES = {
 def other_than_gpt2(config: BlocksConfig) -> list[str]:
     """Return the knobs in which a block is not GPT-2's: none of one that `to_gpt2` takes."""
     default = BlocksConfig()
-    other = [name for name in _OF_GPT2 if getattr(config, name) != getattr(default, name)]
+    other = [name for name in _FIXED_BY_GPT2 if getattr(config, name) != getattr(default, name)]
     other += ["first_norm"] * (config.first_norm not in (None, "ln"))
     other += ["negative_slope"] * (config.activation_function == "leaky_relu" and config.negative_slope != 0)
     return other

@@ -50,10 +50,6 @@ class Gain(nn.Module):
         return x * self.value.view(self.shape)
 
 
-def _except_in(layer: bool, exception: Any, usual: Any) -> Any:
-    return exception if layer and exception is not None else usual
-
-
 def _gain(initial: float, train: bool) -> nn.Module:
     return Gain(initial, train) if train or initial != 1 else nn.Identity()
 
@@ -145,7 +141,7 @@ def _matrix(
     return GainedMatrix(config.n_embd, kind, skip_gain, gain, train)
 
 
-def _initial(matrix: nn.Module) -> Any:
+def _random_part(matrix: nn.Module) -> Any:
     """Return the tensor that holds the initial value of a value or projection map that has a random one."""
     return matrix.weight if isinstance(matrix, Linear) else matrix.initial
 
@@ -161,9 +157,10 @@ class Attention(nn.Module):
         qk_stds = (std if own is None else own for own in (config.query_init_std, config.key_init_std))
         v_std, o_std = (usual if of_vp is None else of_vp for usual in (std, _residual_std(config)))
         self.qk = Linear(config.n_embd, 2 * config.n_embd, config.qk_bias, *qk_stds)
-        gain = _except_in(layer == 0, config.first_value_gain, config.value_gain)
+        is_first, is_last = layer == 0, layer == config.n_layer - 1
+        gain = config.first_value_gain if is_first and config.first_value_gain is not None else config.value_gain
         self.v = _matrix(config, config.value_skip_gain, gain, config.value_init, config.train_value_gains, v_std)
-        gain = _except_in(layer == config.n_layer - 1, config.last_proj_gain, config.proj_gain)
+        gain = config.last_proj_gain if is_last and config.last_proj_gain is not None else config.proj_gain
         self.o = _matrix(config, config.proj_skip_gain, gain, config.proj_init, config.train_proj_gains, o_std)
         self.q_norm, self.k_norm = (_norm(config.qk_norm, d_head, config) for _ in "qk")
         train, heads = config.train_attn_matrix_gains, config.n_head
@@ -191,9 +188,9 @@ class Attention(nn.Module):
         if past is not None:
             k, v = past.update(k, v, self.layer)
         if self.config._attn_implementation == "eager" or self.config.softcap is not None or tokens is not None:
-            z = self._mixing(q, k, tokens) @ v
+            z = self._attention_matrix(q, k, tokens) @ v
         else:
-            z = self._mix(q, k, v)
+            z = self._attend(q, k, v)
         return self.o(self.hook_z(z.transpose(1, 2)).flatten(2))
 
     def _mask(self, q: Tensor, k: Tensor) -> Tensor:
@@ -201,7 +198,7 @@ class Attention(nn.Module):
         queries, keys = q.shape[-2], k.shape[-2]
         return torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
 
-    def _mixing(
+    def _attention_matrix(
         self,
         q: Float[Tensor, "batch head query d_head"],
         k: Float[Tensor, "batch head key d_head"],
@@ -224,7 +221,7 @@ class Attention(nn.Module):
             mixing = mixing - self.gamma(mask.to(q.dtype) / mask.sum(-1, keepdim=True))
         return self.hook_mixing(mixing)
 
-    def _mix(
+    def _attend(
         self,
         q: Float[Tensor, "batch head query d_head"],
         k: Float[Tensor, "batch head key d_head"],
@@ -376,7 +373,7 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
         product = torch.eye(self.config.n_embd)
         block: Any
         for i, block in enumerate(self.blocks):
-            value, proj = _initial(block.attn.v), _initial(block.attn.o)
+            value, proj = _random_part(block.attn.v), _random_part(block.attn.o)
             product = value.to(product) @ product
             if self.config.tie_value_proj_init == "all_blocks":
                 proj.copy_(value.T)

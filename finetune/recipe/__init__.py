@@ -20,6 +20,7 @@ from finetune.recipe.fields import (
 )
 from finetune.recipe.files import (
     about,
+    changed_fields,
     dump,
     load,
     load_pretraining,
@@ -49,6 +50,7 @@ __all__ = [
     "TokenClass",
     "Training",
     "about",
+    "changed_fields",
     "current_name",
     "dump",
     "load",

@@ -146,9 +146,13 @@ def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
     return validate(Recipe, content, what)
 
 
-def said(recipe: Training) -> dict[str, Any]:
+def changed_fields(recipe: Training) -> dict[str, Any]:
     """Return the fields in which `recipe` is not what a recipe is by default, as JSON has them."""
     return pydantic.TypeAdapter(type(recipe)).dump_python(recipe, mode="json", exclude_defaults=True)
+
+
+said = changed_fields
+"""Its former name."""
 
 
 def dump(recipe: Training, run: dict[str, Any] | None = None) -> str:

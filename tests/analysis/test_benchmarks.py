@@ -1,5 +1,6 @@
 import json
 import random
+from pathlib import Path
 
 import contract
 import numpy as np
@@ -10,6 +11,7 @@ from analysis import benchmarks, load_bridge, load_hooked, load_trio
 from finetune import NolnError, checkpoint
 
 pytest.importorskip("lm_eval")
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -146,14 +148,20 @@ def test_numbers_depend_neither_on_the_batch_size_nor_on_the_tool(pair, file):
 
 
 def test_what_is_too_long_is_cut_from_the_left(plain, tokenizer):
+    def ask(model, context: str, continuation: str) -> float:
+        request = Instance("loglikelihood", {}, (context, continuation), 0)
+        return benchmarks.HarnessModel(model, tokenizer).loglikelihood([request], disable_tqdm=True)[0][0]
+
+    words = sentence(random.Random(0), 150).split()
+    context, continuation = " ".join(words[:80]), f" {' '.join(words[80:90])}"
+    its, answer = tokenizer.encode(context), tokenizer.encode(continuation)
+    assert tokenizer.encode(context + continuation) == its + answer
+    assert len(its) > CONTEXT
     model = plain(1)
-    tokens = tokenizer.encode(sentence(random.Random(0), 90))
-    context, continuation = tokens[:80], tokens[80:]
-    ((found, _),) = benchmarks.HarnessModel(model, tokenizer)._loglikelihood_tokens([("", context, continuation)])
-    kept = CONTEXT + 1 - len(continuation)
-    assert found == pytest.approx(log_likelihood(model, context[-kept:], continuation), abs=1e-4)
+    kept = CONTEXT + 1 - len(answer)
+    assert ask(model, context, continuation) == pytest.approx(log_likelihood(model, its[-kept:], answer), abs=1e-4)
     with pytest.raises(benchmarks.BenchmarkError, match="longer than the context"):
-        benchmarks.HarnessModel(model.float(), tokenizer)._loglikelihood_tokens([("", tokens[:1], tokens[:65])])
+        ask(model.float(), words[0], f" {' '.join(words[1:])}")
 
 
 def test_likelihood_of_whole_texts_by_hand(plain, tokenizer, tmp_path):
@@ -243,8 +251,9 @@ class TestBadInput:
         assert "nowhere.jsonl" in self.fail({"hellaswag": "nowhere.jsonl"})
 
     def test_no_such_task(self, monkeypatch):
-        hellaswag = benchmarks._manager("hellaswag")
-        monkeypatch.setattr(benchmarks, "_manager_of_all", lambda: hellaswag)
+        directory = Path(lm_eval.tasks.__file__).parent / "hellaswag"
+        hellaswag = lm_eval.tasks.TaskManager(include_path=directory, include_defaults=False)
+        monkeypatch.setattr(benchmarks, "_manager_of_all", lambda: hellaswag)  # which takes ten seconds
         message = self.fail(["hellaswagg"])
         assert "no task hellaswagg" in message
         assert "it has hellaswag" in message

@@ -6,7 +6,7 @@ from contract import TOKENS, assert_keeps_contract, assert_plots_by_model, asser
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy, spearmanr
 
-from analysis import faithfulness, logit_attribution
+from analysis import faithfulness, load_bridge, logit_attribution
 
 BY_LAYER = [faithfulness.measure_layers, faithfulness.measure_heads, faithfulness.measure_neurons]
 
@@ -102,17 +102,20 @@ def test_residual_streams_against_whole_data(models):
                 assert row["cka"] == pytest.approx(cka(x, y))
 
 
-def test_cka_sees_neither_rotation_nor_scale():
-    generator = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, 500, 6, generator=generator, dtype=torch.float64)
-    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
-    found = {}
-    for name, y in {"rotated": 3 * x @ rotation + 7, "noise": noise}.items():
-        found[name] = faithfulness._CKA()
-        for batch in zip(x.split(200), y.split(200), strict=True):
-            found[name].add(*batch)
-    assert found["rotated"].value() == pytest.approx(1)
-    assert found["noise"].value() < 0.1
+def test_cka_sees_neither_rotation_nor_scale(make_gpt2):
+    plain, rotated = make_gpt2(), make_gpt2()
+    ones = torch.ones(12, 1)
+    basis = torch.linalg.qr(torch.cat([ones, torch.randn(12, 11, generator=torch.Generator().manual_seed(0))], 1))[0]
+    turn = torch.linalg.qr(torch.randn(11, 11, generator=torch.Generator().manual_seed(1)))[0]
+    # Of what is centred, which it stays: loading takes out the mean.
+    rotation = basis @ torch.block_diag(torch.ones(1, 1), turn) @ basis.T
+    for embedding in (rotated.transformer.wte, rotated.transformer.wpe):
+        embedding.weight.data = 3 * embedding.weight.data @ rotation + basis[:, 1]
+    models = {"original": load_bridge(plain), "rotated": load_bridge(rotated), "other": load_bridge(make_gpt2(seed=1))}
+    frame = faithfulness.measure_layers(models, TOKENS, batch_size=3).set_index(["model", "positions", "layer"])
+    assert frame.loc[("rotated", "all", 0), "cka"] == pytest.approx(1, abs=1e-5)
+    assert abs(frame.loc[("rotated", "all", 0), "cosine"]) < 0.5
+    assert frame.loc[("other", "all", 0), "cka"] < 0.5
 
 
 def test_heads_against_loops(models):
@@ -195,13 +198,13 @@ def test_plots(models):
     assert heads.data[0].z.shape == (2, 3)
 
 
-def test_correlations_come_batch_by_batch_and_are_nan_of_what_is_constant():
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 8000, 3, generator=generator)
-    x[:, 1], y[:, 2] = 0.1, -7.3
-    correlation = faithfulness._Correlation()
-    for batch in zip(x.split(1000), y.split(1000), strict=True):
-        correlation.add(*batch)
-    found = correlation.value()
-    assert found[0] == pytest.approx(np.corrcoef(x[:, 0], y[:, 0])[0, 1])
-    assert found[1:].isnan().all()
+def test_correlations_with_what_is_constant_are_nan(make_gpt2):
+    models = {}
+    for name, seed, constant in (("original", 0, 1), ("other", 1, 2)):
+        plain = make_gpt2(seed=seed)
+        mlp = plain.transformer.h[0].mlp.c_fc
+        mlp.weight.data[:, constant], mlp.bias.data[constant] = 0, 7.3
+        models[name] = load_bridge(plain)
+    tokens = TOKENS.repeat(100, 1)  # many, for rounding to add up
+    frame = faithfulness.measure_neurons(models, tokens, batch_size=100).set_index(["model", "layer", "neuron"])
+    assert frame.loc[("other", 0), "correlation"].isna().to_dict() == {i: i in (1, 2) for i in range(48)}

@@ -395,7 +395,7 @@ def test_every_loader_refuses_what_is_not_recognised(name, tmp_path):
         loader(gpt2("b25").half())
     with pytest.raises(CheckpointError, match="Linear"):
         loader(nn.Linear(2, 2))
-    with pytest.raises(CheckpointError, match="no directory"):
+    with pytest.raises(CheckpointError, match="not a directory"):
         loader(tmp_path / "missing")
 
 
@@ -434,8 +434,12 @@ def test_published_models_load_by_name_from_the_cache(hub):
         with torch.no_grad():
             assert error(bridge(tokens), model(tokens).logits) < 1e-4, name
         assert torch.equal(bridge.to_tokens(TEXT), analysis.load_bridge("micro").to_tokens(TEXT))
+        assert load_tokenizer(name).get_vocab() == load_tokenizer("micro").get_vocab()  # its base's
+        assert (
+            load(name).name_or_path == load(analysis.PUBLISHED[name].id, analysis.PUBLISHED[name].revision).name_or_path
+        )
     assert error(load("apollo-research/gpt2_noLN", "v3").lm_head.weight, models["gpt2_noLN-v3"].lm_head.weight) == 0
-    with pytest.raises(CheckpointError, match=r"gpt2-xl_LNFree800 is no directory, nor can it be had"):
+    with pytest.raises(CheckpointError, match=r"gpt2-xl_LNFree800 is not a directory here, and was not available"):
         analysis.load_transformers("gpt2-xl_LNFree800")
 
 

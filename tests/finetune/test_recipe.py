@@ -180,3 +180,19 @@ def test_recipes_load_without_torch():
 def test_every_field_is_described_where_pydoc_shows_it(kind: type):
     described = {line.partition(":")[0] for line in inspect.getdoc(kind).splitlines()}
     assert {field.name for field in dataclasses.fields(kind)} <= described
+
+
+def test_former_names_of_phases_are_read(tmp_path):
+    assert Gaps(ln_2=2, ln_f=3, bos=4) == Gaps(mlp=2, final=3, position_0=4)
+    assert Layers(ln_2="down") == Layers(mlp="down")
+    order = ("h.0.ln_2", "h.1.ln_2", "qk", "v", "ln_f", "eot", "bos")
+    now = ("h.0.mlp", "h.1.mlp", "qk", "v", "final", "eot", "position_0")
+    assert Schedule(start=1, gap=Gaps(), order=order).order == now
+    former = recipe.dump(B25).replace("mlp:", "ln_2:").replace("final", "ln_f").replace("position_0", "bos")
+    assert "ln_2: 2" in former
+    (tmp_path / "recipe.yaml").write_text(former)
+    assert recipe.load(tmp_path / "recipe.yaml") == B25
+    overridden = recipe.override(B25, {"schedule.gap.ln_2": 1, "schedule.layers": {"ln_2": "down"}}, "recipe")
+    assert (overridden.schedule.gap.mlp, overridden.schedule.layers.mlp) == (1, "down")
+    with pytest.raises(RecipeError, match=r"schedule\.gap\.ln_3 is no field"):
+        recipe.override(B25, {"schedule.gap.ln_3": 1}, "recipe")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from models import random_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-from finetune.blocks import BLOCKS, BlockError, BlocksForCausalLM, block_config, signals, to_gpt2
+from finetune.blocks import BLOCKS, BlockError, BlocksForCausalLM, block_config
 
 SHAPE = {"vocab_size": 23, "n_positions": 11, "n_embd": 12, "n_layer": 2, "n_head": 3}
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
@@ -312,61 +312,6 @@ def test_saved_and_loaded_it_is_the_same(name: str, tmp_path):
     assert trained == {key: parameter.requires_grad for key, parameter in loaded.named_parameters()}
 
 
-@pytest.mark.parametrize("knobs", [{}, {"qk_bias": False, "vp_bias": False, "mlp_bias": False, "n_inner": 20}])
-@pytest.mark.parametrize("tied", [True, False])
-def test_pre_ln_becomes_gpt2(knobs: dict, tied: bool, tmp_path):
-    model = shaken("pre-ln", tie_word_embeddings=tied, **knobs)
-    gpt2 = to_gpt2(model)
-    torch.testing.assert_close(gpt2(TOKENS).logits, model(TOKENS).logits)
-    gpt2.float().save_pretrained(tmp_path)
-    loaded = GPT2LMHeadModel.from_pretrained(tmp_path).double()
-    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "knobs"),
-    [
-        *((name, {}) for name in BLOCKS if name != "pre-ln"),
-        *(
-            ("pre-ln", knobs)
-            for knobs in (
-                {"norm": "rmsnorm"},
-                {"norm": "none"},
-                {"first_norm": "none"},
-                {"final_norm": "rmsnorm"},
-                {"qk_norm": "ln"},
-                {"softcap": 30.0},
-                {"attn_skip_gain": 0.5},
-                {"attn_gain": 0.5},
-                {"mlp_skip_gain": 0.5},
-                {"mlp_gain": 0.5},
-                {"train_attn_gains": True},
-                {"train_mlp_gains": True},
-                {"attn_identity_gain": 1.0},
-                {"attn_softmax_gain": 0.5},
-                {"attn_centre_gain": 1.0},
-                {"train_attn_matrix_gains": True},
-                {"value_skip_gain": 1.0},
-                {"proj_skip_gain": 1.0},
-                {"activation_function": "leaky_relu", "negative_slope": 0.1},
-            )
-        ),
-    ],
-)
-def test_no_other_block_becomes_gpt2(name: str, knobs: dict):
-    with pytest.raises(BlockError, match="GPT-2 has no such"):
-        to_gpt2(make(name, **knobs))
-
-
-def test_pre_ln_starts_as_gpt2_does():
-    config = {"n_embd": 192, "vocab_size": 512, "n_layer": 2, "n_head": 3}
-    made = to_gpt2(BlocksForCausalLM(block_config("pre-ln", **config)))
-    gpt2 = GPT2LMHeadModel(made.config)
-    for (name, ours), theirs in zip(made.named_parameters(), gpt2.parameters(), strict=True):
-        assert ours.mean().item() == pytest.approx(theirs.mean().item(), abs=1e-3), name
-        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05, abs=1e-6), name
-
-
 def published(name: str, **knobs) -> int:
     """Millions of parameters in the setting of the published code, whose tokenizer has 50,000 tokens."""
     shape = {"vocab_size": 50_000, "n_positions": 1024, "n_embd": 768, "n_layer": 18, "n_head": 12}
@@ -465,40 +410,6 @@ def test_residual_stream_is_the_sum_of_what_is_added(name: str):
     torch.testing.assert_close(carried + seen["hook_mlp_out"], seen["hook_resid_post"])
 
 
-def test_signals_are_those_of_the_definitions():
-    model = shaken("skipless")
-    resid, patterns = [], []
-    model.blocks[1].hook_resid_pre.register_forward_hook(lambda _, __, output: resid.append(output))
-    model.blocks[1].attn.hook_pattern.register_forward_hook(lambda _, __, output: patterns.append(output))
-    with signals(model) as found, torch.no_grad():
-        model(TOKENS)
-    assert model.config._attn_implementation == "sdpa"
-    x = resid[0].flatten(0, 1)
-    n, d = x.shape
-    s = (x**2).mean(0)
-    y = x - x.mean(-1, keepdim=True)
-    y = y / (y**2).mean().sqrt()
-    features = (y.T @ y / n)[~torch.eye(d, dtype=torch.bool)]
-    inputs = (y @ y.T / d)[~torch.eye(n, dtype=torch.bool)]
-    expected = {
-        "rms": (x**2).mean() ** 0.5,
-        "kurtosis": (s**2).mean() / s.mean() ** 2,
-        "max_median_ratio": torch.stack([row.max() / row.median() for row in x.abs()]).mean(),
-        "feature_correlation_rms": (features**2).mean() ** 0.5,
-        "input_correlation": inputs.mean(),
-        "input_correlation_rms": (inputs**2).mean() ** 0.5,
-    }
-    for key, value in expected.items():
-        assert found[f"blocks.1.hook_resid_pre.{key}"] == pytest.approx(value.item(), rel=1e-4), key
-    entropies = [-(p[p > 0] * p[p > 0].log()).sum() for p in patterns[0].flatten(0, 2)]
-    assert found["blocks.1.attn.entropy"] == pytest.approx(torch.stack(entropies).mean().item())
-    alpha = model.blocks[1].attn.alpha.value
-    assert found["blocks.1.attn.alpha"] == pytest.approx(alpha.mean().item())
-    assert found["blocks.1.attn.alpha.std"] == pytest.approx(alpha.std().item())
-    assert found["blocks.1.mlp_skip_gain"] == pytest.approx(model.blocks[1].mlp_skip_gain.value.item())
-    assert not model.blocks[0].hook_resid_pre._forward_hooks
-
-
 @each_block
 def test_training_lowers_the_loss(name: str):
     model = make(name).float().train()
@@ -513,41 +424,7 @@ def test_training_lowers_the_loss(name: str):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_what_cannot_be_is_refused():
-    with pytest.raises(BlockError, match="no block pre-norm: the blocks are pre-ln"):
-        block_config("pre-norm")
-    with pytest.raises(BlockError, match="no knobs n_layers"):
-        block_config("pre-ln", n_layers=2)
-    with pytest.raises(BlockError, match=r"one of .*, got batchnorm"):
-        block_config("pre-ln", norm="batchnorm")
-    with pytest.raises(BlockError, match="no activation gelu_old"):
-        block_config("pre-ln", activation_function="gelu_old")
-    with pytest.raises(BlockError, match="multiple of n_head"):
-        block_config("pre-ln", n_head=7)
-    with pytest.raises(BlockError, match="set attn_skip_gain to 0"):
-        block_config("pre-ln", parallel=True)
-    for knob, value, said in [
-        ("n_layer", 0, "n_layer is 0: it must be at least 1"),
-        ("n_layer", "3", "n_layer"),
-        ("n_head", 0, "n_head is 0"),
-        ("n_inner", 0, "n_inner is 0"),
-        ("initializer_range", -1.0, "initializer_range is -1.0: it must be at least 0"),
-        ("softcap", 0, "softcap is 0: it must be above 0"),
-        ("norm_epsilon", 0.0, "norm_epsilon is 0.0: it must be above 0"),
-        ("softcap", math.nan, "softcap is nan: it must be finite"),
-        ("attn_gain", math.inf, "attn_gain is inf: it must be finite"),
-        ("value_gain", 0.2, "value_gain is 0.2, but value_skip_gain is None"),
-        ("train_proj_gains", True, "train_proj_gains is True, but proj_skip_gain is None"),
-        ("negative_slope", 0.3, "negative_slope is 0.3, but activation_function is gelu_new"),
-        ("architectures", ["x"], "no knobs architectures"),
-    ]:
-        with pytest.raises(BlockError, match=said):
-            block_config("op", **{knob: value})
-    for name in ("v-skipinit", "skipless"):
-        with pytest.raises(BlockError, match=r"vp_init_std is 3\.0, but no value"):
-            block_config(name, vp_init_std=3.0)
-    with pytest.raises(BlockError, match="identity"):
-        block_config("skipless", tie_value_proj_init="all_blocks")
+def test_what_the_model_does_not_take_is_refused():
     model = make("pre-ln")
     with pytest.raises(BlockError, match="11 positions, not 12"):
         model(torch.zeros(1, 12, dtype=torch.long))
@@ -577,18 +454,6 @@ def test_padding_changes_nothing(name: str, implementation: str, side: str, dtyp
         for beams in (1, 2):
             generated = model.generate(tokens, attention_mask=mask, num_beams=beams, **options)[1, 8:]
             assert torch.equal(generated, model.generate(short, num_beams=beams, **options)[0, 6:])
-
-
-def test_hidden_states_are_where_gpt2s_are():
-    model = shaken("pre-ln").eval()
-    ours, theirs = (m(TOKENS, output_hidden_states=True).hidden_states for m in (model, to_gpt2(model)))
-    for own, its in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(own, its)
-    assert model(TOKENS).hidden_states is None
-    positions = torch.arange(3, 11)[None]
-    torch.testing.assert_close(
-        model(TOKENS, position_ids=positions).logits, to_gpt2(model)(TOKENS, position_ids=positions).logits
-    )
 
 
 @pytest.mark.parametrize("kind", ["ln", "rmsnorm"])
