@@ -1,6 +1,6 @@
 """Fine-tune the LayerNorm out of a GPT-2-type model, or train one without it from the start.
 
-`remove_layernorm` does it, a `Recipe` says how, and a `Run` is what it leaves. Beside these, `recipe` reads and writes
+`remove_norms` does it, a `Recipe` says how, and a `Run` is what it leaves. Beside these, `recipe` reads and writes
 recipes, `text` packs any text, `checkpoint` reads and writes LN-free models, `evaluate` measures models on held-out
 text, `sweep` does many runs, `blocks` has models that need no norms, and `pretrain` trains them: `pretrain.pretrain`
 runs a `PretrainRecipe`. What a user can mend is raised as a `NolnError`.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune.errors import NolnError
     from finetune.recipe import Gaps, Layers, PretrainRecipe, Recipe, Schedule, Text
-    from finetune.removal import remove_layernorm
+    from finetune.removal import remove_layernorm, remove_norms
     from finetune.resuming import resume
     from finetune.run_directory import Run
 
@@ -25,6 +25,7 @@ __all__ = [
     "Schedule",
     "Text",
     "remove_layernorm",
+    "remove_norms",
     "resume",
 ]
 
@@ -32,6 +33,7 @@ _HOMES = dict.fromkeys(("Gaps", "Layers", "PretrainRecipe", "Recipe", "Schedule"
     "NolnError": "errors",
     "Run": "run_directory",
     "remove_layernorm": "removal",
+    "remove_norms": "removal",
     "resume": "resuming",
 }
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from finetune.recipe import Recipe
-from finetune.text import Blocks
+from finetune.text import Blocks, StreamedBlocks
 
 _COUNTED_BLOCKS = 4096
 """The blocks of the text whose tokens `unigram` counts, at most: evenly spaced, of a stream the first."""
@@ -33,13 +33,14 @@ _SHORTEST_RUN = 4
 class Cover:
     """Which blocks of a run are cover, and what is in them."""
 
-    def __init__(self, recipe: Recipe, token_ids: Int[np.ndarray, " id"], text: Dataset[dict[str, Tensor]]) -> None:
+    def __init__(self, recipe: Recipe, token_ids: Int[np.ndarray, " id"], text: Blocks | StreamedBlocks) -> None:
         """Draw from `token_ids`, those that the tokenizer has; `text` is what the run trains on, for its unigrams."""
         self._seed, self._kinds, self._ids = recipe.seed, recipe.cover_kinds, token_ids
         self._share = Fraction(str(recipe.cover))  # the decimal number that was written, not the nearest binary one
         self._first, self._end = (math.floor(part * recipe.steps) * recipe.batch for part in recipe.cover_span)
         unigrams = any(kind.startswith("unigram") for kind in recipe.cover_kinds)
         self._counts = _count(text, token_ids) if unigrams else np.ones(len(token_ids))
+        self._kept = 0 if text.prefix is None else 1
 
     def number(self, position: int) -> int | None:
         """Return which block of cover, from 0, is at a position of the run, or None if there is text."""
@@ -53,8 +54,9 @@ class Cover:
         number = self.number(position)
         if number is not None:
             kind = self._kinds[number % len(self._kinds)]
-            drawn = self.draw(kind, block["input_ids"].numpy(), np.random.default_rng([self._seed, position]))
-            block = {"input_ids": torch.from_numpy(drawn)}
+            prefix, text = np.split(block["input_ids"].numpy(), [self._kept])
+            drawn = self.draw(kind, text, np.random.default_rng([self._seed, position]))
+            block = {"input_ids": torch.from_numpy(np.concatenate([prefix, drawn]))}
         return block | {"is_cover": torch.tensor(number is not None)}
 
     def over(self, blocks: Dataset[dict[str, Tensor]]) -> Dataset[dict[str, Tensor]]:

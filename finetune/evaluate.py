@@ -69,7 +69,7 @@ def measure_tokens(
     """
     models = {reference: models[reference].eval()} | {name: model.eval() for name, model in models.items()}
     device = models[reference].device
-    size = max(1, _LOGITS_AT_ONCE // (blocks.blocks.shape[1] * models[reference].config.vocab_size))
+    size = max(1, _LOGITS_AT_ONCE // (blocks.context * models[reference].config.vocab_size))
     measured: dict[str, dict[str, list[Tensor]]] = {name: {"loss": [], "kl": [], "jsd": []} for name in models}
     for start in tqdm(range(0, len(blocks), size), desc="Measuring on held-out text", unit="batch", leave=False):
         batch = range(start, min(start + size, len(blocks)))

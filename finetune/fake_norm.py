@@ -189,7 +189,7 @@ class FakeNorm(nn.Module):
         self.live_graph = False
         """Whether a constant norm keeps the graph of its live std, for a penalty on it."""
         self.live_std: Float[Tensor, "batch pos"]
-        self.ratios: list[Float[Tensor, "batch pos 1"]] = []
+        self.ratios: list[Float[Tensor, "batch pos 1"]]
         """Of the last forward: the first path's scale over each other path's."""
 
     @property
@@ -200,7 +200,7 @@ class FakeNorm(nn.Module):
     @property
     def is_live(self) -> bool:
         """Whether it is run as an ordinary norm: never compiled, or each site that freezes would compile it again."""
-        return self.live and not torch.compiler.is_compiling()
+        return not torch.compiler.is_compiling() and self.live
 
     def normalise(
         self, x: Float[Tensor, "batch pos d"]

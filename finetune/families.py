@@ -219,6 +219,8 @@ FAMILIES: dict[str, Family] = {
         eps="layer_norm_eps",
         activation="hidden_act",
         packed_by_head=True,
+        # What a norm's β does on the V path has to go into a bias when the two paths' constants differ.
+        refusal=lambda config: None if config.attention_bias else "attention without biases",
     ),
     "gpt_neo": Family(
         architecture="GPTNeoForCausalLM",

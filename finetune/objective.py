@@ -32,9 +32,10 @@ class Head(NamedTuple):
 class DeferredUnembedding(nn.Module):
     """Stands in for a model's unembedding: owns its weight, and does nothing."""
 
-    def __init__(self, unembedding: nn.Linear) -> None:
+    def __init__(self, unembedding: nn.Module, softcap: float | None) -> None:
         super().__init__()
         self.weight = unembedding.weight
+        self.__dict__["unembedding"], self.softcap = unembedding, softcap  # the weight is there once
 
     def forward(self, residual: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         """Return the residual, for a `Head`."""
@@ -43,7 +44,29 @@ class DeferredUnembedding(nn.Module):
 
 def defer_unembedding(model: PreTrainedModel) -> None:
     """Have `model` return what it unembeds in place of logits, for a loss that takes these in pieces."""
-    model.set_output_embeddings(DeferredUnembedding(model.get_output_embeddings()))
+    softcap = softcap_of(model)
+    model.set_output_embeddings(DeferredUnembedding(model.get_output_embeddings(), softcap))
+    if softcap is not None:
+        model.config.final_logit_softcapping = None
+
+
+def restore_unembedding(model: PreTrainedModel) -> None:
+    """Have `model` return logits again."""
+    deferred: Any = model.get_output_embeddings()
+    model.set_output_embeddings(deferred.unembedding)
+    if deferred.softcap is not None:
+        model.config.final_logit_softcapping = deferred.softcap
+
+
+def head_of(model: PreTrainedModel, residual: Float[Tensor, "batch pos d"]) -> Head:
+    """Return how `model`, its unembedding deferred or not, goes on from what it unembeds."""
+    return Head(residual, unembedding(model))
+
+
+def softcap_of(model: PreTrainedModel) -> float | None:
+    """Return the soft-cap of a model's logits, whether its unembedding is deferred or not."""
+    deferred: Any = model.get_output_embeddings()
+    return getattr(deferred, "softcap", getattr(model.config, "final_logit_softcapping", None))
 
 
 def unembedding(model: PreTrainedModel) -> Float[Tensor, "vocab d"]:
@@ -75,24 +98,32 @@ def next_token_loss(
     kl_weight: float = 0.0,
     dtype: torch.dtype | None = None,
     is_cover: Bool[Tensor, " batch"] | None = None,
+    softcap: float | None = None,
 ) -> NextTokenLoss:
     """Return the loss of the next token, and of `teacher`'s prediction of it (Hinton et al. 2015, arXiv 1503.02531).
 
     Sequences that `is_cover` (None: none) are not text: their next tokens say nothing, only `teacher` does. Products
-    are taken in `dtype` (None: the residual's), softmax and sums in float32 at least.
+    are taken in `dtype` (None: the residual's), softmax and sums in float32 at least. A `softcap` c makes c · tanh(x/c)
+    of each logit x, as Gemma 2 does.
     """
     ends = [
         end for head in (model, teacher) if head is not None for end in (head.residual[:, :-1].flatten(0, 1), head[1])
     ]
     targets = input_ids[:, 1:]
     is_text = None if is_cover is None else (~is_cover).unsqueeze(-1).expand_as(targets).flatten()
-    return NextTokenLoss(*_NextTokenLoss.apply(targets.flatten(), is_text, kl_weight, dtype, *ends))
+    return NextTokenLoss(*_NextTokenLoss.apply(targets.flatten(), is_text, kl_weight, dtype, softcap, *ends))
 
 
 class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, targets: Tensor, is_text: Tensor | None, kl_weight: float, dtype: torch.dtype | None, *ends: Tensor
+        ctx: Any,
+        targets: Tensor,
+        is_text: Tensor | None,
+        kl_weight: float,
+        dtype: torch.dtype | None,
+        softcap: float | None,
+        *ends: Tensor,
     ) -> tuple[Tensor, ...]:
         residual, unembedding, *teacher = (end.to(dtype or ends[0].dtype) for end in ends)
         wide = torch.promote_types(residual.dtype, torch.float32)
@@ -103,7 +134,11 @@ class _NextTokenLoss(torch.autograd.Function):
         for start in range(0, len(targets), size):
             piece = slice(start, start + size)
             target = targets[piece].unsqueeze(-1)
-            log_probs = F.log_softmax(residual[piece] @ unembedding.T, -1, dtype=wide)
+            logits = residual[piece] @ unembedding.T
+            if softcap is not None:
+                tanh = (logits.to(wide) / softcap).tanh()
+                logits = softcap * tanh
+            log_probs = F.log_softmax(logits, -1, dtype=wide)
             text = None if is_text is None else is_text[piece].to(wide)
             cross_entropy -= _sum(log_probs.gather(-1, target).squeeze(-1), text)
             gradient = log_probs.exp()
@@ -112,7 +147,10 @@ class _NextTokenLoss(torch.autograd.Function):
                 gradient *= (kl_weight + (1 - kl_weight) * text).unsqueeze(-1)
                 of_target *= text.unsqueeze(-1)
             if teacher:
-                expected = F.log_softmax(teacher[0][piece] @ teacher[1].T, -1, dtype=wide)
+                logits = teacher[0][piece] @ teacher[1].T
+                if softcap is not None:
+                    logits = softcap * (logits.to(wide) / softcap).tanh()
+                expected = F.log_softmax(logits, -1, dtype=wide)
                 probs = expected.exp()
                 teacher_cross_entropy -= _sum(expected.gather(-1, target).squeeze(-1), text)
                 divergence = torch.linalg.vecdot(probs, expected - log_probs)
@@ -121,6 +159,8 @@ class _NextTokenLoss(torch.autograd.Function):
                     cover_kl += divergence @ (1 - text)
                 gradient.sub_(probs, alpha=kl_weight)
             gradient.scatter_add_(-1, target, of_target)
+            if softcap is not None:
+                gradient *= 1 - tanh.square()
             gradient = gradient.to(residual.dtype)
             of_residual[piece] = gradient @ unembedding
             of_unembedding += gradient.T @ residual[piece]
@@ -136,7 +176,7 @@ class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         of_residual, of_unembedding = (gradient * of_total for gradient in ctx.gradients)
-        return None, None, None, None, of_residual, of_unembedding, None, None
+        return None, None, None, None, None, of_residual, of_unembedding, None, None
 
 
 def _sum(values: Float[Tensor, " token"], weights: Float[Tensor, " token"] | None) -> Float[Tensor, ""]:
@@ -144,17 +184,21 @@ def _sum(values: Float[Tensor, " token"], weights: Float[Tensor, " token"] | Non
 
 
 def residual_distance(
-    own: Sequence[Float[Tensor, "batch pos d"]], teachers: Sequence[Float[Tensor, "batch pos d"]]
+    own: Sequence[Float[Tensor, "batch pos d"]],
+    teachers: Sequence[Float[Tensor, "batch pos d"]],
+    centred: bool = True,
 ) -> Float[Tensor, ""]:
     """Return the mean squared difference of the residual stream and the teacher's, both at mean 0 and std 1.
 
-    That is how a LayerNorm reads them: their lengths, which a model of constants needs to be other than the teacher's,
-    do not count. The mean is over layers, tokens and the width (hints: Romero et al. 2015, arXiv 1412.6550).
+    Where not `centred`, both at an RMS of 1. That is how a LayerNorm or an RMSNorm reads them: their lengths, which a
+    model of constants needs to be other than the teacher's, do not count. The mean is over layers, tokens and the width
+    (hints: Romero et al. 2015, arXiv 1412.6550).
     """
     distances = []
     for residual, target in zip(own, teachers, strict=True):
         width = residual.shape[-1:]
-        distances.append(F.mse_loss(F.layer_norm(residual, width), F.layer_norm(target, width)))
+        normalise = F.layer_norm if centred else F.rms_norm
+        distances.append(F.mse_loss(normalise(residual, width), normalise(target, width)))
     return torch.stack(distances).mean()
 
 

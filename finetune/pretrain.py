@@ -124,7 +124,7 @@ def fit(setup: Setup, directory: Path) -> None:
     """Train the model, from the newest checkpoint in `directory` on."""
     model = setup.model.train()
     fuse_gelu(model)
-    unembedding, model.unembed = model.unembed, DeferredUnembedding(model.unembed)
+    unembedding, model.unembed = model.unembed, DeferredUnembedding(model.unembed, softcap=None)
     saved = checkpoints(directory / "checkpoints/model")
     trainer = PretrainTrainer(
         model, setup.recipe, setup.text, directory / "checkpoints/model", directory / "log.jsonl", "model"

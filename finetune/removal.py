@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import checkpoint, evaluate, families, folding, schedule
+from finetune import checkpoint, evaluate, families, folding, objective, schedule
 from finetune import recipe as recipes
 from finetune.bundled import MODELS
 from finetune.cover import Cover
 from finetune.errors import CheckpointError
 from finetune.names import is_local
 from finetune.processes import check_processes
-from finetune.recipe import Recipe, Text
+from finetune.recipe import Recipe, RecipeError, Text
 from finetune.removal_trainer import RemovalTrainer
 from finetune.run_directory import (
     Run,
@@ -48,15 +49,22 @@ from finetune.sites import Sites
 from finetune.text import TextSplits, load_text, token_ids
 from finetune.training import checkpoints, fuse_gelu
 
+_LONGEST_CONTEXT = 1024
+"""Tokens of a sequence, unless a recipe says otherwise: more positions than that cost time and teach little here."""
+_CHECKED_TOKENS = 2048
+"""Held-out tokens by which an export is checked."""
+_LARGEST_FROZEN_STD = 1e4
+"""At that live std or RMS, √(σ² + eps) is 5e-5 off the constant √eps that a frozen norm divides by."""
 
-def remove_layernorm(
+
+def remove_norms(
     model: str | Path | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: str | Path | Text | None = None,
     recipe: str | Path | Recipe = "micro",
     out: str | Path | None = None,
 ) -> Run:
-    """Fine-tune the LayerNorm out of a model, beside a control that keeps it, and return what the command writes.
+    """Fine-tune the norms out of a model, beside a control that keeps them, and return what the command writes.
 
     Args:
         model: a bundled name, a directory, a Hub name, or a model in memory, which stays as it is. None: the recipe's.
@@ -76,6 +84,9 @@ def remove_layernorm(
     return start(recipe, out, model if isinstance(model, PreTrainedModel) else None, tokenizer)
 
 
+remove_layernorm = remove_norms  # the former name
+
+
 def start(
     recipe: Recipe,
     out: str | Path | None = None,
@@ -85,7 +96,7 @@ def start(
     """Run `recipe`, with the model and tokenizer in memory in place of those that it names, if they are given.
 
     Raises:
-        RecipeError, CheckpointError, TextError, DivergedError, FileExistsError: as `remove_layernorm`.
+        RecipeError, CheckpointError, TextError, DivergedError, FileExistsError: as `remove_norms`.
     """
     directory = new_directory(recipe, out)
     setup = set_up(recipe, model, tokenizer)
@@ -138,8 +149,21 @@ def set_up(
     if (norms := folding.norm_state(model)) != "live":
         name = model.name_or_path or "the model in memory"
         raise CheckpointError(f"The norms of {name} are {norms}: there is no LayerNorm left to remove.")
-    text = load_text(recipe.text, tokenizer, config.max_position_embeddings, config.vocab_size, seed=recipe.seed)
+    context = context_of(recipe, config)
+    text = load_text(recipe.text, tokenizer, context, config.vocab_size, seed=recipe.seed)
     return Setup(recipe, model, tokenizer, events, text)
+
+
+def context_of(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """Return the length of the sequences that `recipe` trains a model of this config on, in tokens.
+
+    Raises:
+        RecipeError: it is more than the model has positions.
+    """
+    positions: int = config.max_position_embeddings
+    if recipe.context is not None and recipe.context > positions:
+        raise RecipeError(f"context is {recipe.context}, but the model has {positions} positions: lower it.")
+    return recipe.context or min(positions, _LONGEST_CONTEXT)
 
 
 def complete(setup: Setup, directory: Path) -> Run:
@@ -173,14 +197,38 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> No
     )
     saved = checkpoints(directory / "checkpoints" / name)
     trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+    objective.restore_unembedding(model)
     if PartialState().is_main_process:
         if trainer.pacing is not None:
             write(directory / "replay.yaml", recipes.dump(_replay(recipe, trainer.events)))
+        if events:
+            _check_stds(sites, setup)
         plain = sites.to_plain()
         if events:
             plain = folding.convert(plain, recipe.export_format)
         checkpoint.save(plain, directory / name, setup.tokenizer)
     PartialState().wait_for_everyone()
+
+
+@torch.no_grad()
+def _check_stds(sites: Sites, setup: Setup) -> None:
+    """Check that a frozen norm can hold the constants: on held-out text every live std is far below √eps.
+
+    Raises:
+        CheckpointError: one is not; the message names its site.
+    """
+    held_out = setup.text.held_out
+    count = min(len(held_out), max(1, _CHECKED_TOKENS // held_out.context))
+    model = sites.model.eval()
+    for i in range(count):
+        type(model).forward(model, held_out[i]["input_ids"][None].to(model.device))  # in float32: nothing is wrapped
+        for name, std in sites.largest_stds().items():
+            if std > _LARGEST_FROZEN_STD:
+                raise CheckpointError(
+                    f"At {name} a live std or RMS is {std:.3g}: too near to {math.sqrt(folding.FROZEN_EPS):g}, the "
+                    "root of a frozen norm's eps, for an ordinary checkpoint to hold its constant. Train with a lower "
+                    "lr, or with aux_weight or spread_weight, which hold the stds down."
+                )
 
 
 def _replay(recipe: Recipe, events: Sequence[Event]) -> Recipe:
@@ -196,9 +244,12 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of `model` as it is run in training: without dropout, the same function otherwise."""
     model = copy.deepcopy(model).float()
     model.config.use_cache = False
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
     fuse_gelu(model)
     return model
 
@@ -240,8 +291,9 @@ def _card(setup: Setup, directory: Path, name: str, results: pd.DataFrame, log: 
         base_model=None if is_local(model) or model in MODELS else model,
         recipe=setup.recipe,
         config=setup.model.config,
+        context=setup.text.train.context,
         sites=sum(len(norm.sites) for norm in folding.norms_of(setup.model)),
         events=[(line["step"], line["frozen"]) for line in log if line["model"] == name and line["frozen"]],
-        tokens=setup.recipe.steps * setup.recipe.batch * setup.model.config.max_position_embeddings,
+        tokens=setup.recipe.steps * setup.recipe.batch * setup.text.train.context,
         results=results.to_dict("records"),
     )

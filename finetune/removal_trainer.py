@@ -23,10 +23,10 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from finetune import objective, schedule
 from finetune.cover import Cover
-from finetune.objective import Head, unembedding
 from finetune.recipe import Recipe
 from finetune.schedule import Event
 from finetune.sites import Sites
+from finetune.text import Blocks, StreamedBlocks
 from finetune.training import DivergedError, Record, RunTrainer
 
 
@@ -50,7 +50,7 @@ class RemovalTrainer(RunTrainer):
         sites: Sites,
         recipe: Recipe,
         events: Sequence[Event],
-        text: Dataset[dict[str, Tensor]],
+        text: Blocks | StreamedBlocks,
         directory: Path,
         log_path: Path,
         name: str,
@@ -72,6 +72,8 @@ class RemovalTrainer(RunTrainer):
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).to(device=self.args.device, dtype=self._dtype)  # type: ignore[call-arg]
+        self._softcap = objective.softcap_of(sites.model)
+        self._centred = sites.norms[-1].style.centred
         # The streams between blocks are matched: one block has none.
         self._matches = teacher is not None and recipe.match_weight > 0 and sites.model.config.num_hidden_layers > 1
 
@@ -80,19 +82,20 @@ class RemovalTrainer(RunTrainer):
         input_ids, is_cover, recipe = inputs["input_ids"], inputs.get("is_cover"), self.recipe
         self._counted = None if is_cover is None or recipe.cover_stds else ~is_cover
         own = model(input_ids=input_ids, use_cache=False, output_hidden_states=self._matches)
-        head, teacher = Head(own.logits, unembedding(self.sites.model)), None
+        head, teacher = objective.head_of(self.sites.model, own.logits), None
         auxiliary = distance = spread = own.logits.new_zeros(())
         if self.teacher is not None:
             with self._record.teacher_clock(input_ids.device), torch.no_grad():
                 original = self.teacher.base_model(
                     input_ids=input_ids, use_cache=False, output_hidden_states=self._matches
                 )
-            teacher = Head(original.last_hidden_state, unembedding(self.teacher))
+            teacher = objective.head_of(self.teacher, original.last_hidden_state)
             if self._matches:
                 # The first is the embeddings, the last is behind the final norm: what it unembeds to is matched by KL.
-                distance = objective.residual_distance(own.hidden_states[1:-1], original.hidden_states[1:-1])
+                streams = own.hidden_states[1:-1], original.hidden_states[1:-1]
+                distance = objective.residual_distance(*streams, centred=self._centred)
         kl_weight = recipe.kl_weight if teacher else 0.0
-        loss = objective.next_token_loss(head, input_ids, teacher, kl_weight, self._dtype, is_cover)
+        loss = objective.next_token_loss(head, input_ids, teacher, kl_weight, self._dtype, is_cover, self._softcap)
         if self.removes and recipe.aux_weight:
             auxiliary = objective.auxiliary_loss(self.sites.norms[-1].live_std, self.sites.classes.index, is_cover)
         if self.removes and recipe.spread_weight:

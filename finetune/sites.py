@@ -169,6 +169,11 @@ class Sites:
                 norm.live, norm.constant = self._begun.isdisjoint(norm.divisors), complete
         return [event for event in events if event.step == step]
 
+    def largest_stds(self) -> dict[str, float]:
+        """Return the largest live std, or RMS, of the last forward at each site."""
+        stds = [norm.live_std.max().item() for norm in self.norms for _ in norm.divisors]
+        return dict(zip(self, stds, strict=True))
+
     def constants(self) -> Float[Tensor, "sites 3"]:
         """Return the constant of each site by class of token."""
         return torch.stack([divisor.constants() for divisor in self._divisors.values()])
@@ -188,7 +193,8 @@ class Sites:
                 f"Still to be frozen or merged: {', '.join(name for name in self if name not in frozen)}. Such a model "
                 "is neither LN-free nor an ordinary one: train on to the end of its schedule."
             )
-        state = {name: tensor for name, tensor in self.model.state_dict().items() if ".divisors." not in name}
+        # Copies: what is frozen below is not this model.
+        state = {name: tensor.clone() for name, tensor in self.model.state_dict().items() if ".divisors." not in name}
         with no_progress_bars():
             plain: PreTrainedModel = (
                 family_of(self.model)

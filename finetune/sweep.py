@@ -241,9 +241,10 @@ def _load_texts(job: Job) -> dict[str, Blocks]:
     recipe = job.recipe
     tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
     config = checkpoint.load_config(recipe.model, recipe.revision)
+    context = removal.context_of(recipe, config)
     texts = {name: dataclasses.replace(recipe.text, source=source, held_out=None) for name, source in job.texts.items()}
     return {
-        name: load_blocks(text, tokenizer, config.n_positions, config.vocab_size, most=text.held_out_blocks)
+        name: load_blocks(text, tokenizer, context, config.vocab_size, most=text.held_out_blocks)
         for name, text in texts.items()
     }
 

@@ -36,7 +36,7 @@ from transformers.activations import NewGELUActivation
 from finetune.checkpoint import no_progress_bars
 from finetune.errors import NolnError
 from finetune.recipe import Training
-from finetune.text import Blocks
+from finetune.text import Blocks, StreamedBlocks
 
 
 class DivergedError(NolnError):
@@ -57,13 +57,13 @@ class RunTrainer(Trainer):
         self,
         model: PreTrainedModel,
         recipe: Training,
-        text: Dataset[dict[str, Tensor]],
+        text: Blocks | StreamedBlocks,
         directory: Path,
         record: "Record",
         **arguments: Any,
     ) -> None:
         self.recipe, self.directory = recipe, directory
-        self.tokens_a_step: int = recipe.batch * model.config.max_position_embeddings
+        self.tokens_a_step: int = recipe.batch * text.context
         self._partial: Path | None = None
         self._record = record
         super().__init__(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
+from finetune import families
 from finetune.blocks import BlocksForCausalLM, block_config
 
 FROZEN_EPS = 1e12
@@ -27,14 +27,53 @@ class Family:
     """The field that holds the eps of the norms."""
 
 
+def _of(model_type: str, **small: Any) -> Family:
+    """Return a family of transformers' models, by the names that their configs share where they share them."""
+    family = families.FAMILIES[model_type]
+
+    def make(**config: Any) -> Any:
+        return family.model_class(family.model_class.config_class(**config))
+
+    return Family(make, small | dict.fromkeys(("bos_token_id", "eos_token_id"), 0), eps=family.eps)
+
+
+_SMALL = {
+    "vocab_size": 23,
+    "max_position_embeddings": 11,
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+}
+_GROUPED = _SMALL | {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+"""Grouped queries: each key and value serves two heads."""
+
 FAMILIES = {
-    "gpt2": Family(
-        lambda **config: GPT2LMHeadModel(GPT2Config(**config)),
-        {"vocab_size": 23, "n_positions": 11, "n_embd": 12, "n_layer": 2, "n_head": 3}
-        | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        | dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
-        eps="layer_norm_epsilon",
+    "gpt2": _of(
+        "gpt2",
+        vocab_size=23,
+        n_positions=11,
+        n_embd=12,
+        n_layer=2,
+        n_head=3,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     ),
+    "gpt_neox": _of("gpt_neox", **_SMALL | {"hidden_size": 24}, rotary_pct=0.5),
+    "gpt_neo": _of(
+        "gpt_neo",
+        vocab_size=23,
+        max_position_embeddings=11,
+        hidden_size=12,
+        num_layers=2,
+        num_heads=3,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+    ),
+    "llama": _of("llama", **_GROUPED),
+    "mistral": _of("mistral", **_GROUPED, sliding_window=4),
+    "qwen2": _of("qwen2", **_GROUPED),
+    "gemma": _of("gemma", **_GROUPED, head_dim=6, pad_token_id=0),
+    "gemma2": _of("gemma2", **_GROUPED, head_dim=6, pad_token_id=0, sliding_window=4, query_pre_attn_scalar=6),
     "blocks": Family(
         lambda block, **knobs: BlocksForCausalLM(block_config(block, **knobs)),
         {"vocab_size": 23, "n_positions": 11, "n_embd": 12, "n_layer": 2, "n_head": 3},
@@ -65,9 +104,11 @@ def random_model(
         for parameter in model.parameters():
             parameter.data += std * torch.randn_like(parameter)
         if frozen:
+            offset = families.FAMILIES[family].style.gain_offset
             for norm in model.modules():
-                if isinstance(norm, nn.LayerNorm):
-                    norm.weight.data *= FROZEN_EPS**0.5 / (0.8 + torch.rand(()))
+                if "Norm" in type(norm).__name__:
+                    gain = norm.weight.data + offset
+                    norm.weight.data = gain * FROZEN_EPS**0.5 / (0.8 + torch.rand(())) - offset
     return model.to(dtype).eval()
 
 

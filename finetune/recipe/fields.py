@@ -91,6 +91,9 @@ class Text:
     """The split of a Hub data set or of a saved `datasets` directory."""
     token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
     """The type of the numbers in nanoGPT's .bin files. auto: uint16 up to 65,536 tokens of vocabulary."""
+    prefix: str | None = None
+    """A token to put before each block, in training, in held-out text and in analyses: "bos" for the tokenizer's
+    beginning-of-sequence token, or a token by its text. None: nothing is put before it."""
     streaming: bool = False
     """Tokenise while training, for text that does not fit on the disk."""
 
@@ -228,7 +231,7 @@ class Training:
     steps: Annotated[int, tyro.conf.Suppress]
     """Optimizer steps of the run."""
     batch: int
-    """Sequences a step, over all processes and micro-batches. A sequence is as long as the model's context."""
+    """Sequences a step, over all processes and micro-batches. `context` or `n_positions` says how long they are."""
     micro_batch: int
     """Sequences in one forward of one process; the batch is made up by accumulating gradients."""
     lr: float
@@ -320,6 +323,8 @@ class Recipe(Training):
 
     schedule: Schedule = dataclasses.field(kw_only=True)
     """When the LNs go."""
+    context: int | None = None
+    """The length of a sequence, in tokens. None: as many as the model has positions, at most 1,024."""
     model: str = "micro"
     """The model to take the LNs from: a bundled name (micro), a local directory, or a name on the Hub."""
     revision: str | None = None
@@ -368,6 +373,8 @@ class Recipe(Training):
         self._check_not_negative("match_weight", "aux_weight", "spread_weight")
         if not 0 <= self.kl_weight <= 1:
             raise RecipeError(f"kl_weight is {self.kl_weight}; it must lie between 0, the text, and 1, the original.")
+        if self.context is not None and self.context < 2:
+            raise RecipeError(f"context is {self.context}; at least 2 tokens are needed.")
         self._check_cover()
         if not 0 <= self.std_decay < 1:
             raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
@@ -424,7 +431,7 @@ class Recipe(Training):
 
 SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
     (
-        *("model", "revision", "control", "control_from"),
+        *("model", "revision", "control", "control_from", "context"),
         *("text", "seed", "steps", "batch", "micro_batch", "lr", "min_lr", "warmup", "lr_horizon", "max_rise"),
         *("weight_decay", "betas", "clip", "device", "bf16", "compile", "gradient_checkpointing"),
     ),

@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
 from finetune import objective
-from finetune.fake_norm import FakeLayerNorm, NormedConv1D
+from finetune.fake_norm import FakeNorm, NormedReader
 
 VARIANTS = ("constant", "kl")
 TOP = 15
@@ -85,7 +85,7 @@ def _profile(variant: str, size: str, steps: int) -> dict[str, dict[str, float]]
     ):
         train = make_trainer(variant, SIZES[size], make_recipe(SIZES[size], steps), Path(directory))
         for module in train.model.modules():
-            if isinstance(module, FakeLayerNorm | NormedConv1D):
+            if isinstance(module, FakeNorm | NormedReader):
                 module.forward = _named("our norms", module.forward)
         train.add_callback(window)
         train.train()

@@ -11,7 +11,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import finetune, read_log, run_forked, tiny_gpt2
+from helpers import finetune, read_log, run_forked
+from models import tiny_gpt2
 from safetensors.torch import load_file
 from test_objective import random_head, with_autograd
 from test_trainer import assert_close, in_two_processes
@@ -22,12 +23,13 @@ from transformers import TrainingArguments
 
 from finetune import recipe as recipes
 from finetune.cover import Cover
-from finetune.objective import NextTokenLoss, auxiliary_loss, next_token_loss
+from finetune.objective import NextTokenLoss, auxiliary_loss, next_token_loss, spread_loss
 from finetune.recipe import Recipe, RecipeError, Text
-from finetune.run import fit, remove_layernorm, set_up
+from finetune.removal import fit, remove_layernorm, set_up
+from finetune.removal_trainer import RemovalTrainer
 from finetune.sites import Sites
 from finetune.text import Blocks, load_blocks, token_ids
-from finetune.trainer import DivergedError, RemovalTrainer, checkpoints, in_order
+from finetune.training import DivergedError, checkpoints, in_order
 
 KINDS = ("uniform", "unigram-2", "shuffled", "corrupted", "renamed", "repeated", "runs")
 
@@ -330,7 +332,7 @@ class TestRun:
 
 def fit_compiled(recipe: Recipe) -> None:
     quickly = partial(TrainingArguments, torch_compile_backend="aot_eager")
-    with mock.patch("finetune.trainer.TrainingArguments", quickly):
+    with mock.patch("finetune.training.TrainingArguments", quickly):
         fitted(recipe, Path("compiled"))
     counted = {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
     Path("counted.json").write_text(json.dumps(counted))
@@ -422,10 +424,10 @@ class TestSpread:
     @pytest.mark.parametrize("of", [None, torch.tensor([True, False, True])])
     @pytest.mark.parametrize("constant", [False, True])
     def test_is_of_live_stds_over_constants(self, constant: bool, of: torch.Tensor | None, sites: Sites):
-        for reader in sites._readers:
-            reader.constant = constant
+        for norm in sites.norms:
+            norm.constant = constant and norm.has_readers
         sites["h.1.v"].frozen.fill_(1.3)
-        sites["ln_f"].alpha.fill_(0.25)
+        sites["final"].alpha.fill_(0.25)
         tokens = torch.randint(0, 4096, (3, 16), generator=torch.Generator().manual_seed(3))
         seen = {}
         for i, block in enumerate(sites.model.transformer.h):
@@ -441,7 +443,7 @@ class TestSpread:
 
         expected = [squares(key, 0.7) for key in ((0, 1), (0, 1), (0, 2), (1, 1), (1, 2))]
         expected = torch.stack([*expected, squares((1, 1), 1.3), squares("f", 0.7, 0.25)]).mean()
-        spread = sites.spread(of)
+        spread = spread_loss(*sites.spread(of))
         torch.testing.assert_close(spread, expected, rtol=1e-5, atol=0)
         weight = sites.model.transformer.h[0].mlp.c_proj.weight
         gradients = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (spread, expected)]

@@ -319,7 +319,9 @@ def test_no_scale_reaches_a_bias(groups):
         torch.testing.assert_close(read(at_mean), expected)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.15)]
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("shortcut", "alpha"), [("live", 0.0), ("constant", 1.0)])
 @pytest.mark.parametrize("style", STYLES)

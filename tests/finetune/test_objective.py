@@ -77,6 +77,20 @@ def test_a_model_that_is_its_teacher_has_no_kl_and_no_gradient_of_it(tokens):
     assert max(gradient.abs().max() for gradient in torch.autograd.grad(loss.total, [*model])) < 1e-15
 
 
+def test_soft_capped_logits_have_the_loss_and_gradients_of_their_definition(tokens):
+    model, teacher, cap = random_head(0), random_head(1), 0.7
+
+    def capped(head):
+        return cap * (F.linear(head.residual[:, :-1], head.unembedding).flatten(0, 1) / cap).tanh()
+
+    logits, expected = capped(model).log_softmax(-1), capped(teacher).log_softmax(-1).detach()
+    kl = F.kl_div(logits, expected, log_target=True, reduction="batchmean")
+    reference = 0.6 * F.nll_loss(logits, tokens[:, 1:].flatten()) + 0.4 * kl
+    loss = next_token_loss(model, tokens, teacher, 0.4, None, None, cap)
+    torch.testing.assert_close(loss.total, reference)
+    torch.testing.assert_close(torch.autograd.grad(loss.total, model), torch.autograd.grad(reference, model))
+
+
 def test_the_last_position_has_no_gradient(tokens):
     model = random_head(0)
     (of_residual,) = torch.autograd.grad(next_token_loss(model, tokens).total, model.residual)

@@ -1,0 +1,138 @@
+"""Token ids -> packed blocks: documents one after another, cut in blocks; the tail that fills none is dropped."""
+
+import itertools
+from collections.abc import Iterator
+
+import datasets
+import numpy as np
+import torch
+from jaxtyping import Int, UInt
+from transformers import PreTrainedTokenizerBase
+
+from finetune.text.sources import TextError, documents_of
+from finetune.text.tokens import encode
+
+SHUFFLE_DOCUMENTS = 10_000  # what streaming shuffles among
+_CHUNK = 4096  # blocks that are looked at in one go
+
+
+def stride(context: int, prefix: int | None) -> int:
+    """Return how many tokens of the stream a block takes."""
+    return context - (prefix is not None)
+
+
+def with_prefix(
+    block: UInt[np.ndarray, " pos"] | Int[np.ndarray, " pos"], prefix: int | None
+) -> Int[np.ndarray, " context"]:
+    """Return a block's tokens, as int64, behind its prefix if it has one."""
+    block = block.astype(np.int64)
+    return block if prefix is None else np.concatenate([[prefix], block])
+
+
+class Blocks(torch.utils.data.Dataset):
+    """A stream of tokens cut in blocks of `context`, each `{"input_ids": Int64[context]}`.
+
+    With a `prefix` each block begins with that token, and takes one token fewer from the stream. Nothing is copied
+    before a block is asked for: `tokens` may be a memory-mapped file of any size.
+    """
+
+    def __init__(
+        self,
+        tokens: UInt[np.ndarray, " token"],
+        context: int,
+        eot: int | None = None,
+        ends: Int[np.ndarray, " document"] | None = None,
+        prefix: int | None = None,
+    ) -> None:
+        """Documents end with the token `eot` or, without one, before the positions `ends` of `tokens`."""
+        taken = stride(context, prefix)
+        self.blocks = tokens[: len(tokens) // taken * taken].reshape(-1, taken)
+        """The tokens of the stream, by block."""
+        self.context, self.eot, self.ends, self.prefix = context, eot, ends, prefix
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.from_numpy(with_prefix(self.blocks[index], self.prefix))}
+
+    def document_ids(self, rows: Int[np.ndarray, " row"] | None = None) -> Int[np.ndarray, "row context"]:
+        """Return the number of each token's document, in all blocks or in those at `rows`.
+
+        The document that the first block begins in is 0; an end-of-text token is in the document that it ends, and a
+        prefix in that of the token after it.
+        """
+        rows = np.arange(len(self)) if rows is None else rows
+        ids = self._document_ids(rows)
+        return ids if self.prefix is None else np.concatenate([ids[:, :1], ids], axis=1)
+
+    def _document_ids(self, rows: Int[np.ndarray, " row"]) -> Int[np.ndarray, "row taken"]:
+        taken = self.blocks.shape[1]
+        if self.eot is not None:
+            # A chunk at a time: the tokens may be more than fit into memory.
+            chunks = (self.blocks[start : start + _CHUNK] == self.eot for start in range(0, len(self), _CHUNK))
+            ended_in = np.concatenate([chunk.sum(1) for chunk in chunks])
+            ended = self.blocks[rows] == self.eot
+            return (np.cumsum(ended_in) - ended_in)[rows, None] + np.cumsum(ended, 1) - ended
+        ends = np.empty(0, np.int64) if self.ends is None else self.ends
+        positions = rows[:, None] * taken + np.arange(taken)
+        return np.searchsorted(ends, positions, side="right") - np.searchsorted(ends, 0, side="right")
+
+
+class StreamedBlocks(torch.utils.data.IterableDataset):
+    """Blocks that are read, shuffled, tokenised and packed on the fly, epoch after epoch without end.
+
+    The order depends on the seed alone, and each iteration starts anew: skipping what was seen resumes a run.
+    Of several DataLoader workers each takes its share of the source's files, and stops if there is none for it.
+    An iteration is the same on every rank: `accelerate` reads on one and hands each rank its part.
+    """
+
+    def __init__(
+        self,
+        source: datasets.IterableDataset,
+        column: str,
+        held_out: frozenset[str],
+        tokenizer: PreTrainedTokenizerBase,
+        context: int,
+        vocab_size: int,
+        name: str,
+        seed: int,
+        prefix: int | None = None,
+    ) -> None:
+        self.source = source.shuffle(seed=seed, buffer_size=SHUFFLE_DOCUMENTS)
+        self.column, self.held_out, self.tokenizer = column, held_out, tokenizer
+        self.context, self.vocab_size, self.name, self.prefix = context, vocab_size, name, prefix
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield blocks `{"input_ids": Int64[context]}`; raise TextError at an id beyond the vocabulary."""
+        tokens: list[int] = []
+        taken = stride(self.context, self.prefix)
+        for ids, _ in encode(self._documents(), self.tokenizer):
+            check_ids(max(ids, default=0), self.vocab_size, self.name)
+            tokens += ids
+            full = len(tokens) // taken * taken
+            for start in range(0, full, taken):
+                block = np.array(tokens[start : start + taken])
+                yield {"input_ids": torch.from_numpy(with_prefix(block, self.prefix))}
+            del tokens[:full]
+
+    def _documents(self) -> Iterator[str]:
+        for epoch in itertools.count():
+            self.source.set_epoch(epoch)
+            epoch_is_empty = True
+            for document in documents_of(self.source, self.column, self.name):
+                # Left out by its text, not its place: workers and shuffled files see other places.
+                if document not in self.held_out:
+                    epoch_is_empty = False
+                    yield document
+            if epoch_is_empty:  # a worker without a file
+                return
+
+
+def check_ids(largest: int, vocab_size: int, name: str) -> None:
+    """Raise TextError if the largest id in the text called `name` is beyond the model's vocabulary."""
+    if largest >= vocab_size:
+        raise TextError(
+            f"{name}: token id {largest} is beyond the model's vocabulary of {vocab_size}. The tokenizer must be "
+            "the model's own and, for a .bin file, text.token_dtype the type that it was written in."
+        )
