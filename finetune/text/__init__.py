@@ -1,7 +1,7 @@
 """Any text source -> packed blocks of token ids.
 
 1. `sources` reads the documents: a column of a Hub data set, of local files or of a saved `datasets` directory.
-2. `tokens` tokenises each, nothing prepended, and puts the end-of-text token after it (nothing, if a tokenizer has
+2. `tokenise` tokenises each, nothing prepended, and puts the end-of-text token after it (nothing, if a tokenizer has
    none), and writes the ids one after another to a flat file in the `datasets` cache, those held out to a second one.
    nanoGPT's .bin files are such files already. With `text.streaming` this happens during training instead.
 3. `packing` cuts the ids in blocks of the context length, each behind `text.prefix` if there is one.
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.recipe import Text
 from finetune.text.packing import Blocks, StreamedBlocks, check_ids, stride
 from finetune.text.sources import TextError, bin_files, documents_of, open_source, path_of
-from finetune.text.tokens import Part, encode, read_tokens, tokens_of
+from finetune.text.tokenise import Part, encode, read_tokens, tokens_of
 
 __all__ = [
     "Blocks",

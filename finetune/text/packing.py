@@ -10,7 +10,7 @@ from jaxtyping import Int, UInt
 from transformers import PreTrainedTokenizerBase
 
 from finetune.text.sources import TextError, documents_of
-from finetune.text.tokens import encode
+from finetune.text.tokenise import encode
 
 SHUFFLE_DOCUMENTS = 10_000  # what streaming shuffles among
 _CHUNK = 4096  # blocks that are looked at in one go

@@ -12,14 +12,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from finetune import text as text_module
-from finetune.bundled import MODELS
+from finetune.bundled import MODELS, resolve_text
 from finetune.recipe import Text
-from finetune.text import Blocks, StreamedBlocks, TextError, load_blocks, load_text
+from finetune.text import Blocks, StreamedBlocks, TextError, load_blocks, load_text, packing, sources, tokenise
 
 VOCAB = 4096
 EOT = 0
@@ -284,7 +284,7 @@ def test_all_of_a_source_as_blocks(tmp_path, tokenizer):
 
 def test_bundled_text(tokenizer):
     splits = load_text(Text(source="shifted-peps"), tokenizer, 256, VOCAB)
-    with lzma.open(text_module.resolve_text("shifted-peps"), "rt") as file:
+    with lzma.open(resolve_text("shifted-peps"), "rt") as file:
         first = json.loads(next(file))["text"]
     assert flat(splits.train)[:500] == join(tokenizer, [first])[:500]
 
@@ -292,8 +292,8 @@ def test_bundled_text(tokenizer):
 def test_long_documents_in_pieces_give_the_same_tokens(tmp_path, tokenizer, monkeypatch):
     text = "".join(f"word{'!' * (i % 3)}{(' ', chr(10), chr(10) * 2, chr(10) + ' ')[i % 4]}" for i in range(2000))
     (tmp_path / "a.txt").write_text(text)
-    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 100)
-    monkeypatch.setattr(text_module, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenise, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(tokenise, "BATCH_CHARACTERS", 1000)
     counting = Counting(tokenizer)
     splits = load_text(Text(source=str(tmp_path / "a.txt"), held_out_fraction=0.1), counting, 8, VOCAB)
     assert counting.documents > 50
@@ -491,7 +491,7 @@ def test_too_short(tmp_path, tokenizer):
 
 
 def test_ids_beyond_the_vocabulary(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(text_module, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenise, "BATCH_CHARACTERS", 1000)
     documents = [*DOCUMENTS[:40], "zebra xylophone quartz", *DOCUMENTS[40:]]
     source = write_jsonl(tmp_path / "a.jsonl", documents)
     largest = max(join(tokenizer, documents))
@@ -521,7 +521,7 @@ def stream_by_hand(tokenizer, source, held_out, seed, epochs):
 
 
 def test_streaming_by_hand(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(text_module, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenise, "BATCH_CHARACTERS", 1000)
     source = write_jsonl(tmp_path / "a.jsonl")
     text = Text(source=source, streaming=True, held_out_blocks=10)
     splits = load_text(text, tokenizer, 16, VOCAB, seed=3)
@@ -547,7 +547,7 @@ def test_streaming_by_hand(tmp_path, tokenizer, monkeypatch):
 
 def test_streaming_with_workers(tmp_path, tokenizer, monkeypatch):
     """Workers take files in turn, one may find none left, and what is held out stays out of all."""
-    monkeypatch.setattr(text_module, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenise, "BATCH_CHARACTERS", 1000)
     (tmp_path / "a").mkdir()
     for files in ([DOCUMENTS], [DOCUMENTS[:30], DOCUMENTS[30:]]):
         for i, documents in enumerate(files):
@@ -569,7 +569,7 @@ def test_streamed_json_without_features(tmp_path, tokenizer, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl")
     data = datasets.IterableDataset.from_generator(lambda: ({"text": document} for document in DOCUMENTS))
     assert data.features is None
-    monkeypatch.setattr(text_module, "_open_files", lambda *_: data)
+    monkeypatch.setattr(sources, "_open_files", lambda *_: data)
     splits = load_text(Text(source=source, streaming=True, held_out_blocks=10), tokenizer, 16, VOCAB)
     assert flat(splits.held_out) == join(tokenizer, DOCUMENTS)[:160]
 
@@ -592,7 +592,7 @@ def test_hub_data_set(tmp_path, tokenizer, monkeypatch):
 @pytest.mark.parametrize("eot", [EOT, None])
 def test_documents_of_some_blocks_are_those_of_all(eot: int | None, monkeypatch):
     """However the blocks are chunked."""
-    monkeypatch.setattr(text_module, "_CHUNK", 4)
+    monkeypatch.setattr(packing, "_CHUNK", 4)
     tokens = np.random.default_rng(0).integers(0, 5, 90).astype(np.uint16)
     blocks = Blocks(tokens, 3, eot, np.flatnonzero(tokens == EOT) + 1)
     number, expected = 0, []
@@ -610,3 +610,52 @@ def test_blocks_of_plain_arrays():
     assert blocks.document_ids().tolist() == [[0, 0, 1], [1, 1, 1], [1, 2, 2]]
     blocks = Blocks(np.array(array("q", [5, 0, 7, 8, 0, 9])).astype(np.uint32), 3, eot=0)
     assert blocks.document_ids().tolist() == [[0, 0, 1], [1, 1, 2]]
+
+
+def test_a_prefix_begins_every_block_and_takes_no_place_in_the_stream(tmp_path, tokenizer):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Document {i}, which is short."}) + "\n" for i in range(60)))
+    plain = load_text(Text(str(path), held_out_fraction=0.2), tokenizer, 7, 4096)
+    prefixed = load_text(Text(str(path), held_out_fraction=0.2, prefix="bos"), tokenizer, 8, 4096)
+    for part in ("train", "held_out"):
+        without, behind = getattr(plain, part), getattr(prefixed, part)
+        assert behind.context == 8
+        assert len(behind) == len(without)
+        for i in range(len(without)):
+            ids = behind[i]["input_ids"]
+            assert ids[0] == tokenizer.bos_token_id
+            assert torch.equal(ids[1:], without[i]["input_ids"])
+        documents = behind.document_ids()
+        assert documents.shape == (len(behind), 8)
+        assert (documents[:, 1:] == without.document_ids()).all()
+        assert (documents[:, 0] == documents[:, 1]).all()
+    streamed = load_text(Text(str(path), held_out_blocks=2, prefix="the", streaming=True), tokenizer, 8, 4096).train
+    block = next(iter(streamed))["input_ids"]
+    assert (block[0], len(block)) == (tokenizer.get_vocab()["the"], 8)
+    blocks = load_blocks(Text(str(path), prefix="bos"), tokenizer, 8, 4096, most=3)
+    assert (len(blocks), blocks[0]["input_ids"][0]) == (3, tokenizer.bos_token_id)
+    with pytest.raises(TextError, match=r"text\.prefix is <s>, but the tokenizer does not have"):
+        load_blocks(Text(str(path), prefix="<s>"), tokenizer, 8, 4096)
+
+
+@pytest.mark.parametrize("kind", ["regex", "normaliser", "prefix space", "added line break", "slow"])
+def test_documents_are_cut_only_where_the_tokenizer_is_sure_to_part_tokens(kind, tokenizer, monkeypatch):
+    """Each of these tokenizers takes a line break together with what is before it, or may."""
+    other = AutoTokenizer.from_pretrained(MODELS["micro"])
+    backend = other.backend_tokenizer
+    if kind == "regex":
+        split = pre_tokenizers.Split(Regex(r"[^\r\n]+[\r\n]*|\s+"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    elif kind == "normaliser":
+        backend.normalizer = normalizers.NFC()
+    elif kind == "prefix space":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif kind == "added line break":
+        other.add_tokens([".\n"])
+    else:
+        monkeypatch.setattr(type(other), "is_fast", False)
+    monkeypatch.setattr(tokenise, "PIECE_CHARACTERS", 10)
+    document = "A sentence.\nAnother one.\nAnd a third.\n" * 5
+    assert len(list(tokenise.encode([document], other))) == 1
+    if kind != "slow":
+        assert len(list(tokenise.encode([document], tokenizer))) > 1
