@@ -7,6 +7,7 @@ An optimizer step, in order:
 """
 
 import contextlib
+import functools
 import json
 import math
 import shutil
@@ -106,6 +107,18 @@ class RunTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._partial or self.directory)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save weights by the names of their modules, by which resuming loads them.
+
+        transformers saves GPT-NeoX's unembedding by the name that it had in old checkpoints, and its Trainer, which
+        loads whatever names agree, would go on with that of the untrained model.
+        """
+        assert isinstance(self.model, PreTrainedModel)
+        by_module = functools.partial(type(self.model).save_pretrained, self.model, save_original_format=False)
+        self.model.save_pretrained = by_module  # type: ignore[method-assign]
+        super()._save(output_dir, state_dict)
+        del self.model.save_pretrained
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint under another name and rename it: one that has its name is whole."""

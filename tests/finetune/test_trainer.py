@@ -56,6 +56,8 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], r
         if name.endswith("c_attn.bias"):
             # No pattern depends on the keys' bias: its gradient is rounding alone, of which Adam makes whole steps.
             difference[len(difference) // 3 : len(difference) * 2 // 3] = 0
+        elif name.endswith("query_key_value.bias"):  # the same, by each of the three heads
+            difference.view(3, 3, -1)[:, 1] = 0
         assert difference.abs().max() <= relative * tensor.abs().max(), name
 
 
