@@ -173,8 +173,8 @@ class Sites:
         state = {}
         for name, tensor in self.model.state_dict().items():
             module, _, parameter = name.rpartition(".")
-            if ".divisors." not in name:
-                state[f"{self._plain_paths.get(module, module)}.{parameter}"] = tensor
+            if ".divisors." not in name:  # a copy: what is frozen below is not this model
+                state[f"{self._plain_paths.get(module, module)}.{parameter}"] = tensor.clone()
         with no_progress_bars():
             plain: PreTrainedModel = (
                 family_of(self.model)

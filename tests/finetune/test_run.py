@@ -333,7 +333,7 @@ class TestPython:
 
 def test_batch_that_cannot_be_shared(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     three = mock.Mock(num_processes=3, device=torch.device("cpu"))
-    for module in ("run_directory", "trainer"):
+    for module in ("run_directory", "processes"):
         monkeypatch.setattr(f"finetune.{module}.PartialState", lambda **_: three)
     monkeypatch.setattr("finetune.run_directory.broadcast_object_list", lambda objects: objects)
 
