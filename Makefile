@@ -5,7 +5,7 @@ VENV := .venv
 VENV_TL4 := .venv-tl4
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-tl4 lint benchmark notebooks clean
+.PHONY: demo test test-fast test-tl4 lint benchmark notebooks clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m finetune run micro
@@ -13,6 +13,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto tests --ignore tests/benchmarks
+
+# What to run while working: all but the tests that are marked slow.
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto -m "not slow" tests --ignore tests/benchmarks
 
 # The loading tests again, with TransformerLens 4.
 test-tl4: $(VENV_TL4)/installed

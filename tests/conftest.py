@@ -18,6 +18,16 @@ shape_checks.install("finetune", "analysis")
 
 import models  # noqa: E402  # imports finetune, whose functions are to be checked
 
+SLOW_FIXTURES = {"done", "folded", "made", "browser", "wheel"}
+"""A whole sweep, a second run, a whole report, one in a browser, and the packages built and installed."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a slow fixture as slow."""
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch):

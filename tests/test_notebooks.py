@@ -31,6 +31,7 @@ def test_there_are_six_and_those_of_the_sweeps():
     assert {path.stem for path in SWEEPS} == {"best", "data", "objective", "order", "pace", "removed_vs_never"}
 
 
+@pytest.mark.slow
 @each
 def test_runs_from_a_clean_kernel(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -119,6 +119,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch):
             assert arguments[arguments.index(flag) + 1] in {*analysis.PUBLISHED, *MODELS}
 
 
+@pytest.mark.slow
 def test_commands_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     run = []
@@ -143,6 +144,7 @@ def test_commands_run_one_after_another(tmp_path: Path, monkeypatch: pytest.Monk
     assert {path.name for path in Path("runs/short").iterdir()} == {name.rstrip("/") for name in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snippet", blocks("python"), ids=lambda snippet: snippet.split("\n\n")[1].split("\n")[0])
 def test_snippet_runs(
     snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -126,6 +126,7 @@ def shapes(draw):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     shape=shapes(),

@@ -217,6 +217,7 @@ def test_some_pairs_alone_keep_their_numbers(measured, tokenizer):
     assert_same(second, frame[frame["pair"] == 2])
 
 
+@pytest.mark.slow
 def test_micro_can_do_its_pairs(micro_tokenizer):
     pairs = prompts.read_pairs(prompts.MICRO)
     frame = patching.measure_pairs({"micro": load_bridge("micro")}, pairs, micro_tokenizer)

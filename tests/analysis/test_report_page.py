@@ -35,6 +35,7 @@ def test_the_page_is_whole_and_small(made):
     assert "&lt;NA&gt;" not in whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [analysis.name for analysis in report.ANALYSES])
 def test_the_python_of_each_section_makes_its_tables(name, tiny, tmp_path, monkeypatch):
     models = load_trio(**tiny)

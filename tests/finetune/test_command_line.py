@@ -131,6 +131,7 @@ class TestRun:
         assert frozen[1] == ["h.0.mlp", "h.1.mlp"]
         assert frozen[5] == ["merge position_0"]
 
+    @pytest.mark.slow
     def test_own_recipe_replays_the_run(self, run: Run, tmp_path: Path):
         call(run.directory / "recipe.yaml", "--out", "again", "--no-control")
 
@@ -154,6 +155,7 @@ class TestRun:
         used = recipes.load("run/recipe.yaml")
         assert (used.model, used.text.source) == (str(Path("model").absolute()), str(Path("text.jsonl").absolute()))
 
+    @pytest.mark.slow
     def test_no_control(self, quick: Path, capsys: pytest.CaptureFixture):
         call(quick, "--out", "run")
 
@@ -164,6 +166,7 @@ class TestRun:
         assert "nan" not in printed
         assert "nan" not in Path("run/ln_free/README.md").read_text()
 
+    @pytest.mark.slow
     def test_another_text_takes_the_place_of_what_is_held_out(self, quick: Path, text: Path):
         """A part of it is held out, unless the recipe names it or another text is named."""
         recipe = yaml.safe_load(quick.read_text())
@@ -178,6 +181,7 @@ class TestRun:
         held_out = [recipes.load(f"{run}/recipe.yaml").text.held_out for run in (1, 2, 3)]
         assert held_out == [None, "books-validation", "books-report"]
 
+    @pytest.mark.slow
     def test_one_document_has_no_standard_error(self, quick: Path, text: Path, capsys: pytest.CaptureFixture):
         Path("text.txt").write_text(text.read_text())
 
@@ -339,6 +343,7 @@ class TestDisk:
 
         assert "file/run" in error(quick, "--out", "file/run")
 
+    @pytest.mark.slow
     def test_full_disk_leaves_the_last_good_checkpoint(self, quick: Path, run: Run, tmp_path: Path):
         full = run_forked(partial(finetune, quick, "--out", "run", first=fill_disk_at_second_checkpoint), tmp_path)
 
@@ -355,6 +360,7 @@ class TestDisk:
         final = "ln_free/model.safetensors"
         assert (tmp_path / "run" / final).read_bytes() == (run.directory / final).read_bytes()
 
+    @pytest.mark.slow
     def test_full_disk_at_export(self, quick: Path, tmp_path: Path):
         full = run_forked(partial(finetune, quick, "--out", "run", first=fill_disk_at_export), tmp_path)
 

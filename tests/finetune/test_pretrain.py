@@ -231,6 +231,7 @@ class TestFit:
             elif not name.endswith("qk.bias"):  # the gradient of the keys' is rounding alone, of which Adam makes steps
                 assert difference.max() <= 1e-3 * tensor.abs().max(), name
 
+    @pytest.mark.slow
     def test_two_processes_equal_one(self, recipe: PretrainRecipe, nonorm: Run, tmp_path: Path):
         """Signals too, which one process measures alone."""
         (tmp_path / "tiny.yaml").write_text(recipes.dump(replace(recipe, block="skipless-nonorm")))
@@ -292,6 +293,7 @@ class TestSignals:
         assert mixed["grad_norm"] != plain["grad_norm"]
 
 
+@pytest.mark.slow
 class TestResume:
     @pytest.mark.parametrize(
         ("killed", "block"),

@@ -77,6 +77,7 @@ def write_half(_, path: str) -> None:
     Path(path).write_bytes(b"half")
 
 
+@pytest.mark.slow
 class TestResume:
     """A run that was killed and taken up again is the run that was not."""
 
@@ -273,6 +274,7 @@ for i, path in enumerate(sys.argv[1:]):
 
 
 class TestPython:
+    @pytest.mark.slow
     def test_model_in_memory_stays_as_it_is(self, recipe: Recipe, run: Run, tokenizer, tmp_path: Path):
         """Dtype, mode, weights and modules; and the run is that of the model on disk."""
         model = tiny_gpt2().train()
@@ -333,7 +335,7 @@ class TestPython:
 
 def test_batch_that_cannot_be_shared(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     three = mock.Mock(num_processes=3, device=torch.device("cpu"))
-    for module in ("run_directory", "trainer"):
+    for module in ("run_directory", "processes"):
         monkeypatch.setattr(f"finetune.{module}.PartialState", lambda **_: three)
     monkeypatch.setattr("finetune.run_directory.broadcast_object_list", lambda objects: objects)
 

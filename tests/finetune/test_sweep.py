@@ -262,6 +262,7 @@ def test_a_sweep_that_does_not_hold_is_refused_before_anything_is_run(content, s
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_a_row_too(file: Path, tmp_path: Path):
     content = yaml.safe_load(few(file, tmp_path).read_text())
     content |= {"runs": [{"max_rise": 0.0, "lr": 1.0}, {}], "grid": {}, "seeds": [0]}
@@ -279,6 +280,7 @@ def diverge(file: Path, directory: Path) -> Path:
     return directory / "few.yaml"
 
 
+@pytest.mark.slow
 def test_where_all_diverge_there_is_a_table_that_is_not_made_again(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

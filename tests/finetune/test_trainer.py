@@ -218,6 +218,7 @@ class TestOptimizer:
         assert sites.model(ids, labels=ids).loss.item() == pytest.approx(losses(tmp_path)[0], rel=1e-5)
 
 
+@pytest.mark.slow
 class TestSameWeights:
     """However the work is split, ordered or saved on, the outcome is the same."""
 
@@ -283,6 +284,7 @@ def in_two_processes(function: Callable[[], None], cwd: Path) -> list[Finished]:
 
 
 class TestTwoProcesses:
+    @pytest.mark.slow
     def test_equal_one_that_accumulates(self, short: Recipe, tmp_path: Path):
         """Weights, constants and log of both models, with a teacher, the auxiliary loss and every class of token."""
         recipe = replace(short, control=True, kl_weight=0.5, match_weight=2.0, aux_weight=0.3, std_decay=0.5)
@@ -450,6 +452,7 @@ def fit_compiled(recipe: Recipe) -> None:
     Path("counted.json").write_text(json.dumps(counted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_compiled_once_and_once_more(gradient_checkpointing: bool, short: Recipe, tokenizer, tmp_path: Path):
     """Over a whole schedule: at the first step, and when every norm becomes a constant."""
@@ -518,6 +521,7 @@ class TestTeacher:
         assert all(line["kl"] == 0 and "teacher_seconds" not in line for line in read_log(tmp_path))
 
 
+@pytest.mark.slow
 class TestAdaptive:
     def test_waits_for_the_loss_and_can_be_replayed(self, short: Recipe, tmp_path: Path):
         schedule = replace(short.schedule, tolerance=0.02, max_gap=4, smoothing=0.5)
