@@ -22,6 +22,7 @@ from finetune.families import FAMILIES
 from finetune.recipe import Gaps, Recipe, RecipeError, Schedule, Text
 from finetune.removal import set_up
 
+pytestmark = pytest.mark.slow
 each_family = pytest.mark.parametrize("name", FAMILIES)
 SOME = ["gpt_neox", "gpt_neo", "gemma2"]
 """Packed head by head and parallel; biases handed on; gated, with post-norms and soft-caps."""
