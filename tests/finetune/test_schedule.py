@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune import recipe
+from finetune.families import FAMILIES
 from finetune.recipe import Gaps, Layers, RecipeError, Schedule
 from finetune.schedule import Event, Pacing, resolve
 
@@ -15,6 +16,16 @@ PUBLISHED = {
     "gpt2-large-b25": (36, (30, 174, 318, 534, 536, 546), (4, 4, 6)),
     "gpt2-xl-b25": (48, (50, 242, 434, 722, 724, 734), (4, 4, 6)),
 }
+EXTRAPOLATED = {
+    "gpt2-fast": ("gpt2", 12),
+    "pythia-70m": ("gpt_neox", 6),
+    "tinystories-33m": ("gpt_neo", 4),
+    "smollm2-135m": ("llama", 30),
+    "qwen2.5-0.5b": ("qwen2", 24),
+    "llama-3.2-1b": ("llama", 16),
+    "gemma-2-2b": ("gemma2", 26),
+}
+"""Family and layers of the models of recipes that were not run."""
 ORDER = ["mlp", "qk", "v", "final", "eot", "position_0"]
 EVERY = Gaps(mlp=1, qk=1, v=1, final=1, eot=1, position_0=1)
 
@@ -24,7 +35,7 @@ def steps_of(events: list[Event], phase: str) -> list[int]:
 
 
 def test_every_published_recipe_is_in_the_table():
-    assert set(recipe.shipped()) == {*PUBLISHED, "gpt2-fast", "micro", "micro-b25"}
+    assert set(recipe.shipped()) == {*PUBLISHED, *EXTRAPOLATED, "micro", "micro-b25"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -175,6 +186,19 @@ def test_a_schedule_longer_than_the_run_is_refused_with_what_to_change(fade):
 
 
 DEPTHS = {"micro": 6} | {name: n_layer for name, (n_layer, *_) in PUBLISHED.items()}
+
+
+@pytest.mark.parametrize("name", EXTRAPOLATED)
+def test_recipes_that_were_not_run_fit_their_models_and_say_so(name):
+    family, n_layer = EXTRAPOLATED[name]
+    shipped = recipe.load(name)
+    events = resolve(shipped.schedule, FAMILIES[family].sites_of(n_layer), shipped.steps)
+    assert events[-1].name == "merge position_0"
+    assert events[-1].end < 0.9 * shipped.steps  # what is left is for learning to live without norms
+    text = (recipe.RECIPES / f"{name}.yaml").read_text()
+    assert "not run" in text
+    for processes in (1, 2, 4, 8):
+        assert shipped.batch % (shipped.micro_batch * processes) == 0
 
 
 @settings(max_examples=40, deadline=None)
