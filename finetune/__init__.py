@@ -1,4 +1,4 @@
-"""Fine-tune the LayerNorm out of a GPT-2-type model, or train one without it from the start.
+"""Fine-tune the norms out of a model, or train one without them from the start.
 
 `remove_norms` does it, a `Recipe` says how, and a `Run` is what it leaves. Beside these, `recipe` reads and writes
 recipes, `text` packs any text, `checkpoint` reads and writes LN-free models, `evaluate` measures models on held-out

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from finetune.run_directory import Run
 
 USAGE = """\
-Fine-tune the LayerNorm out of a GPT-2-type model.
+Fine-tune the norms out of a model.
 
   python -m finetune [run] [RECIPE] [FLAGS]   train: RECIPE is a shipped name (default micro) or a YAML file
   python -m finetune pretrain RECIPE [FLAGS]  train a model from random weights, its blocks with or without norms
@@ -81,7 +81,7 @@ def _run(arguments: list[str]) -> None:
         default=Options(recipe, steps=recipe.steps),
         args=arguments,
         prog="python -m finetune run [RECIPE]",
-        description="Fine-tune the LayerNorm out of a GPT-2-type model, beside a control that keeps it.",
+        description="Fine-tune the norms out of a model, beside a control that keeps them.",
     )
 
     from finetune import removal

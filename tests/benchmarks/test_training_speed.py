@@ -2,8 +2,8 @@
 
 Each variant runs in a process of its own, all of them in turn and then again. The seconds of a step are the median of
 a process's steps, of the process that was fastest: what else a machine does only ever adds. On a CPU the model is
-`micro`, with the batch of its recipe; on CUDA a GPT-2 of random weights at context 1,024, in bfloat16. Tokens are
-random.
+`micro`, with the batch of its recipe; on CUDA a GPT-2 of random weights at context 1,024, in bfloat16. Sizes that are
+called after a family are models of it of micro's size, of random weights. Tokens are random.
 
     products   the step's matrix products alone: what the machine could do (see machine.py)
     plain      transformers.Trainer on the untouched model, with the model's own loss
@@ -57,21 +57,52 @@ WARM_UP = 6
 class Size:
     """A model, and how much of it is measured."""
 
-    shape: dict[str, int] | None
-    """Of a GPT-2 of random weights; None: the bundled model micro."""
+    shape: dict[str, Any] | None
+    """Of a model of random weights; None: the bundled model micro."""
     batch: int
     micro_batch: int
     """Sequences in a step, and in one forward."""
     steps: int = 10
     rounds: int = 3
+    family: str = "gpt2"
 
+    @property
+    def config(self) -> Any:
+        """The config of the model, without dropout."""
+        if self.shape is None:
+            return checkpoint.load_config("micro")
+        no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0) if self.family == "gpt2" else {}
+        return FAMILIES[self.family].model_class.config_class(**self.shape | no_dropout)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What is measured of it: the published code and the counted products are GPT-2's."""
+        return tuple(v for v in VARIANTS if self.family == "gpt2" or v not in ("products", "published"))
+
+
+_MICRO = {
+    "vocab_size": 4096,
+    "hidden_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 256,
+    "intermediate_size": 768,
+}
+_GATED = _MICRO | {"intermediate_size": 512, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 0}
+_SHAPES = {
+    "gpt_neox": _MICRO,
+    "gpt_neo": {name: _MICRO[name] for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
+    | {"num_layers": 6, "num_heads": 6, "attention_types": [[["global", "local"], 3]]},
+    **dict.fromkeys(("llama", "mistral", "qwen2", "gemma", "gemma2"), _GATED),
+}
+"""Models of the size of micro, by family."""
 
 SIZES = {
     "micro": Size(None, batch=4, micro_batch=4, steps=20, rounds=5),
     "small": Size({"n_embd": 768, "n_layer": 12, "n_head": 12}, batch=64, micro_batch=32),
     "medium": Size({"n_embd": 1024, "n_layer": 24, "n_head": 16}, batch=64, micro_batch=16),
     "xl": Size({"n_embd": 1600, "n_layer": 48, "n_head": 25}, batch=32, micro_batch=4, steps=4, rounds=1),
-}
+} | {name: Size(shape, batch=4, micro_batch=4, steps=20, family=name) for name, shape in _SHAPES.items()}
 
 
 class _PlainTrainer(Trainer):
@@ -142,7 +173,7 @@ def make_model(size: Size, fused: bool = True) -> GPT2LMHeadModel:
         model = checkpoint.load("micro")
     else:
         with torch.device(DEVICE):
-            model = GPT2LMHeadModel(GPT2Config(**size.shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+            model = FAMILIES[size.family].model_class(size.config)
     model.config.use_cache = False
     if fused:
         training.fuse_gelu(model)
@@ -162,16 +193,17 @@ def make_recipe(size: Size, steps: int, compile: bool = False) -> recipe.Recipe:
     )
 
 
-def make_text(config: GPT2Config, batch: int) -> Blocks:
+def make_text(config: Any, batch: int) -> Blocks:
     """Return random tokens, enough for four steps."""
-    ids = np.random.default_rng(0).integers(config.vocab_size, size=4 * batch * config.n_positions)
-    return Blocks(ids.astype(np.uint16), config.n_positions)
+    context = config.max_position_embeddings
+    ids = np.random.default_rng(0).integers(config.vocab_size, size=4 * batch * context)
+    return Blocks(ids.astype(np.uint16), context)
 
 
-def make_events(variant: str, n_layer: int, steps: int) -> list[schedule.Event]:
+def make_events(variant: str, n_layer: int, steps: int, family: str = "gpt2") -> list[schedule.Event]:
     """Return a schedule that is over before the warm-up is, but for what the variant leaves out."""
     begin = recipe.Schedule(start=1, gap=recipe.Gaps())
-    events = schedule.resolve(begin, FAMILIES["gpt2"].sites_of(n_layer), steps)
+    events = schedule.resolve(begin, FAMILIES[family].sites_of(n_layer), steps)
     if variant == "frozen":
         return [*events[:-1], dataclasses.replace(events[-1], step=steps)]
     return events if variant in ("constant", "kl") else []
@@ -193,7 +225,7 @@ def make_trainer(variant: str, size: Size, settings: recipe.Recipe, directory: P
         train.model_accepts_loss_kwargs = False
         train.remove_callback(PrinterCallback)
     else:
-        events = make_events(variant, model.config.n_layer, settings.steps)
+        events = make_events(variant, model.config.num_hidden_layers, settings.steps, size.family)
         teacher = make_model(size) if variant == "kl" else None
         log = directory / "log.jsonl"
         train = RemovalTrainer(Sites(model, 0), settings, events, text, directory, log, variant, teacher)
@@ -233,9 +265,8 @@ def _measure(variant: str, size: Size, compile: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         bf16 = training.training_arguments(settings, Path(directory)).bf16
         if variant == "products":
-            config = checkpoint.load_config("micro") if size.shape is None else GPT2Config(**size.shape)
             dtype = torch.bfloat16 if bf16 else torch.float32
-            forward, backward = machine.product_seconds(config, size.micro_batch, dtype, DEVICE)
+            forward, backward = machine.product_seconds(size.config, size.micro_batch, dtype, DEVICE)
             accumulated = size.batch // size.micro_batch
             return {"seconds a step": accumulated * (forward + backward), "forward": accumulated * forward}
         if variant == "bare":
@@ -260,14 +291,14 @@ def _compare(rounds: list[pd.DataFrame], size: Size) -> pd.DataFrame:
     """Return the table of what the rounds measured, a row a variant."""
     table = pd.concat(rounds).groupby(level=0, sort=False).min()
     seconds = table["seconds a step"]
-    config = checkpoint.load_config("micro") if size.shape is None else GPT2Config(**size.shape)
-    tokens = size.batch * config.n_positions
+    tokens = size.batch * size.config.max_position_embeddings
     found = pd.DataFrame({"seconds a step": seconds})
     for other in ("plain", "bare"):
         found[f"over {other}"] = seconds / seconds.get(other, math.nan)
     found["tokens a second"] = tokens / seconds
     passes = pd.Series(3.0, found.index).where(found.index != "kl", 4.0)
-    found["GFLOP/s"] = passes * machine.flops_per_token(config, passes=1) * tokens / seconds / 1e9
+    if size.family == "gpt2":
+        found["GFLOP/s"] = passes * machine.flops_per_token(size.config, passes=1) * tokens / seconds / 1e9
     if "products" in table.index:
         alone = pd.Series(seconds["products"], found.index)
         found["MFU"] = (alone + table.loc["products", "forward"] * (passes - 3)) / seconds
@@ -294,7 +325,9 @@ def main() -> None:
                 continue
             numbers = [part for key, value in changed.items() for part in (f"--{key.replace('_', '-')}", str(value))]
             command = [__file__, "--size", name, "--mode", mode, *numbers]
-            table = _compare([_round(command, options.variant) for _ in range(size.rounds)], size)
+            table = _compare(
+                [_round(command, [v for v in options.variant if v in size.variants]) for _ in range(size.rounds)], size
+            )
             print(f"\n{machine.describe(DEVICE)}")
             print(
                 f"{name}, {mode}, batch {size.batch}, micro-batch {size.micro_batch}, {size.steps} steps, "

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from finetune import recipe
 from finetune.families import FAMILIES
-from finetune.recipe import Gaps, Layers, RecipeError, Schedule
+from finetune.recipe import Gaps, Layers, RecipeError, Schedule, files
 from finetune.schedule import Event, Pacing, resolve
 
 # Layers; the published first steps of ln_2, QK, V, ln_f, end-of-text, position 0; gaps of ln_2, QK, V.
@@ -195,7 +195,7 @@ def test_recipes_that_were_not_run_fit_their_models_and_say_so(name):
     events = resolve(shipped.schedule, FAMILIES[family].sites_of(n_layer), shipped.steps)
     assert events[-1].name == "merge position_0"
     assert events[-1].end < 0.9 * shipped.steps  # what is left is for learning to live without norms
-    text = (recipe.RECIPES / f"{name}.yaml").read_text()
+    text = (files.RECIPES / f"{name}.yaml").read_text()
     assert "not run" in text
     for processes in (1, 2, 4, 8):
         assert shipped.batch % (shipped.micro_batch * processes) == 0
