@@ -280,6 +280,22 @@ def to_unit_gain(model: Model) -> Model:
     return folded
 
 
+def check_format(model: PreTrainedModel, format: Format) -> None:
+    """Check that a model without norms can be written in the format asked for.
+
+    Raises:
+        CheckpointError: h24 folds the bias of a norm into that of a reader, and a reader has none.
+    """
+    for norm in norms_of(model) if format == "h24" else ():
+        if norm.layer is None or getattr(model.get_submodule(norm.path), "bias", None) is None:
+            continue
+        for reader in norm.readers:
+            if model.get_submodule(reader.path).bias is None:
+                raise CheckpointError(
+                    f"{reader.path} has no bias, into which h24 folds that of {norm.path}: use the format b25."
+                )
+
+
 @torch.no_grad()
 def convert(model: Model, format: Format) -> Model:
     """Return a copy of an LN-free model in the format asked for.
@@ -287,9 +303,9 @@ def convert(model: Model, format: Format) -> Model:
     An h24 model is a b25 model already, with γ = σ̄ and β = 0 in its blocks.
 
     Raises:
-        CheckpointError: the norms are not frozen, a bias of a norm has no reader's bias to go into, or what
-            `norm_state` raises.
+        CheckpointError: the norms are not frozen, or what `check_format` or `norm_state` raises.
     """
+    check_format(model, format)
     if (state := norm_state(model)) != "frozen":
         raise CheckpointError(f"The norms of this model are {state}: only frozen ones can be written as {format}.")
     converted, family = copy.deepcopy(model), family_of(model)
@@ -301,10 +317,6 @@ def convert(model: Model, format: Format) -> Model:
             for reader in norm.readers:
                 linear: Any = converted.get_submodule(reader.path)
                 weight, bias = _fold(module, linear, family, centre=False)
-                if bias is not None and linear.bias is None:
-                    raise CheckpointError(
-                        f"{reader.path} has no bias, into which h24 folds that of {norm.path}: use the format b25."
-                    )
                 _write(matrix(linear), weight)
                 if bias is not None:
                     linear.bias.copy_(bias)

@@ -150,6 +150,7 @@ def set_up(
         name = model.name_or_path or "the model in memory"
         raise CheckpointError(f"The norms of {name} are {norms}: there is no LayerNorm left to remove.")
     context = context_of(recipe, config)
+    folding.check_format(model, recipe.export_format)
     text = load_text(recipe.text, tokenizer, context, config.vocab_size, seed=recipe.seed)
     return Setup(recipe, model, tokenizer, events, text)
 
@@ -221,7 +222,7 @@ def _check_stds(sites: Sites, setup: Setup) -> None:
     count = min(len(held_out), max(1, _CHECKED_TOKENS // held_out.context))
     model = sites.model.eval()
     for i in range(count):
-        type(model).forward(model, held_out[i]["input_ids"][None].to(model.device))  # in float32: nothing is wrapped
+        model.base_model(input_ids=held_out[i]["input_ids"][None].to(model.device), use_cache=False)
         for name, std in sites.largest_stds().items():
             if std > _LARGEST_FROZEN_STD:
                 raise CheckpointError(

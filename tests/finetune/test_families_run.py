@@ -169,6 +169,11 @@ def test_context(recipe: Recipe, directory_of):
         replace(recipe, context=1)
 
 
+def test_a_format_that_a_family_cannot_have_is_refused_before_anything_is_trained(recipe: Recipe, directory_of):
+    with pytest.raises(CheckpointError, match=r"q_proj has no bias.*use the format b25"):
+        set_up(replace(recipe, model=str(directory_of("gpt_neo")), export_format="h24"))
+
+
 def test_shipped_recipes_leave_the_context_to_the_model():
     assert {recipes.load(name).context for name in recipes.shipped()} == {None}
 
