@@ -276,13 +276,14 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
         write(directory / "results.csv", results.to_csv(index=False))
         for name in ("control", "ln_free"):
             if (directory / name).is_dir():
-                write(directory / name / "README.md", _card(setup, directory, name, results, log))
+                write(directory / name / "README.md", model_card(setup, directory, name, results, log))
         push(recipe, directory / "ln_free")
     state.wait_for_everyone()
     return pd.read_csv(directory / "results.csv")
 
 
-def _card(setup: Setup, directory: Path, name: str, results: pd.DataFrame, log: list[dict[str, Any]]) -> str:
+def model_card(setup: Setup, directory: Path, name: str, results: pd.DataFrame, log: list[dict[str, Any]]) -> str:
+    """Return the model card of the model called `name` (control, ln_free) of a run, from its results and its log."""
     model = setup.recipe.model
     base = "a local model" if Path(model) == directory / "original" else Path(model).name
     return render(

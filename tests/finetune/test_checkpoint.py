@@ -1,6 +1,5 @@
 import copy
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -173,8 +172,7 @@ def test_what_is_not_recognised_is_refused():
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize(("stored", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-2)])
-def test_save_and_load(tmp_path, monkeypatch, frozen, stored, tolerance):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("looked something up"))
+def test_save_and_load(tmp_path, frozen, stored, tolerance):
     model = gpt2(frozen=frozen)
     save(copy.deepcopy(model).to(stored), tmp_path / "deep" / "saved", card="# A card")
     assert {file.name for file in (tmp_path / "deep").iterdir()} == {"saved"}

@@ -10,7 +10,7 @@ from torch.autograd.functional import jacobian
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from finetune.fake_norm import CLASSES, FakeNorm, NormedReader, NormStyle, TokenClasses, _Normalise
+from finetune.fake_norm import CLASSES, FakeNorm, NormedReader, NormStyle, TokenClasses
 
 EOT = 9
 TOKENS = torch.tensor([[1, 2, EOT, 3, EOT], [EOT, 4, 5, 6, 7]])
@@ -131,11 +131,10 @@ def test_every_class_is_divided_by_its_scale(alpha, merged, bias):
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("centred", [True, False])
 def test_gradients_of_the_output_and_of_the_std_are_those_of_the_function(alpha, centred):
-    constant = torch.rand(2, 3, 1, dtype=torch.float64) + 0.5
-    alpha = torch.tensor(alpha, dtype=torch.float64)
-    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x: _Normalise.apply(x, constant, alpha, 1e-5, centred), x)
-    assert gradcheck(lambda x: _Normalise.apply(x, constant, alpha, 1e-5, centred)[1], x)
+    fake = fake_norm(make_norm(LAYER_NORM if centred else RMS_NORM), LAYER_NORM if centred else RMS_NORM)
+    set_site(fake.divisors[0], alpha, (1.2, 0.7, 0.9))
+    assert gradcheck(fake, stream())
+    assert gradcheck(lambda x: (fake(x), fake.live_std)[1], stream())
 
 
 def test_live_std_is_that_of_the_tokens_and_trains_them():

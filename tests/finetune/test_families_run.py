@@ -95,7 +95,7 @@ def test_a_run_leaves_a_norm_free_model_beside_its_control(name, recipe: Recipe,
     assert "behind the token `bos`" in card
 
 
-@pytest.mark.parametrize("name", SOME)
+@each_family
 def test_killed_and_resumed_equals_uninterrupted(name, recipe: Recipe, directory_of, tmp_path: Path):
     recipe = replace(recipe, model=str(directory_of(name)), control=False)
     whole = remove_norms(recipe=recipe, out=tmp_path / "whole")
@@ -109,7 +109,7 @@ def test_killed_and_resumed_equals_uninterrupted(name, recipe: Recipe, directory
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name", SOME)
+@each_family
 def test_two_processes_equal_one(name, recipe: Recipe, directory_of, tmp_path: Path):
     recipe = replace(recipe, model=str(directory_of(name)), control=False)
     alone = remove_norms(recipe=recipe, out=tmp_path / "alone")

@@ -28,7 +28,7 @@ from finetune.bundled.__main__ import bundle
 from finetune.errors import CheckpointError
 from finetune.processes import check_processes
 from finetune.recipe import Recipe, Text
-from finetune.removal import _card, set_up
+from finetune.removal import model_card, set_up
 from finetune.run_directory import InUseError, Run, directory_lock, write_recipe
 from finetune.sites import Sites
 from finetune.text import load_text
@@ -253,7 +253,7 @@ for i, path in enumerate(sys.argv[1:]):
     def test_model_card_names_a_base_model_on_the_hub(self, run: Run, recipe: Recipe):
         setup = set_up(recipe)
         on_hub = replace(recipe, model="someone/gpt2", text=Text("someone/text"))
-        card = _card(replace(setup, recipe=on_hub), run.directory, "ln_free", run.results, [])
+        card = model_card(replace(setup, recipe=on_hub), run.directory, "ln_free", run.results, [])
 
         _, front, body = card.split("---\n", 2)
         assert yaml.safe_load(front)["base_model"] == "someone/gpt2"
@@ -418,13 +418,18 @@ class TestDirectory:
         assert said["versions"]["noln"] is None
         assert recipes.load_run(tmp_path).steps == recipe.steps
 
-    def test_git_state_is_this_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def commit_in_recipe(self, recipe: Recipe, directory: Path) -> str | None:
+        directory.mkdir()
+        write_recipe(recipe, directory)
+        return yaml.safe_load((directory / "recipe.yaml").read_text())["run"]["git"]
+
+    def test_git_state_is_this_packages(self, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         """Not that of a repository that it is installed in."""
         subprocess.run(["git", "init", "-q", tmp_path], check=True)
         commit = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "m"]
         subprocess.run(commit, cwd=tmp_path, check=True)
         (tmp_path / "run_directory.py").touch()
         monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "run_directory.py"))
-        assert run_directory._commit() is None
+        assert self.commit_in_recipe(recipe, tmp_path / "outside") is None
         subprocess.run(["git", "add", "run_directory.py"], cwd=tmp_path, check=True)
-        assert re.fullmatch(r"[0-9a-f]{12}-dirty", run_directory._commit() or "")
+        assert re.fullmatch(r"[0-9a-f]{12}-dirty", self.commit_in_recipe(recipe, tmp_path / "inside") or "")
