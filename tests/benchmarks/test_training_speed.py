@@ -174,6 +174,9 @@ def make_model(size: Size, fused: bool = True) -> GPT2LMHeadModel:
     else:
         with torch.device(DEVICE):
             model = FAMILIES[size.family].model_class(size.config)
+        if size.family != "gpt2":
+            # Long embeddings give all tokens about one RMS: a random gated model explodes when its norms are constants.
+            model.get_input_embeddings().weight.data.normal_()
     model.config.use_cache = False
     if fused:
         training.fuse_gelu(model)
