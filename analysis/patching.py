@@ -5,8 +5,9 @@
    metric = (LD − LD_corrupt) / (LD_clean − LD_corrupt): 0 for the corrupt prompt and 1 for the clean one.
 2. A place is a hook point of a layer, a position, and a head where the hook point has heads.
 3. Activation patching: run the corrupt prompt with the activation at one place replaced by that of the clean prompt.
-   Effect = metric then − metric of the corrupt prompt, which is 0. Places run side by side in a batch, from the block
-   on that they are in: before it nothing changes. Only the last position is unembedded.
+   Effect = metric then − metric of the corrupt prompt, which is 0. Places run side by side in a batch, in whole
+   forwards: a single block of a model with rotary positions cannot be called by itself. Only the last position is
+   unembedded.
 4. Attribution patching: (a_clean − a_corrupt) · ∂metric/∂a, the gradient taken at the corrupt prompt: the same to
    first order, for all places from one backward pass (Syed et al. 2023, arXiv 2310.10348).
 5. Error = |attribution − activation|. LN is one of the nonlinearities that make it; Baroni et al. 2025, arXiv
@@ -90,15 +91,11 @@ def _patch_pair(model: Any, tokens: PairTokens, hook_points: Sequence[str], batc
     device = model.cfg.device
     names = {f"blocks.{layer}.{point}": (layer, point) for layer in range(model.cfg.n_layers) for point in hook_points}
     corrupt = tokens.corrupt.to(device)
-    streams = Stream(model).before_blocks
     with torch.no_grad():
         logits, clean = model.run_with_cache(
             tokens.clean[None].to(device), names_filter=list(names), return_cache_object=False
         )
-        corrupt_logits, corrupt_cache = model.run_with_cache(
-            corrupt[None], names_filter=list(streams), return_cache_object=False
-        )
-        low, high = _logit_difference(corrupt_logits, tokens), _logit_difference(logits, tokens)
+        low, high = _logit_difference(model(corrupt[None]), tokens), _logit_difference(logits, tokens)
 
     def metric(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         return (_logit_difference(logits, tokens) - low) / (high - low)
@@ -115,9 +112,7 @@ def _patch_pair(model: Any, tokens: PairTokens, hook_points: Sequence[str], batc
             "layer": layer,
             "position": places[:, 0],
             "head": pd.array(places[:, 1].tolist() if places.shape[1] == 2 else [pd.NA] * len(places), dtype="Int64"),
-            "activation": _activation(
-                model, layer, corrupt_cache[streams[layer]], name, activation, places, metric, batch_size
-            ).cpu(),
+            "activation": _activation(model, corrupt, name, activation, places, metric, batch_size).cpu(),
             "attribution": attributed[name][places.unbind(1)].cpu(),
         }
         frames.append(pd.DataFrame(columns))
@@ -132,18 +127,14 @@ def _logit_difference(logits: Float[Tensor, "batch pos vocab"], tokens: PairToke
 @torch.no_grad()
 def _activation(
     model: Any,
-    layer: int,
-    corrupt: Float[Tensor, "1 pos d_model"],
+    corrupt: Int[Tensor, " pos"],
     name: str,
     clean: Float[Tensor, "pos ... d"],
     places: Int[Tensor, "place axis"],
     metric: Metric,
     batch_size: int,
 ) -> Float[Tensor, " place"]:
-    """Return the effect of replacing the activation of `name` at each of `places` by the clean one.
-
-    `corrupt` is the residual stream before block `layer`, in which `name` is.
-    """
+    """Return the effect of replacing the activation of `name` at each of `places` by the clean one."""
 
     def patch(activation: Float[Tensor, "place pos ... d"], hook: Any, part: Tensor) -> Tensor:
         activation = activation.clone()
@@ -151,14 +142,13 @@ def _activation(
         activation[(torch.arange(len(part)), *where)] = clean[where]
         return activation
 
+    def keep_last(resid: Float[Tensor, "place pos d_model"], hook: Any) -> Float[Tensor, "place 1 d_model"]:
+        return resid[:, -1:]
+
     effects = []
     for part in places.split(batch_size):
-        resid = corrupt.expand(len(part), -1, -1)
-        with model.hooks(fwd_hooks=[(name, partial(patch, part=part))]):
-            for block in model.blocks[layer:]:
-                resid = block(resid)
-                resid = resid[0] if isinstance(resid, tuple) else resid  # TransformerBridge returns a tuple
-        effects.append(metric(Stream(model).unembed(resid[:, -1:])))
+        hooks = [(name, partial(patch, part=part)), (Stream(model).final, keep_last)]
+        effects.append(metric(model.run_with_hooks(corrupt.expand(len(part), -1), fwd_hooks=hooks)))
     return torch.cat(effects)
 
 
