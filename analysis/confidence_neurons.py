@@ -178,7 +178,9 @@ def _moments(model: Any, unit: bool) -> tuple[Float[Tensor, "d_model d_model"], 
     What a vocabulary is padded with has no direction and is not counted. A piece at a time: W_U is large.
     """
     d_model, vocabulary = model.W_U.shape
-    total, sum_ = (torch.zeros(shape, dtype=torch.float64, device=model.W_U.device) for shape in ((d_model,) * 2, d_model))
+    total, sum_ = (
+        torch.zeros(shape, dtype=torch.float64, device=model.W_U.device) for shape in ((d_model,) * 2, d_model)
+    )
     count = 0
     for piece in pieces(vocabulary, d_model):
         columns = model.W_U[:, piece].detach().double()
@@ -267,9 +269,7 @@ def _through_post_norm(
     return (stream.gain(neurons) * (left / rms - normalised)).to(excess)
 
 
-def _entropy_and_loss(
-    logits: Float[Tensor, "1 pos vocab"], targets: Int[Tensor, " pos"]
-) -> Float[Tensor, " measure"]:
+def _entropy_and_loss(logits: Float[Tensor, "1 pos vocab"], targets: Int[Tensor, " pos"]) -> Float[Tensor, " measure"]:
     """Return both, summed over tokens."""
     log_probs = logits[0].float().log_softmax(-1)
     entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)

@@ -1,7 +1,7 @@
 """The weights of a model, one by one, into an empty `HookedTransformer` or native `TransformerBridge`.
 
-`finetune.families` says what each module reads or writes and `finetune.folding` folds the norms into what reads, so that
-a family needs no conversion of its own. What a config says in several ways is read in `hooked_config`.
+`finetune.families` says what each module reads or writes, and `finetune.folding` folds the norms into what reads: no
+family needs a conversion of its own. `_hooked_config` alone reads what configs say in several ways.
 """
 
 import warnings
@@ -85,11 +85,10 @@ def to_hooked(source: PreTrainedModel, state: NormState, dtype: torch.dtype, cen
         if (rotary := getattr(source.base_model, "rotary_emb", None)) is not None:
             positions = torch.arange(hooked.cfg.n_ctx, device=source.device)[None]
             cos, sin = rotary(torch.empty(0, device=source.device), positions)
-    block: Any
-    for layer, block in enumerate(hooked.blocks):
-        block.attn.attn_scale = 1 / _scaling(source, layer)
+    for layer, made in enumerate(hooked.blocks):
+        made.attn.attn_scale = 1 / _scaling(source, layer)
         if rotary is not None:
-            block.attn.rotary_cos, block.attn.rotary_sin = cos[0].to(dtype), sin[0].to(dtype)
+            made.attn.rotary_cos, made.attn.rotary_sin = cos[0].to(dtype), sin[0].to(dtype)
     return hooked
 
 

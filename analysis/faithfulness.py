@@ -54,7 +54,7 @@ def measure_tokens(
 
     Args:
         models: what `analysis.load_trio` returns.
-        tokens: packed blocks, nothing prepended.
+        tokens: packed blocks.
         reference: the model to compare with; it has rows of its own.
         batch_size: blocks in one forward; no result depends on it.
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from nnsight import LanguageModel, NNsight
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge

@@ -7,9 +7,9 @@
    et al. 2025, arXiv 2507.02559; their code scores the current token, here it is the next).
 3. The logit lens reads the residual stream between blocks as if it were final.
 
-The logits of Gemma 2 are soft-capped: what is attributed is the logit before, which is a sum, and so is the logit of the
-lens; its loss and top token are those of capped logits. What a head or neuron writes in Gemma 2 is what a norm returns
-of it: see `analysis.readout`.
+The logits of Gemma 2 are soft-capped: what is attributed is the logit before, which is a sum. So is the logit of the
+lens, whose loss and top token are those of capped logits. What a head or neuron writes in Gemma 2 is what a norm
+returns of it: see `analysis.readout`.
 """
 
 import html

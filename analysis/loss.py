@@ -39,7 +39,7 @@ def measure_tokens(
 
     Args:
         models: what `analysis.load_trio` returns.
-        tokens: packed blocks, nothing prepended.
+        tokens: packed blocks.
         documents: the document of each token, `Blocks.document_ids()`; without it each block counts as one.
         text: what to call the text.
         reference: the model to subtract.

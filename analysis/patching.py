@@ -1,7 +1,8 @@
 """How well attribution patching estimates activation patching, on pairs of prompts.
 
 1. A pair is a clean and a corrupt prompt of as many tokens, and the token that each wants next, `correct` and `wrong`.
-   With LD the logit of `correct` less that of `wrong` at the last position,
+   With LD the logit of `correct` less that of `wrong` at the last position, as the model returns them (Gemma 2's
+   soft-cap is one more nonlinearity),
    metric = (LD − LD_corrupt) / (LD_clean − LD_corrupt): 0 for the corrupt prompt and 1 for the clean one.
 2. A place is a hook point of a layer, a position, and a head where the hook point has heads.
 3. Activation patching: run the corrupt prompt with the activation at one place replaced by that of the clean prompt.
@@ -48,6 +49,7 @@ def measure(
     only: Collection[int] | None = None,
     hook_points: Sequence[str] = HOOK_POINTS,
     batch_size: int = 32,
+    prefix: str | None = None,
 ) -> pd.DataFrame:
     """Patch every place of every layer of every model, one by one, for every pair.
 
@@ -60,6 +62,7 @@ def measure(
         only: the numbers of the pairs to patch, from 1. None: all.
         hook_points: where, by their names in a layer.
         batch_size: places in one forward; no result depends on it.
+        prefix: a token to put before each prompt, as `text.prefix` in a recipe; it takes position 0.
 
     Returns:
         A row a model, pair (numbered from 1), hook point, layer, position, and head (NA without heads), with `token`,
@@ -72,7 +75,7 @@ def measure(
     """
     frames = []
     for model_name, model in models.items():
-        encoded = dict(enumerate(encode_pairs(pairs, tokenizer, model.cfg.n_ctx), 1))
+        encoded = dict(enumerate(encode_pairs(pairs, tokenizer, model.cfg.n_ctx, prefix), 1))
         for number in tqdm(encoded if only is None else only, f"Patching {model_name}", unit="pair", leave=False):
             tokens = encoded[number]
             words = tokenizer.batch_decode(tokens.clean[:, None])
@@ -185,18 +188,24 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def measure_pairs(models: Mapping[str, Any], pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+def measure_pairs(
+    models: Mapping[str, Any],
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prefix: str | None = None,
+) -> pd.DataFrame:
     """Measure whether the models can do the task: above 0 for the clean prompt and below 0 for the corrupt one.
 
     Returns a row a model and pair (numbered from 1): the four texts of the pair; clean_difference and
-    corrupt_difference, the logit of `correct` less that of `wrong` at the end of each prompt (logits).
+    corrupt_difference, the logit of `correct` less that of `wrong` at the end of each prompt, behind `prefix` (logits).
 
     Raises:
         PairError: what `encode_pairs` raises.
     """
     rows = []
     for name, model in models.items():
-        for number, tokens in enumerate(encode_pairs(pairs, tokenizer, model.cfg.n_ctx), 1):
+        for number, tokens in enumerate(encode_pairs(pairs, tokenizer, model.cfg.n_ctx, prefix), 1):
             logits = model(torch.stack([tokens.clean, tokens.corrupt]).to(model.cfg.device))
             clean, corrupt = _logit_difference(logits, tokens).tolist()
             texts = asdict(pairs[number - 1])
