@@ -52,7 +52,7 @@ def to_hooked(source: PreTrainedModel, state: NormState, dtype: torch.dtype, cen
 
     Raises:
         ImportError: TransformerLens 4, which has no `HookedTransformer`.
-        CheckpointError: an activation function that TransformerLens does not have.
+        CheckpointError: an activation function or biases that TransformerLens does not have.
     """
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -75,6 +75,8 @@ def to_hooked(source: PreTrainedModel, state: NormState, dtype: torch.dtype, cen
                 weight = weight.unflatten(1, (-1, hooked.cfg.d_head)).movedim(1, 0)
             parameters[weight_name].copy_(weight.reshape(parameters[weight_name].shape))
             if bias is not None:
+                if hooked.cfg.gated_mlp and name in ("mlp.gate", "mlp.in"):
+                    raise CheckpointError("A HookedTransformer has no biases into gated MLPs: use load_bridge.")
                 parameters[bias_name].copy_(bias.view_as(parameters[bias_name]))
         if state == "live":
             offset = family_of(source).style.gain_offset

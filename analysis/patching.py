@@ -33,7 +33,6 @@ from transformers import PreTrainedTokenizerBase
 
 from analysis import palette
 from analysis.prompts import Pair, PairTokens, encode_pairs
-from analysis.stream import Stream
 
 HOOK_POINTS = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z"
 """Hook points of a layer, by their names in TransformerLens."""
@@ -145,13 +144,14 @@ def _activation(
         activation[(torch.arange(len(part)), *where)] = clean[where]
         return activation
 
-    def keep_last(resid: Float[Tensor, "place pos d_model"], hook: Any) -> Float[Tensor, "place 1 d_model"]:
-        return resid[:, -1:]
-
     effects = []
-    for part in places.split(batch_size):
-        hooks = [(name, partial(patch, part=part)), (Stream(model).final, keep_last)]
-        effects.append(metric(model.run_with_hooks(corrupt.expand(len(part), -1), fwd_hooks=hooks)))
+    last_only = model.unembed.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:],))
+    try:
+        for part in places.split(batch_size):
+            hooks = [(name, partial(patch, part=part))]
+            effects.append(metric(model.run_with_hooks(corrupt.expand(len(part), -1), fwd_hooks=hooks)))
+    finally:
+        last_only.remove()
     return torch.cat(effects)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -196,7 +195,7 @@ VARIANTS = [
             },
         },
     ),
-    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    ("llama", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
     ("mistral", {"sliding_window": None, "head_dim": 6}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
     ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None, "num_key_value_heads": 1}),
@@ -215,6 +214,15 @@ def test_variants(name, config, frozen):
         assert error(logits, expected["logits"]) < 1e-4, tool
         for point in Stream(made).points:
             assert error(cache[point], expected[point]) < 1e-4, (tool, point)
+
+
+def test_biases_into_gated_mlps_are_the_bridges_alone():
+    model = random_model("llama", mlp_bias=True)
+    with torch.no_grad():
+        assert error(load_bridge(model)(TOKENS), model(TOKENS).logits) < 1e-4
+    if not TL4:
+        with pytest.raises(CheckpointError, match=r"no biases into gated MLPs: use load_bridge"):
+            load_hooked(model)
 
 
 @torch.no_grad()
@@ -246,8 +254,6 @@ def test_attributions_against_a_forward_without_the_component(name, frozen):
     """What is attributed is the logit before soft-capping, in plain transformers."""
     model = make(name, frozen=frozen)
     found, tokens = plain_activations(model), TOKENS[:1]
-    of_target = functools.partial(operator.itemgetter, slice(None))
-    del of_target
 
     def target(logits: Tensor) -> np.ndarray:
         return logits[0, :-1].gather(-1, tokens[0, 1:, None]).flatten().double().numpy()
@@ -315,7 +321,7 @@ def test_patching_against_a_whole_forward_of_plain_transformers(name, frozen):
                     return None
                 where = torch.zeros_like(activation)
                 columns = slice(None)
-                if row.head == row.head:
+                if not pd.isna(row.head):
                     width = activation.shape[-1] // model.config.num_attention_heads
                     columns = slice(int(row.head) * width, (int(row.head) + 1) * width)
                 where[0, row.position, columns] = 1
@@ -354,7 +360,7 @@ def test_confidence_neurons_against_a_forward_of_plain_transformers(name, frozen
     frame = confidence_neurons.measure({"m": loaded(name, frozen=frozen)}, TOKENS, neurons)
     both = frame[(frame["ablated"] == 2) & (frame["measure"] == "entropy")].iloc[0]
     assert both["total"] == pytest.approx(change, abs=2e-5)
-    assert abs(change) > 1e-3
+    assert abs(change) > 2e-4
     assert (both["through_ln"] == 0) == frozen
 
 
@@ -381,7 +387,7 @@ def assert_close(found: pd.DataFrame, expected: pd.DataFrame) -> None:
             scale = expected[column].abs().max()
             assert np.allclose(found[column], expected[column], rtol=1e-3, atol=2e-4 * scale, equal_nan=True), column
         else:
-            assert (found[column].astype(str).to_numpy() == expected[column].astype(str).to_numpy()).all(), column
+            assert list(found[column].astype(str)) == list(expected[column].astype(str)), column
 
 
 def comparable(frame: pd.DataFrame) -> pd.DataFrame:
