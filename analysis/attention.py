@@ -5,6 +5,10 @@
    position 0 exceeds 0.3 (Baroni et al. 2025, arXiv 2507.02559); the mean attention to position 0; the mean entropy of
    the pattern.
 3. All heads have as many query positions, so a model's figures are the means of its heads'.
+
+Position 0 is any token of the text where nothing is put before a block; with a prefix it is that token, the same in all
+blocks, and sink rates with and without one are not to be compared. A head with local attention does not see position 0
+from beyond its window.
 """
 
 from collections.abc import Mapping

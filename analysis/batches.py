@@ -10,6 +10,10 @@ from tqdm.auto import tqdm
 
 _LOGITS_ON_CPU = 2**21
 """Numbers in one model's logits of one batch on a CPU: few enough for its caches, a third faster than whole batches."""
+_LOGITS_ON_GPU = 2**28
+"""The same on a GPU: 1 GiB in float32."""
+_LOGITS_IN_A_PIECE = 2**23
+"""Numbers in what is computed from logits at once: a vocabulary may have 256,000 tokens, and a block 1,024."""
 
 
 class Forward(NamedTuple):
@@ -30,13 +34,13 @@ def forwards(
     """Yield batch after batch of `tokens` with what every model, all on one device, makes of it.
 
     `models` are what `load_trio` or `load_hooked_blocks` returns. Memory does not grow with the number of tokens as
-    long as the caller reduces each batch before it takes the next. On a CPU batches are smaller than `batch_size` where
-    the logits are many.
+    long as the caller reduces each batch before it takes the next. Batches are smaller than `batch_size` where the
+    logits are many.
     """
     cfg = next(iter(models.values())).cfg
     device = cfg.device
-    if torch.device(device).type == "cpu":
-        batch_size = min(batch_size, max(1, _LOGITS_ON_CPU // (tokens.shape[1] * cfg.d_vocab)))
+    most = _LOGITS_ON_CPU if torch.device(device).type == "cpu" else _LOGITS_ON_GPU
+    batch_size = min(batch_size, max(1, most // (tokens.shape[1] * cfg.d_vocab)))
     names = list(hook_names)
     for batch in tqdm(tokens.split(batch_size), desc=description, unit="batch", leave=False):
         batch = batch.to(device)
@@ -46,3 +50,10 @@ def forwards(
                 for name, model in models.items()
             }
         yield batch, outputs
+
+
+def pieces(count: int, vocabulary: int) -> Iterator[slice]:
+    """Yield slices of `count` tokens, one after another, so few at once that their logits stay small."""
+    size = max(1, _LOGITS_IN_A_PIECE // vocabulary)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -36,6 +36,8 @@ from transformers import PreTrainedTokenizerBase
 
 from analysis import palette
 from finetune.errors import NolnError
+from finetune.recipe import Text
+from finetune.text import prefix_of
 
 if importlib.util.find_spec("lm_eval"):
     from lm_eval.api.model import TemplateLM
@@ -63,13 +65,24 @@ class HarnessModel(TemplateLM):
     Batches are of sequences of one length: there is no padding that a result could depend on.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 8):
-        """Take a `HookedTransformer`, `TransformerBridge` or `GPT2LMHeadModel` and put it in evaluation mode.
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_size: int = 8,
+        prefix: str | None = None,
+    ):
+        """Take a `HookedTransformer`, `TransformerBridge` or transformers model and put it in evaluation mode.
 
         Args:
             model: the model.
-            tokenizer: that of the model where None; a `GPT2LMHeadModel` has none.
+            tokenizer: that of the model where None; a transformers model has none.
             batch_size: sequences in one forward; no result depends on it.
+            prefix: a token to put before each sequence, as `text.prefix` in a recipe.
+
+        Raises:
+            BenchmarkError: there is no tokenizer.
+            TextError: the tokenizer does not have the prefix.
         """
         super().__init__()
         self.model = model.eval()
@@ -77,13 +90,14 @@ class HarnessModel(TemplateLM):
         if self.tokenizer is None:
             raise BenchmarkError("A model has no tokenizer of its own: give one.")
         self.batch_size = batch_size
-        self.max_length = model.cfg.n_ctx if hasattr(model, "cfg") else model.config.n_positions
+        self.prefix = prefix_of(Text(prefix=prefix), self.tokenizer)
+        self.max_length = model.cfg.n_ctx if hasattr(model, "cfg") else model.config.max_position_embeddings
         self._device = next(model.parameters()).device
 
     @property
     def eot_token_id(self) -> int:
         """The token before a text that has nothing before it."""
-        return self.tokenizer.eos_token_id
+        return self.tokenizer.eos_token_id if self.prefix is None else self.prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the tokens of `string`, nothing added."""
@@ -120,7 +134,7 @@ class HarnessModel(TemplateLM):
         too_long = max((len(continuation) for _, _, continuation in requests), default=0)
         if too_long > self.max_length:
             raise BenchmarkError(f"A text of {too_long} tokens is longer than the context, {self.max_length} tokens.")
-        sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
+        sequences = [self._cut(context + continuation) for _, context, continuation in requests]
         answers: dict[int, tuple[float, bool]] = {}
         longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         with tqdm(total=len(sequences), desc="Log-likelihoods", unit="text", leave=False, disable=disable_tqdm) as bar:
@@ -132,6 +146,12 @@ class HarnessModel(TemplateLM):
                         answers[i] = _score(logits[-length:], targets[-length:])
                     bar.update(len(batch))
         return [answers[i] for i in range(len(sequences))]
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        """Return the last tokens of a sequence, the last one to be predicted only, behind the prefix."""
+        if self.prefix is None:
+            return tokens[-self.max_length - 1 :]
+        return [self.prefix, *tokens[tokens[0] == self.prefix :][-self.max_length :]]
 
     @torch.inference_mode()
     def _logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
@@ -155,17 +175,19 @@ def measure(
     num_fewshot: int | None = None,
     reference: str = "original",
     batch_size: int = 8,
+    prefix: str | None = None,
 ) -> pd.DataFrame:
     """Run the tasks on each model.
 
     Args:
-        models: what `analysis.load_trio` returns, or `GPT2LMHeadModel`s; they are put in evaluation mode.
+        models: what `analysis.load_trio` returns, or transformers models; they are put in evaluation mode.
         tasks: what to run. Shots are taken from a task's file too, without the example that they are shown before.
         tokenizer: of all the models; each model's own where None.
         limit: examples of each task, at most; the first ones.
         num_fewshot: examples with their answers to show before each. None: as the task has it, most often 0.
         reference: the model to subtract.
         batch_size: texts in one forward; no number depends on it.
+        prefix: a token to put before each text, as `text.prefix` in a recipe.
 
     Returns a row a model, task and metric: model, task, metric (the harness's name), filter (what the harness did to
     the answers, most often "none"), value (of an accuracy a fraction), difference (to `reference`, paired by example;
@@ -183,7 +205,7 @@ def measure(
 
     rows = []
     for name, model in models.items():
-        asked = HarnessModel(model, tokenizer, batch_size)
+        asked = HarnessModel(model, tokenizer, batch_size, prefix)
         with _seeded():
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(SEED)  # every model is shown the same shots

@@ -14,7 +14,8 @@ et al. 2025, arXiv 2507.02559, found that they have no effect without LN.
        direct = logits − (a − ā) · W_out W_U / s     the scale keeps its value
        total  = b_U + (direct − b_U) · s / s'        the scale follows
    What goes through the final LN is the effect of total less that of direct. The scale is what the model's own final
-   norm divides by; where a model has none, nothing divides, and s/s' = 1.
+   norm divides by; where a model has none, nothing divides, and s/s' = 1. In Gemma 2 a norm of its own normalises what
+   the MLP writes: both effects let it follow the ablation. Logits are soft-capped after this where the model does it.
 4. The singular directions of W_U on the side of the residual stream, and the share of w_out in each: what lies in
    directions of small singular value does not reach the logits.
 """
@@ -31,10 +32,9 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from analysis import palette
-from analysis.batches import forwards
+from analysis.batches import forwards, pieces
 from analysis.stream import Stream
 from finetune.errors import NolnError
-from finetune.evaluate import losses
 
 LARGE = 0.1
 """Share of the neurons, those of the largest ‖w_out‖, among which candidates are looked for."""
@@ -128,8 +128,8 @@ def measure_spectrum(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.Da
     frames = []
     for name, model in models.items():
         _check(name, model, neurons)
-        W_out, W_U = _weights(model)
-        squares, directions = torch.linalg.eigh(W_U @ W_U.T)
+        W_out = _w_out(model)
+        squares, directions = torch.linalg.eigh(_moments(model, unit=False)[0])
         squares, directions = squares.flip(0), directions.flip(1)
         shares = (W_out @ directions).square() / W_out.square().sum(1, keepdim=True)
         for group, members in {"candidates": shares[list(neurons)], "all": shares}.items():
@@ -155,19 +155,42 @@ def _check(name: str, model: Any, neurons: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def _weights(model: Any) -> tuple[Float[Tensor, "neuron d_model"], Float[Tensor, "d_model vocab"]]:
-    """Return W_out of the last MLP and W_U, in float64."""
+def _w_out(model: Any) -> Float[Tensor, "neuron d_model"]:
+    """Return what the neurons of the last MLP write through, in float64."""
     stream = Stream(model)
-    return stream.weight(stream.neurons[-1]).detach().double(), model.W_U.detach().double()
+    return stream.weight(stream.neurons[-1]).detach().double()
 
 
+@torch.no_grad()
 def _norm_and_logit_var(model: Any) -> tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"]]:
-    W_out, W_U = _weights(model)
-    used = W_U.norm(dim=0) > 0  # what a vocabulary is padded with has no direction
-    covariance = torch.cov(W_U[:, used] / W_U[:, used].norm(dim=0), correction=0)
-    norm = W_out.norm(dim=1)
+    total, mean, count = _moments(model, unit=True)
+    mean = mean / count
+    covariance = total / count - mean.outer(mean)
+    norm = (W_out := _w_out(model)).norm(dim=1)
     unit = W_out / norm[:, None]
     return norm, ((unit @ covariance) * unit).sum(1)
+
+
+@torch.no_grad()
+def _moments(model: Any, unit: bool) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, " d_model"], int]:
+    """Return Σ u uᵀ, Σ u and the number of the columns u of W_U, float64; where `unit`, of length 1.
+
+    What a vocabulary is padded with has no direction and is not counted. A piece at a time: W_U is large.
+    """
+    d_model, vocabulary = model.W_U.shape
+    total, sum_ = (
+        torch.zeros(shape, dtype=torch.float64, device=model.W_U.device) for shape in ((d_model,) * 2, d_model)
+    )
+    count = 0
+    for piece in pieces(vocabulary, d_model):
+        columns = model.W_U[:, piece].detach().double()
+        columns = columns[:, (length := columns.norm(dim=0)) > 0]
+        if unit:
+            columns = columns / length[length > 0]
+        total += columns @ columns.T
+        sum_ += columns.sum(1)
+        count += columns.shape[1]
+    return total, sum_, count
 
 
 @torch.no_grad()
@@ -176,51 +199,82 @@ def _ablate(
 ) -> Float[Tensor, "group measure 3"]:
     """Return each measure without ablation, with it, and with it under a frozen scale, means over tokens."""
     stream = Stream(model)
-    post, resid = stream.neurons[-1].hook, stream.final
+    neurons = stream.neurons[-1]
     mean = torch.zeros(model.cfg.d_mlp, dtype=torch.float64, device=model.cfg.device)
-    for _, outputs in forwards({name: model}, tokens, [post], batch_size, f"Mean activations of {name}"):
-        mean += outputs[name].cache[post].double().sum((0, 1)) / tokens.numel()
+    for _, outputs in forwards({name: model}, tokens, [neurons.hook], batch_size, f"Mean activations of {name}"):
+        mean += outputs[name].cache[neurons.hook].double().sum((0, 1)) / tokens.numel()
 
+    unembedded = {i: stream.weight(neurons)[i] @ model.W_U for i in {i for group in groups for i in group}}
     total = torch.zeros(len(groups), len(MEASURES), 3, dtype=torch.float64, device=model.cfg.device)
-    for batch, outputs in forwards({name: model}, tokens, [post, resid], batch_size, f"Ablating neurons of {name}"):
-        logits, cache = outputs[name]
-        # Block by block: the logits of a batch are large, and are needed for every group anew.
-        for block in zip(batch.split(1), logits.split(1), cache[post].split(1), cache[resid].split(1), strict=True):
-            total += _ablate_block(stream, *block, mean, groups)
+    names = [*neurons.hooks, stream.final]
+    if neurons.scale:
+        names.append(neurons.scale.replace("hook_scale", "hook_normalized"))
+    for batch, outputs in forwards({name: model}, tokens, names, batch_size, f"Ablating neurons of {name}"):
+        for i, block in enumerate(batch):
+            # Piece by piece: the logits are needed for every group anew.
+            for piece in pieces(len(block) - 1, model.cfg.d_vocab):
+                cache = {name: activation[i : i + 1, piece] for name, activation in outputs[name].cache.items()}
+                logits = outputs[name].logits[i : i + 1, piece]
+                total += _ablate_piece(stream, block[1:][piece], logits, cache, mean, unembedded, groups)
     return total / tokens[:, 1:].numel()
 
 
-def _ablate_block(
+def _ablate_piece(
     stream: Stream,
-    tokens: Int[Tensor, "1 pos"],
+    targets: Int[Tensor, " pos"],
     logits: Float[Tensor, "1 pos vocab"],
-    activation: Float[Tensor, "1 pos neuron"],
-    resid: Float[Tensor, "1 pos d_model"],
+    cache: Mapping[str, Tensor],
     mean: Float[Tensor, " neuron"],
+    unembedded: Mapping[int, Float[Tensor, " vocab"]],
     groups: Sequence[Sequence[int]],
 ) -> Float[Tensor, "group measure 3"]:
-    """Return what `_ablate` does, summed over the tokens of one block."""
-    W_out, W_U, b_U = stream.weight(stream.neurons[-1]), stream.model.W_U, stream.model.b_U
-    clean, scale = _entropy_and_loss(logits, tokens), stream.measured_scale(resid)
+    """Return what `_ablate` does, summed over the tokens of a piece of a block.
+
+    `unembedded` holds W_out W_U of each neuron.
+    """
+    neurons, b_U = stream.neurons[-1], stream.model.b_U
+    W_out, activation, resid = stream.weight_before_norm(neurons), cache[neurons.hook], cache[stream.final]
+    clean, scale = _entropy_and_loss(logits, targets), stream.measured_scale(resid)
+    logits = stream.uncapped(logits, resid)
     sums = []
     for group in groups:
         excess = (activation[..., group] - mean[group]).to(logits.dtype)
-        direct = torch.baddbmm(logits, (excess / scale).to(logits.dtype), (W_out[group] @ W_U)[None], alpha=-1)
-        ratio = scale / stream.measured_scale(resid - excess @ W_out[group])
-        measured = direct_measured = _entropy_and_loss(direct, tokens)
+        if neurons.scale:
+            change = _through_post_norm(stream, excess @ W_out[group], cache)
+            direct = logits + (change / scale).to(logits.dtype) @ stream.model.W_U
+        else:
+            change = -excess @ W_out[group]
+            directions = torch.stack([unembedded[i] for i in group])
+            direct = torch.baddbmm(logits, (excess / scale).to(logits.dtype), directions[None], alpha=-1)
+        ratio = scale / stream.measured_scale(resid + change)
+        measured = direct_measured = _entropy_and_loss(stream.cap(direct), targets)
         if (ratio != 1).any():
-            measured = _entropy_and_loss(b_U + (direct - b_U) * ratio, tokens)
+            measured = _entropy_and_loss(stream.cap(b_U + (direct - b_U) * ratio), targets)
         sums.append(torch.stack([clean, measured, direct_measured], dim=1))
     return torch.stack(sums)
 
 
-def _entropy_and_loss(
-    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
-) -> Float[Tensor, " measure"]:
-    """Return both, summed over the tokens that have a next one."""
-    log_probs = logits.float().log_softmax(-1)
-    entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)[:, :-1]
-    return torch.stack([entropy.double().sum(), losses(log_probs, tokens).double().sum()])
+def _through_post_norm(
+    stream: Stream, excess: Float[Tensor, "1 pos d_model"], cache: Mapping[str, Tensor]
+) -> Float[Tensor, "1 pos d_model"]:
+    """Return by what the stream changes when `excess` is taken out of the last MLP's output, which a norm normalises.
+
+    With m the output, s what the norm divides it by, g its gain, n = m/s and e = excess/s, that is
+    g·(n − e)/RMS(n − e) − g·n. The norm's eps is in units of m², and of n² it is eps/s².
+    """
+    neurons = stream.neurons[-1]
+    scale, normalised = cache[neurons.scale], cache[neurons.scale.replace("hook_scale", "hook_normalized")]
+    left = normalised - excess / scale
+    rms = (left.square().mean(-1, keepdim=True) + stream.model.cfg.eps / scale.square()).sqrt()
+    return (stream.gain(neurons) * (left / rms - normalised)).to(excess)
+
+
+def _entropy_and_loss(logits: Float[Tensor, "1 pos vocab"], targets: Int[Tensor, " pos"]) -> Float[Tensor, " measure"]:
+    """Return both, summed over tokens."""
+    log_probs = logits[0].float().log_softmax(-1)
+    entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+    loss = -log_probs.gather(-1, targets[:, None])
+    return torch.stack([entropy.double().sum(), loss.double().sum()])
 
 
 def plot_neurons(frame: pd.DataFrame) -> go.Figure:

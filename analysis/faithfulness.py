@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from analysis import figures, palette
-from analysis.batches import forwards
+from analysis.batches import forwards, pieces
 from analysis.readout import Readout
 from analysis.stream import Stream
 from finetune.evaluate import js_divergence, kl_divergence
@@ -54,7 +54,7 @@ def measure_tokens(
 
     Args:
         models: what `analysis.load_trio` returns.
-        tokens: packed blocks, nothing prepended.
+        tokens: packed blocks.
         reference: the model to compare with; it has rows of its own.
         batch_size: blocks in one forward; no result depends on it.
 
@@ -64,8 +64,10 @@ def measure_tokens(
     correct, whether that is the token.
     """
     # Made whole: small arrays kept from each block would lie between the large ones, whose place could not be reused.
-    values = {name: np.empty((len(tokens), tokens.shape[1] - 1, len(_COLUMNS))) for name in models}
-    for i, (targets, log_probs) in enumerate(_predictions(models, tokens, batch_size)):
+    values = {name: np.empty((tokens[:, 1:].numel(), len(_COLUMNS))) for name in models}
+    end = 0
+    for targets, log_probs in _predictions(models, tokens, batch_size):
+        end += len(targets)
         expected = log_probs[reference]
         top = expected.topk(min(_TOP, expected.shape[-1])).indices
         expected_ranks = rankdata(expected.gather(-1, top).cpu(), axis=-1)
@@ -81,12 +83,13 @@ def measure_tokens(
                 log_prob.double().exp(),
                 likeliest == targets,
             )
-            values[name][i] = torch.stack([column.double().cpu() for column in columns], dim=1).numpy()
+            rows = slice(end - len(targets), end)
+            values[name][rows] = torch.stack([column.double().cpu() for column in columns], dim=1).numpy()
     block, position = np.indices((len(tokens), tokens.shape[1] - 1)).reshape(2, -1)
     frames = []
     for name in models:
         frame = pd.DataFrame({"model": name, "reference": reference, "block": block, "position": position + 1})
-        frame[list(_COLUMNS)] = values[name].reshape(-1, len(_COLUMNS))
+        frame[list(_COLUMNS)] = values[name]
         frames.append(frame)
     return pd.concat(frames, ignore_index=True).astype({"agreement": bool, "correct": bool})
 
@@ -274,15 +277,17 @@ def measure_heads(
     queries = tokens.shape[1] - 1
     batch_size = min(batch_size, max(1, _PATTERNS_AT_ONCE // (cfg.n_layers * cfg.n_heads * (queries + 1) ** 2)))
     patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(cfg.n_layers)]
-    stream = Stream(models[reference])
-    names = [*patterns, *(heads.hook for heads in stream.heads), stream.final]
+    streams = {name: Stream(model) for name, model in models.items()}
+    written = dict.fromkeys(hook for stream in streams.values() for heads in stream.heads for hook in heads.hooks)
+    names = [*patterns, *written, streams[reference].final]
     distance = {name: torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.float64) for name in models}
     correlation = {name: _Correlation() for name in models}
     for batch, outputs in forwards(models, tokens, names, batch_size, "Comparing heads"):
         dla = {}
         for name, (_, cache) in outputs.items():
             readout = Readout(models[name], batch, cache)
-            dla[name] = torch.cat([readout.effects(heads).dla for heads in stream.heads], dim=-1).flatten(0, 1)
+            effects = [readout.effects(heads).dla for heads in streams[name].heads]
+            dla[name] = torch.cat(effects, dim=-1).flatten(0, 1)
         for name in models:
             correlation[name].add(dla[reference], dla[name])
             for layer, point in enumerate(patterns):
@@ -371,14 +376,17 @@ def _compared(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _predictions(
     models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], batch_size: int
-) -> Iterator[tuple[Int[Tensor, " pos-1"], dict[str, Float[Tensor, "pos-1 vocab"]]]]:
-    """Yield block after block the next tokens and what each model says of them: log-probabilities in float32.
+) -> Iterator[tuple[Int[Tensor, " token"], dict[str, Float[Tensor, "token vocab"]]]]:
+    """Yield the next tokens in order and what each model says of them: log-probabilities in float32.
 
-    On a CPU whole batches would take three times as long: their temporaries do not fit its cache.
+    A piece of a block at a time: the temporaries of whole batches fit neither a CPU's cache nor, with a large
+    vocabulary, its memory.
     """
     for batch, outputs in forwards(models, tokens, batch_size=batch_size, description="Comparing predictions"):
         for i, block in enumerate(batch):
-            yield block[1:], {name: output.logits[i, :-1].float().log_softmax(-1) for name, output in outputs.items()}
+            for piece in pieces(len(block) - 1, next(iter(models.values())).cfg.d_vocab):
+                logits = {name: output.logits[i, piece].float() for name, output in outputs.items()}
+                yield block[1:][piece], {name: of_piece.log_softmax(-1) for name, of_piece in logits.items()}
 
 
 class _Correlation:

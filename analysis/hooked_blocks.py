@@ -83,7 +83,7 @@ class HookedBlocks(HookedRootModule):
         self.setup()
         self.eval()
 
-    def forward(self, tokens: Int[Tensor, "batch pos"] | str) -> Float[Tensor, "batch pos vocab"]:
+    def forward(self, tokens: Int[Tensor, "batch pos"] | str) -> Float[Tensor, "batch unembedded vocab"]:
         """Return the logits, of a text those of `to_tokens`."""
         return self.model(self.to_tokens(tokens) if isinstance(tokens, str) else tokens, use_cache=False).logits
 

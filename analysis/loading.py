@@ -1,9 +1,11 @@
-"""One LN-free (or ordinary) GPT-2 -> HookedTransformer, TransformerBridge, nnsight, plain transformers.
+"""One LN-free (or ordinary) model -> HookedTransformer, TransformerBridge, nnsight, plain transformers.
 
 1. The model is read with `finetune.checkpoint`, which refuses what it does not recognise.
 2. Its norms are folded into the weights that read: an LN-free model is left without any norm, an ordinary one with
-   LNs that only centre and divide (`normalization_type` None and "LNPre" in TransformerLens).
-3. The weights are put one by one into an empty model of the tool.
+   norms that only centre and divide (`normalization_type` None, "LNPre" and "RMSPre" in TransformerLens). Gemma 2's
+   norms of what attention and MLPs write keep their gains in an ordinary model.
+3. A `HookedTransformer`, and the bridge of a GPT-2, get the weights one by one (`analysis.conversion`). The bridge of
+   another family wraps transformers' own modules, and so computes exactly what they do.
 4. A few tokens are run through it and through the plain transformers model; a difference raises.
 
 A model of `finetune.blocks` is none of these: `load_hooked_blocks` puts hooks into a copy of it, and checks it too.
@@ -11,25 +13,26 @@ A model of `finetune.blocks` is none of these: `load_hooked_blocks` puts hooks i
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from nnsight import LanguageModel, NNsight
 from torch import Tensor, nn
-from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformer_lens.model_bridge.generalized_components import NormalizationBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from analysis.conversion import centre_writing, normalization, to_hooked, to_native_bridge
 from analysis.hooked_blocks import HookedBlocks
 from finetune.blocks import BlocksForCausalLM
 from finetune.checkpoint import load, load_tokenizer
 from finetune.errors import CheckpointError, NoTokenizerError
-from finetune.families import Part, Written, family_of
-from finetune.folding import NormState, linear_maps, matrix, norm_state, norms_of, to_identity
+from finetune.families import family_of
+from finetune.folding import NormState, norm_state, to_identity, to_unit_gain
 from finetune.names import PUBLISHED
 
 Model = str | Path | nn.Module
@@ -38,31 +41,8 @@ Tool = Literal["hooked", "bridge"]
 
 _TL4 = int(version("transformer-lens").split(".")[0]) >= 4
 
-
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of the logits that the self-check lets pass, as a fraction of the largest logit."""
-_ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
-"""What TransformerLens and transformers have under one name."""
-_NAMES: dict[Part | Written, str] = {
-    "embed": "embed",
-    "pos_embed": "pos_embed",
-    "unembed": "unembed",
-    "q": "attn.q",
-    "k": "attn.k",
-    "v": "attn.v",
-    "o": "attn.o",
-    "in": "mlp.in",
-    "out": "mlp.out",
-}
-"""TransformerBridge's names of linear maps, within a block where they belong to one, by what they compute."""
-_HOOKED_NAMES = {
-    "embed": ("embed.W_E", ""),
-    "pos_embed": ("pos_embed.W_pos", ""),
-    **{f"attn.{x}": (f"attn.W_{x.upper()}", f"attn.b_{x.upper()}") for x in "qkvo"},
-    **{f"mlp.{x}": (f"mlp.W_{x}", f"mlp.b_{x}") for x in ("in", "out")},
-    "unembed": ("unembed.W_U", "unembed.b_U"),
-}
-"""HookedTransformer's names of their weights and biases."""
 
 
 def load_hooked(
@@ -75,8 +55,10 @@ def load_hooked(
 ) -> Any:
     """Load `model` as a `HookedTransformer` of TransformerLens 3.
 
-    Without LN where the model is LN-free (`cfg.normalization_type` None), with "LNPre" where it is ordinary. Nothing
-    is centred but what the weights read, and value biases are not folded.
+    Without norms where the model is LN-free (`cfg.normalization_type` None), with "LNPre" or "RMSPre" where it is
+    ordinary. Nothing is centred but what the weights read under LayerNorm, and value biases are not folded. With
+    rotary positions it takes 2,048 tokens at most, because TransformerLens keeps a mask of positions² in each layer:
+    `load_bridge` takes as many as the model.
 
     Args:
         model: a short name (`PUBLISHED`, or a bundled one), a directory, a Hub id, or a model in memory.
@@ -104,7 +86,10 @@ def load_bridge(
 ) -> TransformerBridge:
     """Load `model` as a `TransformerBridge` of TransformerLens 3 or 4, otherwise like `load_hooked`.
 
-    It has the hook names of `HookedTransformer` but `attn.hook_result`: use `attn.hook_z` and `W_O`.
+    It has the hook names of `HookedTransformer` but `attn.hook_result`: use `attn.hook_z` and `W_O`. Biases that a
+    family lacks are None there, `hook_pos_embed` is missing for rotary positions, and `hook_resid_mid` for blocks
+    whose attention and MLP read the same stream. Do not call a single block of a family other than GPT-2: without
+    what the whole forward hands to it, rotary positions are silently lost.
     """
     source, state = _read(model, revision)
     tokenizer = _tokenizer(model, tokenizer, revision)
@@ -202,16 +187,18 @@ def load_trio(
 ) -> dict[str, Any]:
     """Load the models that the analyses compare, under the keys `original`, `control` (unless None) and `ln_free`.
 
-    In all of them the weights that write to the residual stream are centred, so that its mean is zero; no logits
-    depend on it. `revision` is that of the original. `tool` is "hooked" where TransformerLens has
-    `HookedTransformer`, otherwise "bridge". Other arguments and errors are those of `load_hooked`.
+    In a family with LayerNorm the weights that write to the residual stream are centred in all of them, so that its
+    mean is zero; no logits depend on it. RMSNorm does not centre what it reads, and nothing is centred. `revision` is
+    that of the original. `tool` is "hooked" for a GPT-2 where TransformerLens has `HookedTransformer`, otherwise
+    "bridge". Other arguments and errors are those of `load_hooked`.
 
     Raises:
-        CheckpointError: LN in `ln_free`, or none in the others; or what `load_hooked` raises, with which model it is.
+        CheckpointError: live norms in `ln_free`, or none in the others; models of two families; or what `load_hooked`
+            raises, with which model it is.
     """
-    make = {"hooked": _hooked, "bridge": _bridge}[tool or ("bridge" if _TL4 else "hooked")]
     models = {"original": original, "control": control, "ln_free": ln_free}
-    trio = {}
+    trio: dict[str, Any] = {}
+    family = None
     for name, model in models.items():
         if model is None:
             continue
@@ -222,8 +209,13 @@ def load_trio(
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from error
         if (state == "live") != (name != "ln_free"):
-            raise CheckpointError(f"{name} is to be a model {'without' if name == 'ln_free' else 'with'} live LN.")
-        made = make(source, state, its_tokenizer, dtype or source.dtype, centre_writing=True)
+            raise CheckpointError(f"{name} is to be a model {'without' if name == 'ln_free' else 'with'} live norms.")
+        if family not in (None, family_of(source)):
+            raise CheckpointError(f"{name} is a {type(source).__name__}, unlike the original: a trio is of one family.")
+        family = family_of(source)
+        is_hooked = tool == "hooked" or (tool is None and not _TL4 and isinstance(source, GPT2LMHeadModel))
+        make = _hooked if is_hooked else _bridge
+        made = make(source, state, its_tokenizer, dtype or source.dtype, centre=family.style.centred)
         trio[name] = made.to(device or source.device, print_details=False)
     return trio
 
@@ -268,32 +260,9 @@ def _hooked(
     state: NormState,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype,
-    centre_writing: bool = False,
+    centre: bool = False,
 ) -> Any:
-    try:
-        from transformer_lens import HookedTransformer, HookedTransformerConfig
-    except ImportError as error:
-        raise ImportError("TransformerLens 4 has no HookedTransformer: use load_bridge.") from error
-
-    with warnings.catch_warnings():
-        # It says to use TransformerBridge: whoever calls `load_hooked` has chosen.
-        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
-        config = _config(source, state, dtype)
-        # The same function in one kernel instead of eight; TransformerBridge takes it by itself.
-        config["act_fn"] = config["act_fn"].replace("gelu_new", "gelu_pytorch_tanh")
-        hooked = HookedTransformer(HookedTransformerConfig(**config))
-    parameters = dict(hooked.named_parameters())
-    with torch.no_grad():
-        for block, name, weight, bias in _maps(source, centre_writing):
-            weight_name, bias_name = (block + part for part in _HOOKED_NAMES[name])
-            if name in ("attn.q", "attn.k", "attn.v"):
-                weight = weight.unflatten(1, (hooked.cfg.n_heads, -1)).movedim(1, 0)
-            parameters[weight_name].copy_(weight.view_as(parameters[weight_name]))
-            if bias is not None:
-                parameters[bias_name].copy_(bias.view_as(parameters[bias_name]))
-    for layer, block in enumerate(hooked.blocks):
-        block.attn.attn_scale = 1 / _scaling(source, layer)
-    return _finish(hooked, source, tokenizer, dtype)
+    return _finish(to_hooked(source, state, dtype, centre), source, tokenizer, dtype)
 
 
 def _bridge(
@@ -301,81 +270,23 @@ def _bridge(
     state: NormState,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype,
-    centre_writing: bool = False,
+    centre: bool = False,
 ) -> TransformerBridge:
-    config = TransformerBridgeConfig(**_config(source, state, dtype), architecture="TransformerLensNative")
-    bridge = TransformerBridge.boot_native(config, dtype=dtype, device=source.device)
-    parameters = bridge.state_dict()
-    with torch.no_grad():
-        for block, name, weight, bias in _maps(source, centre_writing):
-            parameters[f"{block}{name}.weight"].copy_(weight if name in ("embed", "pos_embed") else weight.T)
-            if bias is not None:
-                parameters[f"{block}{name}.bias"].copy_(bias)
-    made: Any
-    for layer, made in enumerate(bridge.blocks):
-        made.attn.original_component.scale = 1 / _scaling(source, layer)
+    if isinstance(source, GPT2LMHeadModel):
+        return _finish(to_native_bridge(source, state, dtype, centre), source, tokenizer, dtype)
+    folded: Any = to_unit_gain(source) if state == "live" else to_identity(source)
+    if centre:
+        centre_writing(folded)
+    folded = folded.to(dtype).eval()
+    folded.set_attn_implementation("eager")  # the others compute no probabilities
+    name = source.config.name_or_path or source.config.model_type
+    bridge = build_bridge_from_module(folded, type(source).__name__, hf_config=folded.config, model_name=name)
+    for module in bridge.modules():
+        if isinstance(module, NormalizationBridge):
+            module.use_native_layernorm_autograd = True  # its own arithmetic knows no nn.Identity
+    for field, value in normalization(source, state).items():
+        setattr(bridge.cfg, field, value)
     return _finish(bridge, source, tokenizer, dtype)
-
-
-def _config(source: PreTrainedModel, state: NormState, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what `HookedTransformerConfig` and `TransformerBridgeConfig` call alike."""
-    config, family, norms = source.config, family_of(source), norms_of(source)
-    activation = getattr(config, family.activation)
-    if activation not in _ACTIVATIONS:
-        raise CheckpointError(f"The activation {activation} is not one of {', '.join(_ACTIVATIONS)}.")
-    into_mlp = next(reader.path for norm in norms for reader in norm.readers if reader.parts == ("in",))
-    return {
-        "model_name": config.name_or_path or config.model_type,
-        "d_model": config.hidden_size,
-        "n_layers": config.num_hidden_layers,
-        "n_heads": config.num_attention_heads,
-        "d_head": config.hidden_size // config.num_attention_heads,
-        "d_mlp": matrix(source.get_submodule(into_mlp)).shape[1],
-        "d_vocab": config.vocab_size,
-        "n_ctx": config.max_position_embeddings,
-        "act_fn": activation,
-        "normalization_type": "LNPre" if state == "live" else None,
-        "eps": source.get_submodule(norms[-1].path).eps if state == "live" else 0.0,
-        "init_weights": False,
-        "dtype": dtype,
-        "device": str(source.device),
-    }
-
-
-def _scaling(source: PreTrainedModel, layer: int) -> float:
-    """Return what multiplies a layer's attention scores."""
-    family = family_of(source)
-    attention: Any = source.get_submodule(f"{family.blocks}.{layer}.{family.attention}")
-    return attention.scaling
-
-
-def _maps(
-    source: PreTrainedModel, centre_writing: bool
-) -> Iterator[tuple[str, str, Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"] | None]]:
-    """Yield (block, name, weight, bias) of every linear map, one by one, norms folded in; names are the bridge's.
-
-    What writes to the residual stream has its output's mean over `d_model` taken out if `centre_writing`.
-    """
-
-    def centred(weight: Float[Tensor, "*d_in d_model"]) -> Float[Tensor, "*d_in d_model"]:
-        return weight - weight.mean(-1, keepdim=True) if centre_writing else weight
-
-    family = family_of(source)
-    for layer, written, path in family.writers_of(source.config.num_hidden_layers):
-        writer: Any = source.get_submodule(path)
-        weight = writer.weight if isinstance(writer, nn.Embedding) else matrix(writer)
-        bias = getattr(writer, "bias", None)
-        yield _block(layer), _NAMES[written], centred(weight), None if bias is None else centred(bias)
-    readers = {reader.path: (norm.layer, reader.parts) for norm in norms_of(source) for reader in norm.readers}
-    for path, weight, bias in linear_maps(source):
-        layer, parts = readers[path]
-        biases = [None] * len(parts) if bias is None else bias.chunk(len(parts))
-        for part, its_weight, its_bias in zip(parts, weight.chunk(len(parts), dim=1), biases, strict=True):
-            yield _block(layer), _NAMES[part], its_weight, its_bias
-
-
-def _block(layer: int | None) -> str:
-    return "" if layer is None else f"blocks.{layer}."
 
 
 def _finish(made: Any, source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype) -> Any:
@@ -396,7 +307,7 @@ def _finish(made: Any, source: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 @torch.no_grad()
 def _check(logits: Callable[[Tensor], Tensor], source: PreTrainedModel, dtype: torch.dtype) -> None:
     """Raise unless `logits` of a few tokens are those of `source`."""
-    length = min(16, source.config.n_positions)
+    length = min(16, source.config.max_position_embeddings)
     tokens = torch.linspace(0, source.config.vocab_size - 1, length, device=source.device).long()[None]
     training = source.training
     expected, found = source.eval()(tokens).logits.double(), logits(tokens).double()

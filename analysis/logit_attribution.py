@@ -6,6 +6,10 @@
 2. Over tokens, NMAE = 100 · mean|DLA − direct effect| / mean|direct effect|: 0 % where the final norm is linear (Baroni
    et al. 2025, arXiv 2507.02559; their code scores the current token, here it is the next).
 3. The logit lens reads the residual stream between blocks as if it were final.
+
+The logits of Gemma 2 are soft-capped: what is attributed is the logit before, which is a sum. So is the logit of the
+lens, whose loss and top token are those of capped logits. What a head or neuron writes in Gemma 2 is what a norm
+returns of it: see `analysis.readout`.
 """
 
 import html
@@ -21,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from analysis import figures, palette
-from analysis.batches import forwards
+from analysis.batches import forwards, pieces
 from analysis.readout import Readout, hook_names
 from analysis.stream import Stream
 
@@ -284,9 +288,8 @@ def measure_lens(
             top = logits[:, :-1].argmax(-1)
             for layer, point in enumerate(points):
                 normalised, scale = readout.normalise(cache[point])
-                lens = normalised[:, :-1].to(model.W_U) @ model.W_U + model.b_U
-                loss = F.cross_entropy(lens.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
-                values = loss.view_as(top), top == lens.argmax(-1), readout.read(normalised), scale
+                loss, likeliest = _predict(model, normalised[:, :-1], batch[:, 1:])
+                values = loss, top == likeliest, readout.read(normalised), scale
                 # All blocks have as many tokens: their means can be averaged.
                 total[layer] += torch.stack([value.double().flatten(1).mean(1).sum().cpu() for value in values])
         frame = pd.concat(
@@ -296,6 +299,18 @@ def measure_lens(
         frame[list(_LENS)] = (total / len(tokens)).numpy()
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
+
+
+def _predict(
+    model: Any, normalised: Float[Tensor, "batch pos d_model"], targets: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Return the loss and the top token of what the unembedding makes of vectors that went through the final norm."""
+    losses, likeliest, flat = [], [], normalised.flatten(0, 1).to(model.W_U)
+    for piece in pieces(len(flat), model.cfg.d_vocab):
+        logits = Stream(model).cap(flat[piece] @ model.W_U + model.b_U)
+        losses.append(F.cross_entropy(logits.float(), targets.flatten()[piece], reduction="none"))
+        likeliest.append(logits.argmax(-1))
+    return torch.cat(losses).view_as(targets), torch.cat(likeliest).view_as(targets)
 
 
 def plot_lens(frame: pd.DataFrame) -> go.Figure:

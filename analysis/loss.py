@@ -14,14 +14,16 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 from jaxtyping import Int
 from plotly.subplots import make_subplots
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from analysis import figures, palette
-from analysis.batches import forwards
-from finetune.evaluate import losses, mean_and_error
+from analysis.batches import forwards, pieces
+from finetune.evaluate import mean_and_error
 
 
 def measure_tokens(
@@ -37,7 +39,7 @@ def measure_tokens(
 
     Args:
         models: what `analysis.load_trio` returns.
-        tokens: packed blocks, nothing prepended.
+        tokens: packed blocks.
         documents: the document of each token, `Blocks.document_ids()`; without it each block counts as one.
         text: what to call the text.
         reference: the model to subtract.
@@ -52,8 +54,12 @@ def measure_tokens(
         end = 0
         for batch, outputs in forwards({name: model}, tokens, batch_size=batch_size, description=f"Loss of {name}"):
             end += len(batch)
-            values = losses(outputs[name].logits.float().log_softmax(-1), batch)
-            loss[name][end - len(batch) : end] = values.double().cpu().numpy()
+            logits, targets = outputs[name].logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+            values = [
+                F.cross_entropy(logits[piece].float(), targets[piece], reduction="none")
+                for piece in pieces(len(targets), model.cfg.d_vocab)
+            ]
+            loss[name][end - len(batch) : end] = torch.cat(values).view(len(batch), -1).double().cpu().numpy()
     if documents is None:
         documents = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
     block, position = np.indices((len(tokens), tokens.shape[1] - 1)).reshape(2, -1)

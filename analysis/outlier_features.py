@@ -10,7 +10,8 @@ With X the activations at a point of the residual stream, n tokens by d features
   there called kurtosis too (the kurtosis of Y less 1, times d/(d−1)); the correlations of features, the off-diagonal
   entries of YᵀY/n; the correlations of inputs, those of YYᵀ/d. Their code takes one batch for X, this one all tokens.
 
-The models of `load_trio` have the mean over the width taken out of X, on which no prediction depends.
+Under LayerNorm the models of `load_trio` have the mean over the width taken out of X, on which no prediction depends.
+Under RMSNorm, which reads the mean, it is left in.
 """
 
 from collections.abc import Mapping

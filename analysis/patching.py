@@ -1,12 +1,14 @@
 """How well attribution patching estimates activation patching, on pairs of prompts.
 
 1. A pair is a clean and a corrupt prompt of as many tokens, and the token that each wants next, `correct` and `wrong`.
-   With LD the logit of `correct` less that of `wrong` at the last position,
+   With LD the logit of `correct` less that of `wrong` at the last position, as the model returns them (Gemma 2's
+   soft-cap is one more nonlinearity),
    metric = (LD − LD_corrupt) / (LD_clean − LD_corrupt): 0 for the corrupt prompt and 1 for the clean one.
 2. A place is a hook point of a layer, a position, and a head where the hook point has heads.
 3. Activation patching: run the corrupt prompt with the activation at one place replaced by that of the clean prompt.
-   Effect = metric then − metric of the corrupt prompt, which is 0. Places run side by side in a batch, from the block
-   on that they are in: before it nothing changes. Only the last position is unembedded.
+   Effect = metric then − metric of the corrupt prompt, which is 0. Places run side by side in a batch, in whole
+   forwards: a single block of a model with rotary positions cannot be called by itself. Only the last position is
+   unembedded.
 4. Attribution patching: (a_clean − a_corrupt) · ∂metric/∂a, the gradient taken at the corrupt prompt: the same to
    first order, for all places from one backward pass (Syed et al. 2023, arXiv 2310.10348).
 5. Error = |attribution − activation|. LN is one of the nonlinearities that make it; Baroni et al. 2025, arXiv
@@ -31,7 +33,6 @@ from transformers import PreTrainedTokenizerBase
 
 from analysis import palette
 from analysis.prompts import Pair, PairTokens, encode_pairs
-from analysis.stream import Stream
 
 HOOK_POINTS = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z"
 """Hook points of a layer, by their names in TransformerLens."""
@@ -47,6 +48,7 @@ def measure(
     only: Collection[int] | None = None,
     hook_points: Sequence[str] = HOOK_POINTS,
     batch_size: int = 32,
+    prefix: str | None = None,
 ) -> pd.DataFrame:
     """Patch every place of every layer of every model, one by one, for every pair.
 
@@ -59,6 +61,7 @@ def measure(
         only: the numbers of the pairs to patch, from 1. None: all.
         hook_points: where, by their names in a layer.
         batch_size: places in one forward; no result depends on it.
+        prefix: a token to put before each prompt, as `text.prefix` in a recipe; it takes position 0.
 
     Returns:
         A row a model, pair (numbered from 1), hook point, layer, position, and head (NA without heads), with `token`,
@@ -71,7 +74,7 @@ def measure(
     """
     frames = []
     for model_name, model in models.items():
-        encoded = dict(enumerate(encode_pairs(pairs, tokenizer, model.cfg.n_ctx), 1))
+        encoded = dict(enumerate(encode_pairs(pairs, tokenizer, model.cfg.n_ctx, prefix), 1))
         for number in tqdm(encoded if only is None else only, f"Patching {model_name}", unit="pair", leave=False):
             tokens = encoded[number]
             words = tokenizer.batch_decode(tokens.clean[:, None])
@@ -90,15 +93,11 @@ def _patch_pair(model: Any, tokens: PairTokens, hook_points: Sequence[str], batc
     device = model.cfg.device
     names = {f"blocks.{layer}.{point}": (layer, point) for layer in range(model.cfg.n_layers) for point in hook_points}
     corrupt = tokens.corrupt.to(device)
-    streams = Stream(model).before_blocks
     with torch.no_grad():
         logits, clean = model.run_with_cache(
             tokens.clean[None].to(device), names_filter=list(names), return_cache_object=False
         )
-        corrupt_logits, corrupt_cache = model.run_with_cache(
-            corrupt[None], names_filter=list(streams), return_cache_object=False
-        )
-        low, high = _logit_difference(corrupt_logits, tokens), _logit_difference(logits, tokens)
+        low, high = _logit_difference(model(corrupt[None]), tokens), _logit_difference(logits, tokens)
 
     def metric(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         return (_logit_difference(logits, tokens) - low) / (high - low)
@@ -115,9 +114,7 @@ def _patch_pair(model: Any, tokens: PairTokens, hook_points: Sequence[str], batc
             "layer": layer,
             "position": places[:, 0],
             "head": pd.array(places[:, 1].tolist() if places.shape[1] == 2 else [pd.NA] * len(places), dtype="Int64"),
-            "activation": _activation(
-                model, layer, corrupt_cache[streams[layer]], name, activation, places, metric, batch_size
-            ).cpu(),
+            "activation": _activation(model, corrupt, name, activation, places, metric, batch_size).cpu(),
             "attribution": attributed[name][places.unbind(1)].cpu(),
         }
         frames.append(pd.DataFrame(columns))
@@ -132,18 +129,14 @@ def _logit_difference(logits: Float[Tensor, "batch pos vocab"], tokens: PairToke
 @torch.no_grad()
 def _activation(
     model: Any,
-    layer: int,
-    corrupt: Float[Tensor, "1 pos d_model"],
+    corrupt: Int[Tensor, " pos"],
     name: str,
     clean: Float[Tensor, "pos ... d"],
     places: Int[Tensor, "place axis"],
     metric: Metric,
     batch_size: int,
 ) -> Float[Tensor, " place"]:
-    """Return the effect of replacing the activation of `name` at each of `places` by the clean one.
-
-    `corrupt` is the residual stream before block `layer`, in which `name` is.
-    """
+    """Return the effect of replacing the activation of `name` at each of `places` by the clean one."""
 
     def patch(activation: Float[Tensor, "place pos ... d"], hook: Any, part: Tensor) -> Tensor:
         activation = activation.clone()
@@ -152,13 +145,13 @@ def _activation(
         return activation
 
     effects = []
-    for part in places.split(batch_size):
-        resid = corrupt.expand(len(part), -1, -1)
-        with model.hooks(fwd_hooks=[(name, partial(patch, part=part))]):
-            for block in model.blocks[layer:]:
-                resid = block(resid)
-                resid = resid[0] if isinstance(resid, tuple) else resid  # TransformerBridge returns a tuple
-        effects.append(metric(Stream(model).unembed(resid[:, -1:])))
+    last_only = model.unembed.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:],))
+    try:
+        for part in places.split(batch_size):
+            hooks = [(name, partial(patch, part=part))]
+            effects.append(metric(model.run_with_hooks(corrupt.expand(len(part), -1), fwd_hooks=hooks)))
+    finally:
+        last_only.remove()
     return torch.cat(effects)
 
 
@@ -195,18 +188,24 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def measure_pairs(models: Mapping[str, Any], pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+def measure_pairs(
+    models: Mapping[str, Any],
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prefix: str | None = None,
+) -> pd.DataFrame:
     """Measure whether the models can do the task: above 0 for the clean prompt and below 0 for the corrupt one.
 
     Returns a row a model and pair (numbered from 1): the four texts of the pair; clean_difference and
-    corrupt_difference, the logit of `correct` less that of `wrong` at the end of each prompt (logits).
+    corrupt_difference, the logit of `correct` less that of `wrong` at the end of each prompt, behind `prefix` (logits).
 
     Raises:
         PairError: what `encode_pairs` raises.
     """
     rows = []
     for name, model in models.items():
-        for number, tokens in enumerate(encode_pairs(pairs, tokenizer, model.cfg.n_ctx), 1):
+        for number, tokens in enumerate(encode_pairs(pairs, tokenizer, model.cfg.n_ctx, prefix), 1):
             logits = model(torch.stack([tokens.clean, tokens.corrupt]).to(model.cfg.device))
             clean, corrupt = _logit_difference(logits, tokens).tolist()
             texts = asdict(pairs[number - 1])

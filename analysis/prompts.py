@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import NolnError
+from finetune.recipe import Text
+from finetune.text import prefix_of
 
 MICRO = Path(__file__).parent / "pairs" / "micro.json"
 """Pairs that the bundled `micro` can do: pronouns and verbs that agree with a noun."""
@@ -114,23 +116,30 @@ def indirect_object_pairs(tokenizer: PreTrainedTokenizerBase, count: int = 10, s
     return pairs
 
 
-def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, n_ctx: int) -> list[PairTokens]:
-    """Tokenise pairs, nothing prepended, for a model with a context of `n_ctx` tokens.
+def encode_pairs(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, n_ctx: int, prefix: str | None = None
+) -> list[PairTokens]:
+    """Tokenise pairs for a model with a context of `n_ctx` tokens, behind `prefix` as `text.prefix` in a recipe.
 
     Raises:
+        TextError: the tokenizer does not have the prefix.
         PairError: prompts that are empty, the same, too long, or of different numbers of tokens; an answer that is
             not one token or that the tokenizer does not know, or twice the same answer.
     """
-    return [_encode_pair(number, pair, tokenizer, n_ctx) for number, pair in enumerate(pairs, 1)]
+    first = prefix_of(Text(prefix=prefix), tokenizer)
+    before = [] if first is None else [first]
+    return [_encode_pair(number, pair, tokenizer, n_ctx, before) for number, pair in enumerate(pairs, 1)]
 
 
-def _encode_pair(number: int, pair: Pair, tokenizer: PreTrainedTokenizerBase, n_ctx: int) -> PairTokens:
+def _encode_pair(
+    number: int, pair: Pair, tokenizer: PreTrainedTokenizerBase, n_ctx: int, before: list[int]
+) -> PairTokens:
     name = f"Prompt pair {number} ({pair.clean!r}, {pair.corrupt!r})"
     clean, corrupt = (tokenizer.encode(text, add_special_tokens=False) for text in (pair.clean, pair.corrupt))
     if len(clean) != len(corrupt):
         raise PairError(f"{name}: the prompts have {len(clean)} and {len(corrupt)} tokens; they must have as many.")
-    if not 0 < len(clean) <= n_ctx:
-        raise PairError(f"{name}: {len(clean)} tokens; the model takes 1 to {n_ctx}.")
+    if not 0 < len(clean) <= n_ctx - len(before):
+        raise PairError(f"{name}: {len(clean)} tokens; the model takes 1 to {n_ctx - len(before)}.")
     if clean == corrupt:
         raise PairError(f"{name}: the prompts are the same tokens.")
     answers = []
@@ -144,7 +153,7 @@ def _encode_pair(number: int, pair: Pair, tokenizer: PreTrainedTokenizerBase, n_
         answers.append(token)
     if answers[0] == answers[1]:
         raise PairError(f"{name}: both answers are {pair.correct!r}.")
-    return PairTokens(torch.tensor(clean), torch.tensor(corrupt), *answers)
+    return PairTokens(torch.tensor(before + clean), torch.tensor(before + corrupt), *answers)
 
 
 def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:

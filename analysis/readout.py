@@ -1,7 +1,8 @@
 """How a model reads a target off its final residual stream, and what each component of the stream does to it.
 
 The final residual stream r of a token is a sum of components c: the embeddings, every head, every attention bias and
-every MLP. The logit of a target is read off it as LN(r) · w + b, w being the target's column of the unembedding.
+every MLP. The logit of a target is read off it as LN(r) · w + b, w being the target's column of the unembedding. Where
+the model soft-caps its logits, as Gemma 2 does, that is the logit before: what is capped is not a sum any more.
 
 1. The target is the next token, whose w is taken less its mean over the vocabulary unless asked otherwise (the logit
    then counts from the mean logit), or the difference of two given tokens.
@@ -13,6 +14,8 @@ every MLP. The logit of a target is read off it as LN(r) · w + b, w being the t
    c = z W_O, so that c·w = z·(W_O w), c·r = z·(W_O r) and ‖c‖² = z (W_O W_Oᵀ) z. Under RMSNorm nothing is centred.
 5. Where skips have gains, as those of `load_hooked_blocks` may, c is what is written times the gains of the skips after
    it. A layer without a skip lets nothing from before it through but what it reads: those components are 0.
+6. Where a live norm lies between a head and the stream (Gemma 2), c is the head's share of what the norm returns, at
+   the scale by which it divides the whole attention output. The direct effect keeps that scale.
 
 Activations have the model's dtype; from the final residual stream on everything is float64.
 """
@@ -80,7 +83,7 @@ class Readout:
         return torch.linalg.vecdot(normalised[:, : self._targets.shape[1]], self.w) + self.b
 
     def logit(self, logits: Float[Tensor, "batch all_pos vocab"]) -> Float[Tensor, "batch pos"]:
-        """Return the target's logit among the model's own."""
+        """Return the target's logit among the model's own, before soft-capping."""
         logits = logits[:, : self._targets.shape[1]]
         return logits.gather(-1, self._targets.unsqueeze(-1)).squeeze(-1).double() - self._base(logits)
 
@@ -113,9 +116,15 @@ class Readout:
         self,
         activations: Float[Tensor, "batch pos component d_in"],
         weights: Float[Tensor, "component d_in d_model"],
+        scale: str,
     ) -> Effects:
-        """Return the effects of components that write `activations` to the residual stream through `weights`."""
+        """Return the effects of components that write `activations` to the residual stream through `weights`.
+
+        Divided by the activation `scale`, if it is one.
+        """
         a, W = activations.double(), self._centred(weights)
+        if scale:
+            a = a / self.cached(scale).double().unsqueeze(-1)
         cw, cr = (torch.linalg.vecdot(a, (x @ W.flatten(0, 1).T).view_as(a)) for x in (self.w, self.r))
         cc = torch.einsum("bpci,cij,bpcj->bpc", a, W @ W.mT, a)
         return self._effects(cw, cr, cc)
@@ -127,12 +136,12 @@ class Readout:
         """
         gain = self._stream.skip_gain(component)
         if component.kind == "head":
-            return self._written(self.cached(component.hook), self._stream.weight(component) * gain)
+            return self._written(self.cached(component.hook), self._stream.weight(component) * gain, component.scale)
         if component.kind == "neuron":
             weights = self._stream.weight(component) * gain
-            return self._written(self.cached(component.hook).unsqueeze(-1), weights.unsqueeze(1))
+            return self._written(self.cached(component.hook).unsqueeze(-1), weights.unsqueeze(1), component.scale)
         vectors = self.cached(component.hook) if component.hook else self._stream.weight(component)
-        return self._vector(vectors * gain)
+        return self._vector(vectors * gain / (self.cached(component.scale) if component.scale else 1))
 
     def components(
         self, logits: Float[Tensor, "batch all_pos vocab"], neurons: bool = False
@@ -140,7 +149,7 @@ class Readout:
         """Yield (kind, layer, effects) of everything that adds up to the logit, of that, and of what is left over.
 
         Neurons are in the sum as parts of their MLP, whose bias is in it too. The model's own `logits` are the sum to
-        be reached; unlike the DLA, the direct effects of an LN model do not reach it.
+        be reached, before soft-capping; unlike the DLA, the direct effects of a model with norms do not reach it.
         """
         dla = direct_effect = self.b
         for component in self._stream.components:
@@ -150,7 +159,7 @@ class Readout:
             if neurons and component.kind == "mlp" and component.layer is not None:
                 yield "neuron", component.layer, self.effects(self._stream.neurons[component.layer])
         yield "b_U", None, Effects(self.b.unsqueeze(-1), self.b.unsqueeze(-1))
-        logit = self.logit(logits)
+        logit = self.logit(self._stream.uncapped(logits, self._cache[self._stream.final]))
         yield "logit", None, Effects(logit.unsqueeze(-1), logit.unsqueeze(-1))
         yield "residue", None, Effects((logit - dla).unsqueeze(-1), (logit - direct_effect).unsqueeze(-1))
 
@@ -159,4 +168,4 @@ def hook_names(model: Any, neurons: bool = False) -> list[str]:
     """Return the activations that `Readout.components` needs."""
     stream = Stream(model)
     written = [*stream.components, *(stream.neurons if neurons else ())]
-    return [*(component.hook for component in written if component.hook), stream.final]
+    return [*dict.fromkeys(hook for component in written for hook in component.hooks), stream.final]

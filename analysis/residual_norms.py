@@ -1,13 +1,14 @@
 """How large the residual stream is, from the embeddings to the end, and how it grows and turns on the way.
 
 1. At every hook point of the residual stream and for every token x: the L2 norm ‖x‖ and the std of x over the width
-   (biased, what LayerNorm divides by).
+   (biased). LayerNorm divides by the std; RMSNorm by ‖x‖/√d_model, which the mean over the width adds to.
 2. From the point before: growth ‖x‖/‖x_before‖, and the cosine similarity of x and x_before.
 3. Summaries over tokens, those at position 0 and end-of-text tokens apart from the others, because in GPT-2 they differ
    by far: Heimersheim 2024 (arXiv 2409.13710), Baroni et al. 2025 (arXiv 2507.02559).
 
-The models of `load_trio` have the mean over the width taken out of x, on which no prediction depends: there ‖x‖ is the
-std times √d_model.
+Under LayerNorm the models of `load_trio` have the mean over the width taken out of x, on which no prediction depends:
+there ‖x‖ is the std times √d_model. Under RMSNorm, which reads the mean, it is left in. Position 0 is the prefix where
+the text has one, the same token in every block.
 """
 
 import math
@@ -47,7 +48,7 @@ def measure(
 
     Args:
         models: what `analysis.load_trio` returns.
-        tokens: packed blocks, nothing prepended.
+        tokens: packed blocks.
         eot_token_id: the end-of-text token; None: that of the model's tokenizer, if it has one.
         batch_size: blocks in one forward; no result depends on it.
 

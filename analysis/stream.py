@@ -1,8 +1,13 @@
 """The residual stream of a loaded model: what is written to it, where it can be seen, and the final norm that reads it.
 
 This is the only place that knows which parts a model has, so that another family is a matter of this file. What not
-every model has is looked up in it: a position embedding (a rotary one writes nothing), biases of attention, and a point
-between attention and MLP (in parallel blocks there is none). Names of activations are TransformerLens's hook names.
+every model has is looked up in it: a position embedding (a rotary one writes nothing), biases of attention, a point
+between attention and MLP (in parallel blocks there is none), a norm of what attention and MLPs write, and a soft-cap of
+the logits. Names of activations are TransformerLens's hook names.
+
+Where a live norm lies between a head or neuron and the stream (Gemma 2), what counts is what reaches the stream: the
+head's share of what the norm returns, at the scale by which the norm divides the whole. So components add up to the
+stream. Logits are meant before soft-capping, where they are a sum: `cap` makes of them what the model returns.
 """
 
 from dataclasses import dataclass
@@ -27,6 +32,13 @@ class Component(NamedTuple):
     """None for the embeddings."""
     hook: str
     """The activation that is written, of heads and neurons through `Stream.weight`. Empty for a bias."""
+    scale: str = ""
+    """The activation by which a live norm on the way to the stream divides what is written. Empty without one."""
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The activations that say what it writes."""
+        return tuple(name for name in (self.hook, self.scale) if name)
 
 
 @dataclass(frozen=True)
@@ -39,12 +51,13 @@ class Stream:
     def components(self) -> tuple[Component, ...]:
         """What adds up to the final residual stream, in the order in which it is written."""
         components = [Component("embed", None, "hook_embed")]
-        if "hook_pos_embed" in self.model.hook_dict:
+        if hasattr(self.model, "pos_embed"):
             components.append(Component("pos_embed", None, "hook_pos_embed"))
         for layer, block in enumerate(self.model.blocks):
-            components.append(Component("head", layer, f"blocks.{layer}.attn.hook_z"))
-            if block.attn.b_O is not None:
-                components.append(Component("b_O", layer, ""))
+            scale = self._post_norm(layer, "ln1_post")
+            components.append(Component("head", layer, f"blocks.{layer}.attn.hook_z", scale))
+            if block.attn.b_O is not None:  # a HookedTransformer has zeros where a family has none
+                components.append(Component("b_O", layer, "", scale))
             components.append(Component("mlp", layer, f"blocks.{layer}.hook_mlp_out"))
         return tuple(components)
 
@@ -56,14 +69,35 @@ class Stream:
     @property
     def neurons(self) -> tuple[Component, ...]:
         """The neurons, layer by layer. `components` has them as parts of their MLP."""
-        return tuple(Component("neuron", i, f"blocks.{i}.mlp.hook_post") for i in range(self.model.cfg.n_layers))
+        return tuple(
+            Component("neuron", layer, f"blocks.{layer}.mlp.hook_post", self._post_norm(layer, "ln2_post"))
+            for layer in range(self.model.cfg.n_layers)
+        )
+
+    def _post_norm(self, layer: int, name: str) -> str:
+        """Return the scale of a live norm of what a layer's attention or MLP writes, or nothing."""
+        is_there = self.norm is not None and hasattr(self.model.blocks[layer], name)
+        return f"blocks.{layer}.{name}.hook_scale" if is_there else ""
 
     def weight(self, component: Component) -> Float[Tensor, "*part d_model"]:
-        """Return what a component writes through: W_O [head, d_head, d_model], W_out [neuron, d_model]; or the bias."""
+        """Return what a component writes through: W_O [head, d_head, d_model], W_out [neuron, d_model]; or the bias.
+
+        Times `gain`, where a live norm on the way to the stream has one.
+        """
+        weight = self.weight_before_norm(component)
+        return weight * self.gain(component) if component.scale else weight
+
+    def weight_before_norm(self, component: Component) -> Float[Tensor, "*part d_model"]:
+        """Return what `weight` does, as it is before any norm of what is written."""
         block = self.model.blocks[component.layer]
         if component.kind == "neuron":
             return block.mlp.W_out
         return block.attn.W_O if component.kind == "head" else block.attn.b_O
+
+    def gain(self, component: Component) -> Float[Tensor, " d_model"]:
+        """Return the gain of the live norm on a component's way to the stream, which divides by `component.scale`."""
+        norm = self.model.get_submodule(component.scale.removesuffix(".hook_scale"))
+        return norm.w + 1 if getattr(self.model.cfg, "rmsnorm_uses_offset", False) else norm.w
 
     def skip_gain(self, component: Component) -> Float[Tensor, " 1"] | int:
         """Return by what the skips after a component multiply it on its way to the final stream: no unit, 1 in GPT-2.
@@ -136,8 +170,23 @@ class Stream:
         return scales[0]
 
     def unembed(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
-        """Return the logits of final residual vectors."""
+        """Return the logits of final residual vectors, before soft-capping."""
         return self.model.unembed(resid if self.norm is None else self.model.ln_final(resid))
+
+    def uncapped(
+        self, logits: Float[Tensor, "batch pos vocab"], resid: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """Return the logits before soft-capping, of final residual vectors and what the model made of them."""
+        return logits if self._soft_cap is None else self.unembed(resid)
+
+    def cap(self, logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return soft-capped logits, c · tanh(logits / c); the logits themselves in a model without soft-capping."""
+        return logits if self._soft_cap is None else self._soft_cap * (logits / self._soft_cap).tanh()
+
+    @property
+    def _soft_cap(self) -> float | None:
+        cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
+        return cap if cap is not None and cap > 0 else None
 
 
 def label(point: str) -> str:

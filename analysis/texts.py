@@ -10,11 +10,11 @@ from torch import Tensor
 
 from finetune.bundled import resolve_text
 from finetune.recipe import Text
-from finetune.text import TextError, load_blocks
+from finetune.text import LONGEST_CONTEXT, TextError, load_blocks
 
 
 class Sample(NamedTuple):
-    """Blocks of a text, packed as in training, nothing prepended."""
+    """Blocks of a text, packed as in training."""
 
     tokens: Int[Tensor, "block pos"]
     documents: Int[np.ndarray, "block pos"]
@@ -22,25 +22,32 @@ class Sample(NamedTuple):
     description: str
 
 
-def read_text(name: str, model: Any, tokens: int = 8_192) -> Sample:
-    """Pack a text for `model` as in training, nothing prepended, and take blocks spread evenly over it.
+def read_text(
+    name: str, model: Any, tokens: int = 8_192, *, context: int | None = None, prefix: str | None = None
+) -> Sample:
+    """Pack a text for `model` as in training and take blocks spread evenly over it.
 
     Of a Hub data set, which may be larger than the disk, no more is read than the first blocks.
 
     Args:
         name: a source as in a recipe: a bundled name, a file, a directory, or a Hub data set.
         model: what `load_hooked` or `load_bridge` returns, with a tokenizer.
-        tokens: how many to take, at most, in whole blocks of the model's context.
+        tokens: how many to take, at most, in whole blocks.
+        context: tokens of a block. None: as many as the model takes, at most 1,024.
+        prefix: a token to put before each block, as `text.prefix` in a recipe: "bos", or a token by its text. It takes
+            position 0, at which analyses report sinks and norms of their own. None: nothing is put before a block.
 
     Raises:
-        TextError: the model has no tokenizer, or the text cannot be read, is shorter than a block, or has tokens beyond
-            the vocabulary.
+        TextError: the model has no tokenizer or fewer positions than `context`, the tokenizer does not have `prefix`,
+            or the text cannot be read, is shorter than a block, or has tokens beyond the vocabulary.
     """
     if model.tokenizer is None:
         raise TextError("The original model has no tokenizer beside it: put its tokenizer.json there.")
-    context = model.cfg.n_ctx
+    context = context or min(model.cfg.n_ctx, LONGEST_CONTEXT)
+    if not 2 <= context <= model.cfg.n_ctx:
+        raise TextError(f"The context is {context}, but the model takes 2 to {model.cfg.n_ctx} tokens: name another.")
     wanted, from_hub = max(1, tokens // context), not Path(resolve_text(name)).expanduser().exists()
-    text = Text(name, streaming=from_hub)
+    text = Text(name, streaming=from_hub, prefix=prefix)
     packed = load_blocks(text, model.tokenizer, context, model.cfg.d_vocab, most=wanted if from_hub else None)
     chosen = np.linspace(0, len(packed) - 1, min(len(packed), wanted)).astype(int)
     documents = packed.document_ids(chosen)

@@ -46,11 +46,9 @@ from finetune.run_directory import (
 )
 from finetune.schedule import Event
 from finetune.sites import Sites
-from finetune.text import TextSplits, load_text, token_ids
+from finetune.text import LONGEST_CONTEXT, TextSplits, load_text, token_ids
 from finetune.training import checkpoints, fuse_gelu
 
-_LONGEST_CONTEXT = 1024
-"""Tokens of a sequence, unless a recipe says otherwise: more positions than that cost time and teach little here."""
 _CHECKED_TOKENS = 2048
 """Held-out tokens by which an export is checked."""
 _LARGEST_FROZEN_STD = 1e4
@@ -164,7 +162,7 @@ def context_of(recipe: Recipe, config: PreTrainedConfig) -> int:
     positions: int = config.max_position_embeddings
     if recipe.context is not None and recipe.context > positions:
         raise RecipeError(f"context is {recipe.context}, but the model has {positions} positions: lower it.")
-    return recipe.context or min(positions, _LONGEST_CONTEXT)
+    return recipe.context or min(positions, LONGEST_CONTEXT)
 
 
 def complete(setup: Setup, directory: Path) -> Run:

@@ -35,7 +35,7 @@ _PNG_NEEDS = (
     "PNGs are drawn by kaleido and Chrome or Chromium: install the extra `png` (pip install -e '.[png]') and a browser "
     "(BROWSER_PATH names one that is not found), or leave --png away."
 )
-_OF_RUN = {"original", "control", "ln_free", "text", "tokens"}
+_OF_RUN = {"original", "control", "ln_free", "text", "tokens", "context"}
 """Options that `run` loads models and texts from. `write` takes these loaded instead."""
 
 
@@ -71,15 +71,20 @@ def run(options: Options | None = None, /, **given: Any) -> Path:
     named = options.original, options.control, options.ln_free
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = load_trio(*named, tokenizer, revision=options.revision, device=device)
-    samples = {name: read_text(name, models["original"], options.tokens) for name in options.text}
+    original = models["original"]
+    samples = {
+        name: read_text(name, original, options.tokens, context=options.context, prefix=options.prefix)
+        for name in options.text
+    }
     names = {key: str(getattr(options, key)) for key in models}
     return _write(models, samples, names, options)
 
 
 def _of_newest_run(options: Options) -> tuple[Options, Any]:
-    """Return `options` with the models of the run completed last, and their tokenizer; without a run the bundled ones.
+    """Return `options` with what the run completed last was made of and made, and the tokenizer of its models.
 
-    A run writes its `ln_free/` before it trains the control, and its results at the end.
+    Without a run these are the bundled models, with their own tokenizers. A run writes its `ln_free/` before it trains
+    the control, and its results at the end.
     """
     runs = [path.parent for path in Path("runs").glob("*/results.csv") if (path.parent / "ln_free").is_dir()]
     if not runs:
@@ -88,7 +93,10 @@ def _of_newest_run(options: Options) -> tuple[Options, Any]:
     recipe: Any = recipe_of(newest)
     control, ln_free = control_of(recipe, newest), newest / "ln_free"
     models = {"original": recipe.model, "control": control and str(control), "ln_free": str(ln_free)}
-    return replace(options, revision=recipe.revision, **models), load_tokenizer(ln_free)
+    context = options.context or recipe.context
+    prefix = recipe.text.prefix if options.prefix is None else options.prefix
+    models |= {"revision": recipe.revision}
+    return replace(options, context=context, prefix=prefix, **models), load_tokenizer(ln_free)
 
 
 def check(options: Options) -> None:
@@ -125,7 +133,8 @@ def write(
         samples: the texts by name, as `read_text` returns them; the first one serves the analyses that look at one.
         out: the directory to write, whole or not at all.
         names: what the models are, on top of the page and in its Python; where None, their keys.
-        given: other fields of `Options`: `revision`, `pairs`, `only`, `batch_size`, `png`, `benchmark`.
+        given: other fields of `Options`: `revision`, `prefix`, which is that of the samples, `pairs`, `only`,
+            `batch_size`, `png`, `benchmark`.
 
     Raises:
         ReportError: no `original` or `ln_free`, `out` exists, an analysis that there is not, a batch size below 1, or
@@ -152,14 +161,15 @@ def _write(
     chosen: list[Pair] = []
     if any(analysis.module is patching for analysis in analyses):
         chosen = choose_pairs(models["original"].tokenizer, options.pairs)
-        encode_pairs(chosen, models["original"].tokenizer, models["original"].cfg.n_ctx)  # raise now rather than later
+        original = models["original"]
+        encode_pairs(chosen, original.tokenizer, original.cfg.n_ctx, options.prefix)  # raise now rather than later
     assert options.out is not None
     out = options.out
     beside = next(parent for parent in out.absolute().parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=beside) as temporary:
         partial = Path(temporary) / out.name
         partial.mkdir()
-        inputs = Inputs(dict(models), dict(samples), chosen, options.batch_size)
+        inputs = Inputs(dict(models), dict(samples), chosen, options.batch_size, options.prefix)
         text, sample = next(iter(samples.items()))
         frames: dict[tuple[str, str], pd.DataFrame] = {}
         sections = []
@@ -172,7 +182,7 @@ def _write(
             code = page.python_code(made, names, options, text, sample.tokens.numel())
             sections.append(page.section_data(analysis, shown, code))
         view = tokens.view(models, samples, options.batch_size)
-        html = page.render(models, samples, names, options.revision, cards.make(frames), view, sections)
+        html = page.render(models, samples, names, options, cards.make(frames), view, sections)
         (partial / "report.html").write_text(html, encoding="utf-8")
         if options.png:
             write_png(partial)

@@ -25,6 +25,12 @@ class Options:
     None: pairs that come with the package or, where the tokenizer cuts their words, some made for it."""
     tokens: int = 8_192
     """Tokens of each text, at most, in blocks spread evenly over it."""
+    context: int | None = None
+    """Tokens of a block. None: as the newest run trained on or, where models are named, as many as the model takes, at
+    most 1,024."""
+    prefix: str | None = None
+    """A token before each block and prompt, as `text.prefix` in a recipe: "bos", or a token by its text. None: that of
+    the newest run or, where models are named, none."""
     out: Path | None = None
     """The directory to write. None: reports/TIME."""
     only: tuple[str, ...] = ()

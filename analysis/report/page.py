@@ -19,6 +19,7 @@ from analysis import palette, patching
 from analysis.report.cards import Card
 from analysis.report.options import Options
 from analysis.report.sections import Analysis, Table
+from analysis.stream import Stream
 from analysis.texts import Sample
 from finetune.run_directory import version_of
 
@@ -32,7 +33,7 @@ def render(
     models: Mapping[str, Any],
     samples: Mapping[str, Sample],
     names: Mapping[str, str],
-    revision: str | None,
+    options: Options,
     cards: Sequence[Card],
     token_view: Mapping[str, Any],
     sections: Sequence[Mapping[str, Any]],
@@ -43,7 +44,7 @@ def render(
         models: those that are compared, by name.
         samples: the texts by name.
         names: what each model is, such as its directory.
-        revision: that of the original on the Hub.
+        options: what was asked for; of it the revision of the original and the token before each block are shown.
         cards: the answers that the page opens with.
         token_view: what `tokens.view` returns.
         sections: what `section_data` returns, one for each analysis.
@@ -56,10 +57,13 @@ def render(
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # models keep their order
     return environment.get_template("page.html.jinja").render(
-        title="What removing LayerNorm changed",
-        names={**names, **({"original": f"{names['original']} at revision {revision}"} if revision else {})},
+        title=f"What removing {'RMSNorm' if Stream(models['original']).norm == 'RMS' else 'LayerNorm'} changed",
+        names={
+            **names,
+            **({"original": f"{names['original']} at revision {options.revision}"} if options.revision else {}),
+        },
         colours={name: palette.colour(name) for name in models},
-        facts=_facts(models["original"], samples),
+        facts=_facts(models["original"], samples, options.prefix),
         cards=cards,
         view=token_view,
         sections=sections,
@@ -105,11 +109,13 @@ def python_code(analysis: Analysis, names: Mapping[str, str], options: Options, 
     models = ", ".join(repr(names[key]) if key in names else "None" for key in ("original", "control", "ln_free"))
     models += f", revision={options.revision!r}" if options.revision else ""
     pairs = str(options.pairs) if options.pairs is not None else None
+    prefix = "" if options.prefix is None else f", prefix={options.prefix!r}"
+    context = "" if options.context is None else f", context={options.context}"
     calls = []
     for before, table in itertools.pairwise((None, *analysis.tables)):
         assert table is not None
         if before is None or before.python != table.python:
-            calls.append(f"frame = {table.python}")
+            calls.append(f"frame = {table.python.replace('{prefix}', prefix)}")
         if table.plot is not None:
             calls.append(f"{analysis.name}.{table.plot.__name__}(frame).show()")
     return "\n".join(
@@ -119,25 +125,31 @@ def python_code(analysis: Analysis, names: Mapping[str, str], options: Options, 
             "from analysis.texts import read_text",
             "",
             f"models = load_trio({models})",
-            f"tokens, documents, _ = read_text({text!r}, models['original'], {token_count})",
+            f"tokens, documents, _ = read_text({text!r}, models['original'], {token_count}{context}{prefix})",
             *(line.format(pairs=pairs) for line in analysis.python),
             *calls,
         ]
     )
 
 
-def _facts(model: Any, samples: Mapping[str, Sample]) -> dict[str, str]:
+def _facts(model: Any, samples: Mapping[str, Sample], prefix: str | None) -> dict[str, str]:
     """Return on what, when and with which versions the models were compared."""
     return {
         "Text": "; ".join(sample.description for sample in samples.values()),
         "Packing": (
             "as in training: documents one after another, each ended by the end-of-text token, cut in blocks of "
-            f"{model.cfg.n_ctx} tokens, nothing prepended; the blocks are spread evenly over the text, of a Hub data "
-            "set the first ones"
+            f"{next(iter(samples.values())).tokens.shape[1]} tokens, "
+            f"{'nothing' if prefix is None else repr(prefix)} prepended; the blocks are spread evenly over the text, "
+            "of a Hub data set the first ones"
         ),
         "Models": (
-            "norms folded into the weights that read them; the mean over the width of what is written to the residual "
-            "stream, on which no prediction depends, taken out"
+            "norms folded into the weights that read them; "
+            + (
+                "the mean over the width of what is written to the residual stream, which RMSNorm reads, left in"
+                if Stream(model).norm == "RMS"
+                else "the mean over the width of what is written to the residual stream, on which no prediction "
+                "depends, taken out"
+            )
         ),
         "Made": time.strftime("%Y-%m-%d %H:%M %Z"),
         "Versions": ", ".join(

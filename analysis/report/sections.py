@@ -37,6 +37,8 @@ class Inputs(NamedTuple):
     pairs: Sequence[Pair]
     """For patching."""
     batch_size: int
+    prefix: str | None = None
+    """The token before each prompt, as before each block of the texts."""
 
     def on_first_text(self, measure: Callable[..., pd.DataFrame], **options: Any) -> pd.DataFrame:
         """Return what `measure` returns for the models and the first text."""
@@ -53,7 +55,7 @@ class Table:
     title: str
     plot: Callable[[pd.DataFrame], go.Figure] | None
     python: str
-    """The call that makes what is plotted, from `models` and `tokens`."""
+    """The call that makes what is plotted, from `models` and `tokens`; {prefix} stands for that argument, if given."""
     plotted: str | None = None
     """The name of the table that is plotted, if another than this one."""
     note: Callable[[pd.DataFrame], str] | None = None
@@ -153,14 +155,14 @@ def _confidence_neurons(inputs: Inputs) -> dict[str, pd.DataFrame]:
 def _patching(inputs: Inputs) -> dict[str, pd.DataFrame]:
     """Patch the pairs that every model can do: where a logit difference is small, effects in shares of it are noise."""
     tokenizer = inputs.models["original"].tokenizer
-    pair = patching.measure_pairs(inputs.models, inputs.pairs, tokenizer)
+    pair = patching.measure_pairs(inputs.models, inputs.pairs, tokenizer, prefix=inputs.prefix)
     if not (able := patching.solved_by_all(pair)):
         return {"pair": pair}
-    place = patching.measure(inputs.models, inputs.pairs, tokenizer, only=able)
+    place = patching.measure(inputs.models, inputs.pairs, tokenizer, only=able, prefix=inputs.prefix)
     return {"pair": pair, "layer": patching.summarise(place), "place": place}
 
 
-_PATCH = "patching.measure(models, pairs, tokenizer, only=patching.solved_by_all(frame))"
+_PATCH = "patching.measure(models, pairs, tokenizer, only=patching.solved_by_all(frame){prefix})"
 
 ANALYSES = (
     Analysis(
@@ -190,7 +192,8 @@ ANALYSES = (
         residual_norms,
         "Residual norms",
         "The L2 norm and std of the residual stream at each of its points, at position 0, at end-of-text tokens and "
-        "at the others; bars are the spread over tokens, dashes the largest. Then how it grows and turns on the way.",
+        "at the others; bars are the spread over tokens, dashes the largest. LayerNorm divides by the std; RMSNorm, "
+        "which does not centre, by the L2 norm over the root of the width. Then how it grows and turns on the way.",
         _residual_norms,
         (
             Table("point", "By point of the stream", residual_norms.plot, "residual_norms.measure(models, tokens)"),
@@ -201,7 +204,8 @@ ANALYSES = (
         logit_attribution,
         "Logit attribution",
         "How well the direct logit attribution (DLA) of a head, an MLP or the embeddings to the next token tells what "
-        "its removal does to the logit (direct effect); the unembedding is centred. NMAE is the error over the effect.",
+        "its removal does to the logit (direct effect); the unembedding is centred. NMAE is the error over the effect. "
+        "Where a model soft-caps its logits, it is the logit before.",
         _logit_attribution,
         (
             Table(
@@ -257,7 +261,8 @@ ANALYSES = (
     Analysis(
         attention,
         "Attention",
-        "How much heads attend to position 0, the attention sink, and how spread their patterns are.",
+        "How much heads attend to position 0, the attention sink, and how spread their patterns are. Without a prefix "
+        "position 0 is any token of the text; with one it is that token, the same in all blocks.",
         _attention,
         (
             Table("model", "By model", attention.plot, "attention.measure(models, tokens)"),
@@ -268,7 +273,7 @@ ANALYSES = (
         confidence_neurons,
         "Confidence neurons",
         "What neurons of the last MLP do that write much and yet hardly in directions that the logits see: the change "
-        "of entropy and loss when their activation is set to its mean, and what of it goes through the final LN.",
+        "of entropy and loss when their activation is set to its mean, and what of it goes through the final norm.",
         _confidence_neurons,
         (
             Table(
@@ -310,7 +315,7 @@ ANALYSES = (
                 "pair",
                 "Can the models do it?",
                 patching.plot_pairs,
-                "patching.measure_pairs(models, pairs, tokenizer)",
+                "patching.measure_pairs(models, pairs, tokenizer{prefix})",
                 note=patching.describe_pairs,
             ),
             Table("layer", "Error by layer", patching.plot, _PATCH, "place"),
@@ -340,6 +345,8 @@ def benchmark_section(tasks: Sequence[str]) -> Analysis:
         "Benchmarks",
         "How well the models do on tasks of EleutherAI's lm-evaluation-harness; the difference to the original is "
         "taken example by example.",
-        lambda inputs: {"task": benchmarks.measure(inputs.models, tasks, batch_size=inputs.batch_size)},
-        (Table("task", "By task", benchmarks.plot, f"benchmarks.measure(models, {list(tasks)})"),),
+        lambda inputs: {
+            "task": benchmarks.measure(inputs.models, tasks, batch_size=inputs.batch_size, prefix=inputs.prefix)
+        },
+        (Table("task", "By task", benchmarks.plot, f"benchmarks.measure(models, {list(tasks)}{{prefix}})"),),
     )

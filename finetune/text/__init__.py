@@ -20,16 +20,20 @@ from finetune.text.sources import TextError, bin_files, documents_of, open_sourc
 from finetune.text.tokenise import Part, encode, read_tokens, tokens_of
 
 __all__ = [
+    "LONGEST_CONTEXT",
     "Blocks",
     "StreamedBlocks",
     "TextError",
     "TextSplits",
     "load_blocks",
     "load_text",
+    "prefix_of",
     "random_blocks",
     "token_ids",
 ]
 
+LONGEST_CONTEXT = 1024
+"""Tokens of a block, unless it is said otherwise: more positions than that cost time and teach little here."""
 RANDOM_TOKENS = "random-tokens"  # the name of the text that is none: tokens drawn uniformly
 _RANDOM_BLOCKS = 240  # of it, unless it is said how many
 

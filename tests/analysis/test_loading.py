@@ -17,7 +17,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 
 import analysis
-from analysis import loading
+from analysis import conversion, loading
 from finetune.checkpoint import CheckpointError, convert, load, load_tokenizer, save, to_identity
 
 TL4 = version("transformer-lens").startswith("4")
@@ -316,9 +316,9 @@ def test_the_trio_is_centred_and_computes_the_same(tool):
             assert error(found[f"blocks.{i}.attn.hook_v"], v) < 1e-4, "value biases were folded"
         assert model.cfg.normalization_type == (None if name == "ln_free" else "LNPre")
     assert list(analysis.load_trio(plain["original"], None, plain["ln_free"])) == ["original", "ln_free"]
-    with pytest.raises(CheckpointError, match="ln_free is to be a model without live LN"):
+    with pytest.raises(CheckpointError, match="ln_free is to be a model without live norms"):
         analysis.load_trio(plain["original"], None, plain["control"])
-    with pytest.raises(CheckpointError, match="original is to be a model with live LN"):
+    with pytest.raises(CheckpointError, match="original is to be a model with live norms"):
         analysis.load_trio(plain["ln_free"], None, plain["ln_free"])
 
 
@@ -367,8 +367,8 @@ def test_the_self_check_raises(monkeypatch):
         for name, weight, bias in original(model):
             yield name, weight, bias + (0.01 if name == "lm_head" else 0)
 
-    original = loading.linear_maps
-    monkeypatch.setattr(loading, "linear_maps", wrong)
+    original = conversion.linear_maps
+    monkeypatch.setattr(conversion, "linear_maps", wrong)
     for tool in TOOLS:
         with pytest.raises(CheckpointError, match="differ from plain transformers"):
             LOAD[tool](gpt2("b25"))
