@@ -187,10 +187,7 @@ def _llama(architecture: str, norm_class: str, **others: Any) -> Family:
     )
 
 
-_GEMMA: dict[str, Any] = {
-    "activation": "hidden_activation",
-    "style": NormStyle(centred=False, gain_offset=1.0),
-}
+_GEMMA_NORM = NormStyle(centred=False, gain_offset=1.0)
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
@@ -246,7 +243,7 @@ FAMILIES: dict[str, Family] = {
     "llama": _llama("LlamaForCausalLM", "LlamaRMSNorm"),
     "mistral": _llama("MistralForCausalLM", "MistralRMSNorm"),
     "qwen2": _llama("Qwen2ForCausalLM", "Qwen2RMSNorm"),
-    "gemma": _llama("GemmaForCausalLM", "GemmaRMSNorm", **_GEMMA | {"activation": "hidden_act"}),
+    "gemma": _llama("GemmaForCausalLM", "GemmaRMSNorm", activation="hidden_act", style=_GEMMA_NORM),
     "gemma2": _llama(
         "Gemma2ForCausalLM",
         "Gemma2RMSNorm",
@@ -256,7 +253,8 @@ FAMILIES: dict[str, Family] = {
             NormSpec("pre_feedforward_layernorm", _GATED_MLP),
             NormSpec("post_feedforward_layernorm", writer="mlp.down_proj", kind="mlp_out"),
         ),
-        **_GEMMA,
+        activation="hidden_activation",
+        style=_GEMMA_NORM,
     ),
 }
 """The families by the `model_type` of their configs."""

@@ -72,7 +72,7 @@ FAMILIES = {
     "llama": _of("llama", **_GROUPED),
     "mistral": _of("mistral", **_GROUPED, sliding_window=4),
     "qwen2": _of("qwen2", **_GROUPED),
-    "gemma": _of("gemma", **_GROUPED, head_dim=6, pad_token_id=0),
+    "gemma": _of("gemma", **_GROUPED, head_dim=6, pad_token_id=0, attention_bias=True),
     "gemma2": _of("gemma2", **_GROUPED, head_dim=6, pad_token_id=0, sliding_window=4, query_pre_attn_scalar=6),
     "blocks": Family(
         lambda block, **knobs: BlocksForCausalLM(block_config(block, **knobs)),
