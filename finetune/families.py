@@ -189,6 +189,11 @@ def _llama(architecture: str, norm_class: str, **others: Any) -> Family:
 
 _GEMMA_NORM = NormStyle(centred=False, gain_offset=1.0)
 
+
+def _not_causal(config: Any) -> str | None:
+    return "bidirectional attention" if getattr(config, "use_bidirectional_attention", None) else None
+
+
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         architecture="GPT2LMHeadModel",
@@ -243,7 +248,9 @@ FAMILIES: dict[str, Family] = {
     "llama": _llama("LlamaForCausalLM", "LlamaRMSNorm"),
     "mistral": _llama("MistralForCausalLM", "MistralRMSNorm"),
     "qwen2": _llama("Qwen2ForCausalLM", "Qwen2RMSNorm"),
-    "gemma": _llama("GemmaForCausalLM", "GemmaRMSNorm", activation="hidden_act", style=_GEMMA_NORM),
+    "gemma": _llama(
+        "GemmaForCausalLM", "GemmaRMSNorm", activation="hidden_act", style=_GEMMA_NORM, refusal=_not_causal
+    ),
     "gemma2": _llama(
         "Gemma2ForCausalLM",
         "Gemma2RMSNorm",
@@ -255,6 +262,7 @@ FAMILIES: dict[str, Family] = {
         ),
         activation="hidden_activation",
         style=_GEMMA_NORM,
+        refusal=_not_causal,
     ),
 }
 """The families by the `model_type` of their configs."""

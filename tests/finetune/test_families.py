@@ -254,6 +254,20 @@ def test_the_order_of_a_schedule_passes_over_kinds_that_a_model_lacks():
     assert len(resolve(schedule, FAMILIES["gpt2"].sites_of(2), 20)) == 3 * 2 + 1 + 2
 
 
+@each_family
+def test_the_activation_is_the_one_that_the_mlp_has(name):
+    """A config may hold several: Gemma 2 goes by `hidden_activation`, not `hidden_act`."""
+    activation = getattr(random_model(name).config, FAMILIES[name].activation)
+    other = next(function for function in ("relu", "gelu_new") if function != activation)
+    assert not torch.equal(logits(random_model(name)), logits(random_model(name, **{FAMILIES[name].activation: other})))
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2"])
+def test_attention_that_is_not_causal_is_refused(name):
+    with pytest.raises(CheckpointError, match="bidirectional attention"):
+        Sites(random_model(name, use_bidirectional_attention=True), 0)
+
+
 def test_neox_without_biases_of_attention_is_refused():
     with pytest.raises(CheckpointError, match="attention without biases"):
         Sites(random_model("gpt_neox", attention_bias=False), 0)
