@@ -50,6 +50,24 @@ def forwards(
                 for name, model in models.items()
             }
         yield batch, outputs
+        outputs.clear()  # or the caller would keep the logits of this batch while those of the next are made
+
+
+def predictions(
+    models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], batch_size: int = 8
+) -> Iterator[tuple[Int[Tensor, " token"], dict[str, Float[Tensor, "token vocab"]]]]:
+    """Yield the tokens that have one before them, in order, and what each model says of them: log-probabilities.
+
+    These are in float32, and come a piece of a block at a time: the temporaries of whole batches fit neither a CPU's
+    cache nor, with a large vocabulary, its memory.
+    """
+    for batch, outputs in forwards(models, tokens, batch_size=batch_size, description="Comparing predictions"):
+        for i, block in enumerate(batch):
+            for piece in pieces(len(block) - 1, next(iter(models.values())).cfg.d_vocab):
+                yield (
+                    block[1:][piece],
+                    {name: output.logits[i, piece].float().log_softmax(-1) for name, output in outputs.items()},
+                )
 
 
 def pieces(count: int, vocabulary: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@
 CKA and correlations come from sums over tokens in float64, so that memory does not grow with the number of tokens.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from analysis import figures, palette
-from analysis.batches import forwards, pieces
+from analysis.batches import forwards, predictions
 from analysis.readout import Readout
 from analysis.stream import Stream
 from finetune.evaluate import js_divergence, kl_divergence
@@ -66,7 +66,7 @@ def measure_tokens(
     # Made whole: small arrays kept from each block would lie between the large ones, whose place could not be reused.
     values = {name: np.empty((tokens[:, 1:].numel(), len(_COLUMNS))) for name in models}
     end = 0
-    for targets, log_probs in _predictions(models, tokens, batch_size):
+    for targets, log_probs in predictions(models, tokens, batch_size):
         end += len(targets)
         expected = log_probs[reference]
         top = expected.topk(min(_TOP, expected.shape[-1])).indices
@@ -372,21 +372,6 @@ def _check(models: Mapping[str, Any], reference: str) -> None:
 def _compared(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the rows without those of the reference, which are what they must be."""
     return frame[frame["model"] != frame["reference"]]
-
-
-def _predictions(
-    models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], batch_size: int
-) -> Iterator[tuple[Int[Tensor, " token"], dict[str, Float[Tensor, "token vocab"]]]]:
-    """Yield the next tokens in order and what each model says of them: log-probabilities in float32.
-
-    A piece of a block at a time: the temporaries of whole batches fit neither a CPU's cache nor, with a large
-    vocabulary, its memory.
-    """
-    for batch, outputs in forwards(models, tokens, batch_size=batch_size, description="Comparing predictions"):
-        for i, block in enumerate(batch):
-            for piece in pieces(len(block) - 1, next(iter(models.values())).cfg.d_vocab):
-                logits = {name: output.logits[i, piece].float() for name, output in outputs.items()}
-                yield block[1:][piece], {name: of_piece.log_softmax(-1) for name, of_piece in logits.items()}
 
 
 class _Correlation:

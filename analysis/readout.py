@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from analysis.batches import pieces
 from analysis.stream import Component, Stream
 
 
@@ -68,8 +69,12 @@ class Readout:
         """Return what the target's entry counts from: the other token's, the mean over the vocabulary, or zero."""
         if self._pair is not None:
             return by_token[..., self._pair[1]].double()
-        mean = by_token.mean(-1, dtype=torch.float64)
-        return mean if self._centre_unembedding else torch.zeros_like(mean)
+        if not self._centre_unembedding:
+            return torch.zeros_like(by_token[..., 0], dtype=torch.float64)
+        rows = by_token.flatten(0, -2) if by_token.ndim > 1 else by_token[None]
+        # On a CPU the mean makes a copy in float64 of all that it is taken of.
+        means = [rows[piece].mean(-1, dtype=torch.float64) for piece in pieces(len(rows), rows.shape[-1])]
+        return torch.cat(means).view(by_token.shape[:-1])
 
     def cached(self, name: str) -> Float[Tensor, "batch pos *shape"]:
         """Return an activation at the tokens that have a target."""

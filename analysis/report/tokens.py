@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from analysis import palette
-from analysis.batches import forwards
+from analysis.batches import predictions
 from analysis.texts import Sample
-from finetune.evaluate import js_divergence, losses
+from finetune.evaluate import js_divergence
 
 TOKENS_SHOWN = 512
 """In two blocks."""
@@ -34,27 +34,27 @@ def measure(
         `top`.
     """
     rows = []
-    first = 0
-    for batch, outputs in forwards(models, tokens, batch_size=batch_size, description="Token by token"):
-        log_probs = {name: output.logits.float().log_softmax(-1) for name, output in outputs.items()}
+    number = 0  # of the token among those that have one before them
+    for targets, log_probs in predictions(models, tokens, batch_size):
         for name in models:
-            loss = losses(log_probs[name], batch)
-            jsd = js_divergence(log_probs[reference], log_probs[name])[:, :-1]
-            likeliest = log_probs[name][:, :-1].topk(top)
-            for block, position in [(b, p) for b in range(len(batch)) for p in range(batch.shape[1] - 1)]:
+            loss = -log_probs[name].gather(-1, targets[:, None])[:, 0]
+            jsd = js_divergence(log_probs[reference], log_probs[name])
+            likeliest = log_probs[name].topk(top)
+            for i, token in enumerate(targets.tolist()):
+                block, position = divmod(number + i, tokens.shape[1] - 1)
                 rows.append(
                     {
                         "model": name,
-                        "block": first + block,
+                        "block": block,
                         "position": position + 1,
-                        "token": batch[block, position + 1].item(),
-                        "loss": loss[block, position].item(),
-                        "jsd": jsd[block, position].item(),
-                        "tokens": likeliest.indices[block, position].tolist(),
-                        "probabilities": likeliest.values[block, position].exp().tolist(),
+                        "token": token,
+                        "loss": loss[i].item(),
+                        "jsd": jsd[i].item(),
+                        "tokens": likeliest.indices[i].tolist(),
+                        "probabilities": likeliest.values[i].exp().tolist(),
                     }
                 )
-        first += len(batch)
+        number += len(targets)
     return pd.DataFrame(rows)
 
 
