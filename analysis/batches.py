@@ -12,7 +12,7 @@ _LOGITS_ON_CPU = 2**21
 """Numbers in one model's logits of one batch on a CPU: few enough for its caches, a third faster than whole batches."""
 _LOGITS_ON_GPU = 2**28
 """The same on a GPU: 1 GiB in float32."""
-_LOGITS_IN_A_PIECE = 2**23
+_LOGITS_IN_A_PIECE = 2**22
 """Numbers in what is computed from logits at once: a vocabulary may have 256,000 tokens, and a block 1,024."""
 
 
