@@ -18,9 +18,10 @@ test: $(VENV)/installed
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto -m "not slow" tests --ignore tests/benchmarks
 
-# The loading tests again, with TransformerLens 4.
+# The tests of loading again, with TransformerLens 4.
 test-tl4: $(VENV_TL4)/installed
-	$(VENV_TL4)/bin/python -m pytest -n auto tests/analysis/test_loading.py tests/analysis/test_hooked_blocks.py
+	$(VENV_TL4)/bin/python -m pytest -n auto tests/analysis/test_loading.py tests/analysis/test_hooked_blocks.py \
+	  tests/analysis/test_tools_on_families.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -57,8 +57,8 @@ def test_the_python_of_each_section_makes_its_tables(name, tiny, tmp_path, monke
                 np.testing.assert_allclose(np.asarray(one.y, float), y, rtol=1e-4, atol=1e-5)
 
 
-def _solved(measure, *args):
-    return measure(*args).assign(clean_difference=1.0, corrupt_difference=-1.0)
+def _solved(measure, *args, **options):
+    return measure(*args, **options).assign(clean_difference=1.0, corrupt_difference=-1.0)
 
 
 def test_the_python_of_a_revision_and_of_pairs():
