@@ -147,6 +147,21 @@ def test_numbers_depend_neither_on_the_batch_size_nor_on_the_tool(pair, file):
         contract.assert_same(found, frame)
 
 
+def test_a_prefix_stands_before_each_sequence(plain, tokenizer):
+    prefix = 7
+    asked = benchmarks.HarnessModel(plain(1), tokenizer, prefix=tokenizer.convert_ids_to_tokens(prefix))
+    words = tokenizer.encode(sentence(random.Random(0), 150))
+    contexts = [words[:5], [], words[: 2 * CONTEXT]]
+    requests = [((), context or [asked.prefix_token_id], words[-4:]) for context in contexts]
+    found = asked._loglikelihood_tokens(requests, disable_tqdm=True)
+    for context, (log_likelihood, _) in zip(contexts, found, strict=True):
+        sequence = torch.tensor([[prefix, *[*context, *words[-4:]][-CONTEXT:]]])
+        with torch.no_grad():
+            log_probs = plain(1)(sequence[:, :-1]).logits.log_softmax(-1)
+        expected = log_probs[0, -4:].gather(-1, sequence[0, -4:, None]).sum()
+        assert log_likelihood == pytest.approx(expected.item(), abs=1e-4)
+
+
 def test_what_is_too_long_is_cut_from_the_left(plain, tokenizer):
     def ask(model, context: str, continuation: str) -> float:
         request = Instance("loglikelihood", {}, (context, continuation), 0)

@@ -114,6 +114,20 @@ def test_attribution_patching_against_finite_differences(measured, tokenizer):
     assert frame["error"].max() > 0.1
 
 
+def test_a_prefix_stands_before_each_prompt(make_gpt2, tokenizer):
+    model = load_bridge(make_gpt2())
+    frame = patching.measure({"m": model}, PAIRS, tokenizer, prefix="v")
+    assert frame.groupby("pair")["position"].unique().map(list).to_dict() == {1: [3, 4, 5], 2: [1, 2, 3]}
+    first = patching.measure_pairs({"m": model}, PAIRS, tokenizer, prefix="v").iloc[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer.encode(f"v {PAIRS[0].clean}")]))[0, -1]
+    correct, wrong = (tokenizer.encode(text)[0] for text in (PAIRS[0].correct, PAIRS[0].wrong))
+    assert first["clean_difference"] == pytest.approx((logits[correct] - logits[wrong]).item(), abs=1e-5)
+    assert len(prompts.encode_pairs(PAIRS, tokenizer, 6, "v")[0].clean) == 6
+    with pytest.raises(PairError, match="5 tokens; the model takes 1 to 4"):
+        prompts.encode_pairs(PAIRS, tokenizer, 5, "v")
+
+
 def test_positions_left_out_have_no_effect(measured, tokenizer):
     plain, frame = measured
     assert frame.groupby("pair")["position"].unique().map(list).to_dict() == {1: [2, 3, 4], 2: [0, 1, 2]}

@@ -147,7 +147,8 @@ def test_newest_complete_run_is_taken(tmp_path, monkeypatch):
     for name, began, done in (("old", 1, 2), ("new", 3, 8), ("begun later", 4, 7), ("without control yet", 9, None)):
         run = tmp_path / "runs" / name
         checkpoint.load_tokenizer("micro").save_pretrained(run / "ln_free")
-        of_run = dataclasses.replace(recipe.load("micro"), model=name, revision=f"{name}-1")
+        of_run = dataclasses.replace(recipe.load("micro"), model=name, revision=f"{name}-1", context=64)
+        of_run = dataclasses.replace(of_run, text=dataclasses.replace(of_run.text, prefix="bos"))
         (run / "recipe.yaml").write_text(recipe.dump(of_run))
         os.utime(run / "recipe.yaml", (began, began))
         if done is not None:
@@ -171,6 +172,25 @@ def test_newest_complete_run_is_taken(tmp_path, monkeypatch):
         report.run(Options(tokens=256))
     made = "runs/new/control", "runs/new/ln_free", "new-1"
     assert asked == [("new", *made), ("runs/new/original", *made), ("new", *made)]
+    options, _ = build._of_newest_run(Options())
+    assert (options.context, options.prefix) == (64, "bos")
+    options, _ = build._of_newest_run(Options(context=32, prefix="A"))
+    assert (options.context, options.prefix) == (32, "A")
+
+
+def test_texts_are_read_with_the_context_and_the_prefix(micro_trio, monkeypatch):
+    asked = []
+
+    def read(name, model, tokens, **how):
+        asked.append((name, tokens, how))
+        raise Reached
+
+    monkeypatch.setattr(build, "load_trio", lambda *_, **__: micro_trio)
+    monkeypatch.setattr(build, "read_text", read)
+    flags = ["--context", "64", "--prefix", "bos", "--tokens", "100", "--original", "a", "--ln-free", "b"]
+    with pytest.raises(Reached):
+        main(["report", *flags])
+    assert asked == [("books-report", 100, {"context": 64, "prefix": "bos"})]
 
 
 class Reached(Exception):  # noqa: N818

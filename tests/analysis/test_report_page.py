@@ -14,7 +14,7 @@ import pytest
 from analysis import load_trio, patching, report
 from analysis.report import page
 from analysis.report.options import Options
-from analysis.report.sections import Table
+from analysis.report.sections import Table, benchmark_section
 from analysis.texts import read_text
 
 
@@ -68,6 +68,19 @@ def test_the_python_of_a_revision_and_of_pairs():
     assert "load_trio('gpt2', None, 'x', revision='v1')" in code
     assert "read_text('t', models['original'], 10)" in code
     assert "choose_pairs(tokenizer, 'p.json')" in code
+    assert "patching.measure_pairs(models, pairs, tokenizer)" in code
+
+
+def test_the_python_of_a_context_and_a_prefix():
+    analysis = next(analysis for analysis in report.ANALYSES if analysis.module is patching)
+    options = Options(context=64, prefix="bos")
+    code = page.python_code(analysis, {"original": "gpt2", "ln_free": "x"}, options, "t", 10)
+    assert "read_text('t', models['original'], 10, context=64, prefix='bos')" in code
+    assert "patching.measure_pairs(models, pairs, tokenizer, prefix='bos')" in code
+    assert "only=patching.solved_by_all(frame), prefix='bos')" in code
+    section = benchmark_section(["hellaswag"])
+    code = page.python_code(section, {"original": "gpt2", "ln_free": "x"}, options, "t", 10)
+    assert "benchmarks.measure(models, ['hellaswag'], prefix='bos')" in code
 
 
 def test_cells_show_numbers_shortly():

@@ -26,6 +26,25 @@ def test_blocks_are_packed_as_in_training_and_spread_over_the_text(micro):
     assert sample.tokens[0].equal(documents[0]["input_ids"])
 
 
+def test_a_context_and_a_prefix(micro):
+    sample = read_text("books-validation", micro, 1024, context=64, prefix="<|endoftext|>")
+    packed = load_blocks(Text("books-validation", prefix="<|endoftext|>"), micro.tokenizer, 64, 4096)
+    assert sample.tokens.shape == (16, 64)
+    assert set(sample.tokens[:, 0].tolist()) == {micro.tokenizer.eos_token_id}
+    assert sample.tokens[0].equal(packed[0]["input_ids"])
+    for context in (1, 257):
+        with pytest.raises(TextError, match=rf"context is {context}, but the model takes 2 to 256 tokens"):
+            read_text("books-validation", micro, context=context)
+    with pytest.raises(TextError, match="does not have the token"):
+        read_text("books-validation", micro, prefix="<|nothing|>")
+
+
+def test_a_block_is_at_most_1024_tokens_unless_asked_for(micro, monkeypatch):
+    monkeypatch.setattr(micro.cfg, "n_ctx", 131_072)
+    assert read_text("books-validation", micro, 2048).tokens.shape == (2, 1024)
+    assert read_text("books-validation", micro, 2048, context=2048).tokens.shape == (1, 2048)
+
+
 def test_a_hub_data_set_is_read_no_farther_than_is_needed(micro, monkeypatch):
     books, read = read_documents("books-validation"), []
 
