@@ -260,7 +260,7 @@ def load_tasks(tasks: Tasks, num_fewshot: int | None = None) -> dict[str, dict[s
             if file:
                 raise BenchmarkError(f"{file} has not the fields and values of {name}'s data ({why}).") from error
             instead = f" A file can stand for them: {name}=FILE.jsonl." if is_plain else ""
-            raise BenchmarkError(f"The data of {name} cannot be had ({why}).{instead}") from error
+            raise BenchmarkError(f"The data of {name} was not available ({why}).{instead}") from error
         for task in found["tasks"].values():
             if task.OUTPUT_TYPE == "generate_until":
                 raise BenchmarkError(f"{task.task_name} has models write: take one of choices or of likelihood.")

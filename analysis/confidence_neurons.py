@@ -2,7 +2,7 @@
 
 They write with a large norm in directions that hardly change the logits, and so act through the scale of the final LN
 (Gurnee et al. 2024, arXiv 2401.12181, and Stolfo et al. 2024, arXiv 2406.16254, who call them entropy neurons). Baroni
-et al. 2025, arXiv 2507.02559, found that they have no effect without LN.
+et al. 2025, arXiv 2507.02559, found that they have no effect without LN. The final LN is an RMSNorm in some families.
 
 1. For every neuron i, ‖w_out,i‖ and LogitVar(i), the variance over the vocabulary of
    W_U[:,v]·w_out,i / (‖W_U[:,v]‖ ‖w_out,i‖). With w the unit vector along w_out,i that is wᵀ C w, C the covariance over

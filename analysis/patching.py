@@ -64,7 +64,7 @@ def measure(
         prefix: a token to put before each prompt, as `text.prefix` in a recipe; it takes position 0.
 
     Returns:
-        A row a model, pair (numbered from 1), hook point, layer, position, and head (NA without heads), with `token`,
+        One row per model, pair (numbered from 1), hook point, layer, position, head (NA without heads), with `token`,
         the clean prompt's token there, and `activation`, `attribution` and `error`, in shares of LD_clean − LD_corrupt
         (no unit). Where a model hardly tells the prompts apart that is small, and the shares are large and mean little:
         leave such pairs out, with `solved_by_all` of `measure_pairs` as `only`.

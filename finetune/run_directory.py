@@ -43,7 +43,7 @@ class Run:
     directory: Path
     """The run directory."""
     results: pd.DataFrame
-    """A row a model (original, control, ln_free): see `evaluate.compare`; and trained_tokens and seconds of its fit.
+    """One row per model (original, control, ln_free): see `evaluate.compare`; trained_tokens, seconds are of its fit.
     Of pretraining one row (model): see `pretrain.conclude`."""
 
     def load(self, name: str) -> PreTrainedModel:

@@ -33,7 +33,7 @@ from finetune.run_directory import control_of, recipe_of
 
 _PNG_NEEDS = (
     "PNGs are drawn by kaleido and Chrome or Chromium: install the extra `png` (pip install -e '.[png]') and a browser "
-    "(BROWSER_PATH names one that is not found), or leave --png away."
+    "(BROWSER_PATH names one that is not found), or omit --png."
 )
 _OF_RUN = {"original", "control", "ln_free", "text", "tokens", "context"}
 """Options that `run` loads models and texts from. `write` takes these loaded instead."""
@@ -115,7 +115,7 @@ def check(options: Options) -> None:
     if options.tokens < 1:
         raise ReportError(f"--tokens is {options.tokens}, but is to be at least 1.")
     if not options.text:
-        raise ReportError("Name at least one text with --text, or leave it away.")
+        raise ReportError("Name at least one text with --text, or omit it.")
 
 
 def write(

@@ -29,7 +29,7 @@ def measure(
     """Measure each model at every token of `tokens` that has one before it, from which it is predicted.
 
     Returns:
-        A row a model and token: model, block, position, token; loss, of predicting the token, and jsd, of the
+        One row per model and token: model, block, position, token; loss, of predicting the token, and jsd, of the
         prediction to that of the model called `reference`, both in nats; tokens and probabilities, the likeliest
         `top`.
     """

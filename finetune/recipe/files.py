@@ -101,10 +101,10 @@ def validate(kind: type[_Kind], content: dict[str, Any], what: str) -> _Kind:
     try:
         return pydantic.TypeAdapter(kind).validate_python(content)
     except RecipeError as error:
-        raise RecipeError(f"The {what} does not hold: {error}") from error
+        raise RecipeError(f"The {what} is invalid: {error}") from error
     except pydantic.ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise RecipeError(f"The {what} does not hold: {'; '.join(problems)}") from error
+        raise RecipeError(f"The {what} is invalid: {'; '.join(problems)}") from error
 
 
 def with_text(recipe: _Training, text: str | Path | Text | None) -> _Training:
@@ -132,7 +132,7 @@ def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
     fields = {current_name(str(name)): value for name, value in fields.items()}
     if "steps" in fields:
         if not isinstance(steps := fields["steps"], int):
-            raise RecipeError(f"The {what} does not hold: steps is {steps!r}, which is no whole number.")
+            raise RecipeError(f"The {what} is invalid: steps is {steps!r}, which is not a whole number.")
         recipe = recipe.scaled(steps)
     content = dataclasses.asdict(recipe)
     for name, value in fields.items():
@@ -141,7 +141,7 @@ def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
         for parent in parents:
             part = part.get(parent) if isinstance(part, dict) else None
         if not isinstance(part, dict) or field not in part:
-            raise RecipeError(f"The {what} does not hold: {name} is no field of a recipe.")
+            raise RecipeError(f"The {what} is invalid: {name} is not a field of a recipe.")
         part[field] = value
     return validate(Recipe, content, what)
 

@@ -194,5 +194,5 @@ def test_former_names_of_phases_are_read(tmp_path):
     assert recipe.load(tmp_path / "recipe.yaml") == B25
     overridden = recipe.override(B25, {"schedule.gap.ln_2": 1, "schedule.layers": {"ln_2": "down"}}, "recipe")
     assert (overridden.schedule.gap.mlp, overridden.schedule.layers.mlp) == (1, "down")
-    with pytest.raises(RecipeError, match=r"schedule\.gap\.ln_3 is no field"):
+    with pytest.raises(RecipeError, match=r"schedule\.gap\.ln_3 is not a field"):
         recipe.override(B25, {"schedule.gap.ln_3": 1}, "recipe")

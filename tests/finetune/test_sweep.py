@@ -239,8 +239,8 @@ def assert_same_numbers(out: Path, done: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"recipe": "micro", "runs": [{"lrate": 1}]}, "lrate is no field"),
-        ({"recipe": "micro", "runs": [{"schedule.gap.w": 1}]}, "schedule.gap.w is no field"),
+        ({"recipe": "micro", "runs": [{"lrate": 1}]}, "lrate is not a field"),
+        ({"recipe": "micro", "runs": [{"schedule.gap.w": 1}]}, "schedule.gap.w is not a field"),
         ({"recipe": "micro", "grid": {"lr": [-1]}}, "'lr': -1"),
         ({"recipe": "micro", "seed": [1]}, "seed"),
         ({"seeds": [1]}, "recipe"),
@@ -251,7 +251,7 @@ def assert_same_numbers(out: Path, done: Path) -> None:
         ({"recipe": "micro", "texts": {"choose": "books-report"}}, "held-out text"),
         ({"recipe": "micro", "runs": [{"steps": "many"}]}, "steps is 'many'"),
         ({"recipe": "micro", "runs": [{"steps": 61.5}]}, "steps is 61.5"),
-        ({"recipe": "micro", "runs": [{"model.a.b": 1}]}, "model.a.b is no field"),
+        ({"recipe": "micro", "runs": [{"model.a.b": 1}]}, "model.a.b is not a field"),
         ({"recipe": "micro", "runs": [{"recipe": 3}]}, "No recipe 3"),
     ],
 )
