@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
 from helpers import finetune, kill_at, read_log, run_forked
 from models import random_model
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from test_run import KILLED
 from test_trainer import assert_close, in_two_processes
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from finetune import folding, remove_layernorm, remove_norms
+from finetune import folding, remove_layernorm, remove_norms, sweep
 from finetune import recipe as recipes
 from finetune.errors import CheckpointError
 from finetune.families import FAMILIES
@@ -158,6 +159,29 @@ def test_soft_caps_and_dropout_are_as_they_were_in_what_is_exported(name, recipe
     assert config.attn_logit_softcapping == 50.0
     assert config.attention_dropout == 0.3
     assert read_log(run.directory)[0]["kl"] == pytest.approx(0, abs=1e-5)  # no dropout in training
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_sweep_is_scored_on_texts_with_the_prefix(name, recipe: Recipe, directory_of, text: Path, tmp_path: Path):
+    base = tmp_path / "base.yaml"
+    base.write_text(recipes.dump(replace(recipe, model=str(directory_of(name)), control=False)))
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "recipe": str(base),
+                "seeds": [0],
+                "set": {"text.held_out_blocks": 3},
+                "grid": {"cover": [0.0, 0.5]},
+                "texts": {"same": str(text), "random": "random-tokens"},
+            }
+        )
+    )
+    table = sweep.run(file, tmp_path / "out")
+    assert len(table) == 2
+    losses = table[["loss_ln_free_same", "loss_ln_free_random"]]
+    assert losses.map(math.isfinite).all(axis=None)
+    assert losses.nunique().gt(1).all()  # cover changes what is trained
 
 
 def test_context(recipe: Recipe, directory_of):
