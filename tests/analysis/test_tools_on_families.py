@@ -398,6 +398,7 @@ def comparable(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.reset_index(drop=True)
 
 
+@pytest.mark.slow
 @each_family
 def test_every_analysis(name, monkeypatch):
     """Numbers depend neither on the batch size nor on the tool nor on how much is computed at once."""

@@ -238,6 +238,7 @@ class TestObjective:
         assert auxiliary_loss(std, classes, torch.ones(4, dtype=torch.bool)) == 0
 
 
+@pytest.mark.slow
 class TestRun:
     def test_cross_entropy_is_of_text_in_the_log(self, short: Recipe, tmp_path: Path):
         """At step 0, where both are the original."""
@@ -338,6 +339,7 @@ def fit_compiled(recipe: Recipe) -> None:
     Path("counted.json").write_text(json.dumps(counted))
 
 
+@pytest.mark.slow
 def test_compiled(short: Recipe, tokenizer, tmp_path: Path):
     """As many graphs as without cover and penalty, and the same model as not compiled."""
     tiny_gpt2(n_layer=1).save_pretrained(tmp_path / "model")
