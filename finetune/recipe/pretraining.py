@@ -25,7 +25,7 @@ Block = Literal[
 
 
 def _from_flag(words: list[str]) -> dict[str, Any]:
-    """Return names and their values, which follow each other; what is no number, bool or None is a string."""
+    """Return names and their values, which follow each other; what is not a number, bool or None is a string."""
     if len(words) % 2:
         raise ValueError(f"names and values are to alternate, but these are {len(words)}")
     values = {}

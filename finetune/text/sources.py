@@ -26,7 +26,7 @@ def open_source(name: str, text: Text) -> tuple[datasets.Dataset | datasets.Iter
     if not path.exists():
         if _format(path) or path.suffix == ".bin" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise TextError(f"{name}: no such file or directory.")
-        with _reading(f"{name} is no file or directory here, and as a data set of the Hub it"):
+        with _reading(f"{name} is not a file or directory here, and as a data set of the Hub it"):
             data = datasets.load_dataset(name, text.subset, split=text.split, streaming=text.streaming)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         with _reading(name):

@@ -1,7 +1,7 @@
 """LN removed afterwards against LN never there: models that runs of this package made, measured alike, as a table.
 
 `python notebooks/sweeps/removed_vs_never.py RUN…` takes run directories of `finetune pretrain BLOCK`, and of `finetune
-run` on the models of these, and writes removed_vs_never.csv beside it, a row a model, in the order given. Losses are of
+run` on the models of these, and writes removed_vs_never.csv beside it, one row per model, in order. Losses are of
 240 blocks of each text; outlier features and the attribution error of 8,192 tokens of books-report.
 """
 

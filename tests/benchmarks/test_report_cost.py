@@ -2,8 +2,8 @@
 
 Each measurement is a process of its own, with three models (`micro`, itself as its own control, and `micro-ln-free`),
 all of which see each token. Timed is all that a report of this analysis alone takes once the models are loaded, its
-figures and its page too. `rise` is the memory on top of models and text, in MiB. What a table has a row a token of does
-grow: `loss` and `faithfulness`, by what their tables hold.
+figures and its page too. `rise` is the memory on top of models and text, in MiB. Tables with one row per token do grow:
+`loss` and `faithfulness`, by what their tables hold.
 `python tests/benchmarks/test_report_cost.py 10000 200000` takes other numbers of tokens.
 """
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 from helpers import finetune, read_log, run_forked
 from models import tiny_gpt2
-from safetensors.torch import load_file
 from test_objective import random_head, with_autograd
-from test_trainer import assert_close, in_two_processes
+from test_trainer import assert_close, fitted, in_two_processes, last_state
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -25,11 +24,11 @@ from finetune import recipe as recipes
 from finetune.cover import Cover
 from finetune.objective import NextTokenLoss, auxiliary_loss, next_token_loss, spread_loss
 from finetune.recipe import Recipe, RecipeError, Text
-from finetune.removal import fit, remove_layernorm, set_up
+from finetune.removal import remove_layernorm, set_up
 from finetune.removal_trainer import RemovalTrainer
 from finetune.sites import Sites
 from finetune.text import Blocks, load_blocks, token_ids
-from finetune.training import DivergedError, checkpoints, in_order
+from finetune.training import DivergedError, in_order
 
 KINDS = ("uniform", "unigram-2", "shuffled", "corrupted", "renamed", "repeated", "runs")
 
@@ -38,17 +37,6 @@ KINDS = ("uniform", "unigram-2", "shuffled", "corrupted", "renamed", "repeated",
 def short(recipe: Recipe) -> Recipe:
     """The recipe fitted to the original with half of the blocks cover, without a control."""
     return replace(recipe, control=False, kl_weight=0.5, match_weight=2.0, aux_weight=0.3, cover=0.5, cover_kinds=KINDS)
-
-
-def fitted(recipe: Recipe, directory: Path, name: str = "ln_free") -> dict[str, torch.Tensor]:
-    """Fit as a run does; return the weights, constants and running sums of the last step."""
-    setup = set_up(recipe)
-    fit(setup, directory, name, setup.events if name == "ln_free" else [])
-    return last_state(directory, name)
-
-
-def last_state(directory: Path, name: str = "ln_free") -> dict[str, torch.Tensor]:
-    return load_file(checkpoints(directory / "checkpoints" / name)[-1] / "model.safetensors")
 
 
 def without_times(log: list[dict]) -> list[dict]:

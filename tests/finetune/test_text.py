@@ -447,7 +447,7 @@ def test_bad_sources(tmp_path, tokenizer, monkeypatch):
     for missing in ("missing.jsonl", "missing.txt.gz", "missing.bin", "missing"):
         fails("no such file", tmp_path / missing)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # or else it tries for half a minute
-    fails(r"no file or directory here.*Hub.*cannot be read.*[Oo]ffline", "somebody/some-data-set")
+    fails(r"not a file or directory here.*Hub.*cannot be read.*[Oo]ffline", "somebody/some-data-set")
     (tmp_path / "empty").mkdir()
     fails(r"no known format.*\.jsonl", tmp_path / "empty")
     (tmp_path / "a.csv").write_text("text\nhello\n")
