@@ -1,19 +1,19 @@
 """Confidence neurons: those of the last MLP that set how sure the model is, not what it predicts.
 
-They write with a large norm in directions that hardly change the logits, and so act through the scale of the final LN
+They write with a large norm in directions that hardly change the logits, and so act through the scale of the final norm
 (Gurnee et al. 2024, arXiv 2401.12181, and Stolfo et al. 2024, arXiv 2406.16254, who call them entropy neurons). Baroni
-et al. 2025, arXiv 2507.02559, found that they have no effect without LN. The final LN is an RMSNorm in some families.
+et al. 2025, arXiv 2507.02559, found that they have no effect without it.
 
 1. For every neuron i, ‖w_out,i‖ and LogitVar(i), the variance over the vocabulary of
    W_U[:,v]·w_out,i / (‖W_U[:,v]‖ ‖w_out,i‖). With w the unit vector along w_out,i that is wᵀ C w, C the covariance over
    the vocabulary of the unit columns of W_U: no product of all neurons with all tokens is made.
 2. Candidates have a large norm and a small LogitVar.
-3. Mean-ablation sets neurons to their mean activation over all tokens, ā. Only the final LN and the unembedding come
-   after the last MLP, so the new logits follow from the clean ones. With s and s' the final LN's scale before and
+3. Mean-ablation sets neurons to their mean activation over all tokens, ā. Only the final norm and the unembedding come
+   after the last MLP, so the new logits follow from the clean ones. With s and s' the final norm's scale before and
    after, and b_U the bias of the unembedding:
        direct = logits − (a − ā) · W_out W_U / s     the scale keeps its value
        total  = b_U + (direct − b_U) · s / s'        the scale follows
-   What goes through the final LN is the effect of total less that of direct. The scale is what the model's own final
+   What goes through the final norm is the effect of total less that of direct. The scale is what the model's own final
    norm divides by; where a model has none, nothing divides, and s/s' = 1. In Gemma 2 a norm of its own normalises what
    the MLP writes: both effects let it follow the ablation. Logits are soft-capped after this where the model does it.
 4. The singular directions of W_U on the side of the residual stream, and the share of w_out in each: what lies in
@@ -41,8 +41,8 @@ LARGE = 0.1
 
 PARTS = {
     "total": "In all",
-    "direct": "With the final LN's<br>scale frozen",
-    "through_ln": "Through the final<br>LN's scale",
+    "direct": "With the final norm's<br>scale frozen",
+    "through_ln": "Through the final<br>norm's scale",
 }
 MEASURES = {"entropy": "entropy", "loss": "CE"}
 
@@ -84,7 +84,7 @@ def measure(
 
     Returns a row a model, ablation ("alone" or "together"), neuron (of several the last) and measure, entropy of the
     prediction or loss (CE). ablated: how many neurons are. In nats/token, means over tokens that have a next one:
-    clean, without ablation; total, the change by the ablation; direct, the change with the final LN's scale frozen;
+    clean, without ablation; total, the change by the ablation; direct, the change with the final norm's scale frozen;
     through_ln, their difference.
 
     Raises:
@@ -106,13 +106,13 @@ def measure(
 
 
 def describe(frame: pd.DataFrame) -> str:
-    """Say how much entropy goes through the final LN at the most, from what `measure` returns of single neurons."""
+    """Say how much entropy goes through the final norm at the most, from what `measure` returns of single neurons."""
     frame = frame[(frame["ablation"] == "alone") & (frame["measure"] == "entropy")]
     found = []
     for model, rows in frame.groupby("model", sort=False):
         change, clean = rows["through_ln"].abs().max(), rows["clean"].iloc[0]
         found.append(f"{model}: {change:.2g} of {clean:.3g} ({100 * change / clean:.2g} %)")
-    return f"Largest change of entropy by one neuron that goes through the final LN, nats/token: {'; '.join(found)}."
+    return f"Largest change of entropy by one neuron that goes through the final norm, nats/token: {'; '.join(found)}."
 
 
 def measure_spectrum(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.DataFrame:

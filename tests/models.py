@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel
 
 from finetune import families
@@ -25,16 +26,18 @@ class Family:
     """The fields that differ from the config's own defaults, unless a test says otherwise."""
     eps: str
     """The field that holds the eps of the norms."""
+    shapes: st.SearchStrategy[dict[str, Any]]
+    """Fields that make a model of another, awkward shape, which still takes 11 tokens below 23."""
 
 
-def _of(model_type: str, **small: Any) -> Family:
+def _of(model_type: str, shapes: st.SearchStrategy[dict[str, Any]], **small: Any) -> Family:
     """Return a family of transformers' models, by the names that their configs share where they share them."""
     family = families.FAMILIES[model_type]
 
     def make(**config: Any) -> Any:
         return family.model_class(family.model_class.config_class(**config))
 
-    return Family(make, small | dict.fromkeys(("bos_token_id", "eos_token_id"), 0), eps=family.eps)
+    return Family(make, small | dict.fromkeys(("bos_token_id", "eos_token_id"), 0), family.eps, shapes)
 
 
 _SMALL = {
@@ -48,9 +51,38 @@ _SMALL = {
 _GROUPED = _SMALL | {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
 """Grouped queries: each key and value serves two heads."""
 
+
+def _shapes(**fields: Any) -> st.SearchStrategy[dict[str, Any]]:
+    """Draw each field from its values; a value that is a dict is several fields at once."""
+
+    def flatten(drawn: dict[str, Any]) -> dict[str, Any]:
+        together = [value for value in drawn.values() if isinstance(value, dict)]
+        alone = {name: value for name, value in drawn.items() if not isinstance(value, dict)}
+        return {name: value for part in [alone, *together] for name, value in part.items()}
+
+    return st.fixed_dictionaries({name: st.sampled_from(values) for name, values in fields.items()}).map(flatten)
+
+
+def _widths(names: tuple[str, ...], *values: tuple[int, ...]) -> list[dict[str, int]]:
+    return [dict(zip(names, row, strict=True)) for row in values]
+
+
+_ANY = {"vocab_size": [23, 64], "tie_word_embeddings": [True, False]}
+_COMMON = _ANY | {"num_hidden_layers": [1, 3], "intermediate_size": [5, 31]}
+_GROUPS = ("hidden_size", "num_attention_heads", "num_key_value_heads")
+_OWN_HEAD_DIM = _COMMON | {
+    "width": _widths((*_GROUPS, "head_dim"), (9, 3, 1, 4), (15, 3, 3, 2), (16, 4, 2, 6), (7, 1, 1, 8))
+}
+
 FAMILIES = {
     "gpt2": _of(
         "gpt2",
+        _shapes(
+            **_ANY,
+            width=_widths(("n_embd", "n_head"), (7, 1), (15, 3), (10, 2)),
+            n_inner=[None, 5],
+            n_layer=[1, 3],
+        ),
         vocab_size=23,
         n_positions=11,
         n_embd=12,
@@ -58,9 +90,25 @@ FAMILIES = {
         n_head=3,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     ),
-    "gpt_neox": _of("gpt_neox", **_SMALL | {"hidden_size": 24}, rotary_pct=0.5),
+    "gpt_neox": _of(
+        "gpt_neox",
+        _shapes(
+            **_COMMON,
+            width=_widths(("hidden_size", "num_attention_heads"), (20, 1), (36, 3), (24, 2)),
+            rotary_pct=[0.5, 1.0],
+            use_parallel_residual=[True, False],
+        ),
+        **_SMALL | {"hidden_size": 24},
+        rotary_pct=0.5,
+    ),
     "gpt_neo": _of(
         "gpt_neo",
+        _shapes(
+            **_ANY,
+            width=_widths(("hidden_size", "num_heads"), (7, 1), (15, 3), (10, 2)),
+            intermediate_size=[None, 5],
+            window_size=[2, 256],
+        ),
         vocab_size=23,
         max_position_embeddings=11,
         hidden_size=12,
@@ -69,15 +117,31 @@ FAMILIES = {
         attention_types=[[["global", "local"], 1]],
         window_size=4,
     ),
-    "llama": _of("llama", **_GROUPED),
-    "mistral": _of("mistral", **_GROUPED, sliding_window=4),
-    "qwen2": _of("qwen2", **_GROUPED),
-    "gemma": _of("gemma", **_GROUPED, head_dim=6, pad_token_id=0, attention_bias=True),
-    "gemma2": _of("gemma2", **_GROUPED, head_dim=6, pad_token_id=0, sliding_window=4, query_pre_attn_scalar=6),
+    "llama": _of("llama", _shapes(**_OWN_HEAD_DIM, attention_bias=[True, False]), **_GROUPED),
+    "mistral": _of("mistral", _shapes(**_OWN_HEAD_DIM, sliding_window=[None, 3]), **_GROUPED, sliding_window=4),
+    "qwen2": _of("qwen2", _shapes(**_COMMON, width=_widths(_GROUPS, (10, 1, 1), (12, 3, 1), (16, 4, 4))), **_GROUPED),
+    "gemma": _of(
+        "gemma",
+        _shapes(**_OWN_HEAD_DIM, attention_bias=[True, False]),
+        **_GROUPED,
+        head_dim=6,
+        pad_token_id=0,
+        attention_bias=True,
+    ),
+    "gemma2": _of(
+        "gemma2",
+        _shapes(**_OWN_HEAD_DIM, final_logit_softcapping=[None, 3.0], attn_logit_softcapping=[None, 5.0]),
+        **_GROUPED,
+        head_dim=6,
+        pad_token_id=0,
+        sliding_window=4,
+        query_pre_attn_scalar=6,
+    ),
     "blocks": Family(
         lambda block, **knobs: BlocksForCausalLM(block_config(block, **knobs)),
         {"vocab_size": 23, "n_positions": 11, "n_embd": 12, "n_layer": 2, "n_head": 3},
-        eps="norm_epsilon",
+        "norm_epsilon",
+        st.just({}),
     ),
 }
 

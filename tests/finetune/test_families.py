@@ -197,44 +197,11 @@ def test_every_parameter_learns_while_sites_are_live_half_way_and_constant(name)
         assert not [path for path, gradient in gradients.items() if gradient is None or not gradient.any()]
 
 
-SHAPES = {
-    "gpt2": st.fixed_dictionaries(
-        {"n_head": st.sampled_from([1, 3]), "n_inner": st.sampled_from([None, 7]), "n_layer": st.sampled_from([1, 3])}
-    ),
-    "gpt_neox": st.fixed_dictionaries(
-        {
-            "use_parallel_residual": st.booleans(),
-            "tie_word_embeddings": st.booleans(),
-            "intermediate_size": st.sampled_from([5, 31]),
-        }
-    ),
-    "gpt_neo": st.fixed_dictionaries(
-        {"intermediate_size": st.sampled_from([None, 7]), "num_heads": st.sampled_from([1, 2])}
-    ),
-    "gemma2": st.fixed_dictionaries(
-        {
-            "num_key_value_heads": st.sampled_from([1, 4]),
-            "final_logit_softcapping": st.sampled_from([None, 3.0]),
-            "attn_logit_softcapping": st.sampled_from([None, 5.0]),
-        }
-    ),
-}
-LLAMAS = st.fixed_dictionaries(
-    {
-        "num_key_value_heads": st.sampled_from([1, 2, 4]),
-        "intermediate_size": st.sampled_from([5, 31]),
-        "tie_word_embeddings": st.booleans(),
-        "vocab_size": st.sampled_from([23, 64]),
-        "num_hidden_layers": st.sampled_from([1, 3]),
-    }
-)
-
-
 @each_family
 @settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_awkward_shapes(name, data):
-    model = random_model(name, seed=data.draw(st.integers(0, 9)), **data.draw(SHAPES.get(name, LLAMAS)))
+    model = random_model(name, seed=data.draw(st.integers(0, 9)), **data.draw(models.FAMILIES[name].shapes))
     expected = logits(model)
     sites = Sites(copy.deepcopy(model), 0)
     assert error(logits(sites.model), expected) < 1e-5
