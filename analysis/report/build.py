@@ -30,6 +30,7 @@ from analysis.texts import Sample, read_text
 from finetune.checkpoint import load_tokenizer
 from finetune.errors import NolnError
 from finetune.run_directory import control_of, recipe_of
+from finetune.text import RANDOM_TOKENS
 
 _PNG_NEEDS = (
     "PNGs are drawn by kaleido and Chrome or Chromium: install the extra `png` (pip install -e '.[png]') and a browser "
@@ -74,7 +75,7 @@ def run(options: Options | None = None, /, **given: Any) -> Path:
     original = models["original"]
     samples = {
         name: read_text(name, original, options.tokens, context=options.context, prefix=options.prefix)
-        for name in options.text
+        for name in dict.fromkeys((*options.text, RANDOM_TOKENS))
     }
     names = {key: str(getattr(options, key)) for key in models}
     return _write(models, samples, names, options)

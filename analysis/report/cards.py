@@ -43,7 +43,9 @@ def make(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Card]:
         baseline = max(costs, key=lambda model: costs[model][text].mean)
         cards.append(loss_here(text, baseline, {model: by_text[text] for model, by_text in costs.items()}))
         if len(costs[baseline]) > 1:
-            cards.append(loss_elsewhere(baseline, costs[baseline]))
+            by_text = tables.get(("other_text", "text"))
+            jsd = None if by_text is None else by_text[by_text["model"] == "ln_free"].set_index("text")["jsd"]
+            cards.append(loss_elsewhere(baseline, costs[baseline], jsd))
     if ("residual_norms", "point") in tables:
         cards.append(_position_0(tables["residual_norms", "point"]))
     if ("attention", "model") in tables:
@@ -93,9 +95,9 @@ def loss_here(text: str, baseline: str, costs: Mapping[str, Cost]) -> Card:
     if others := [model for model in costs if model != baseline]:
         sentence += f" The difference to the {others[0]}, which predicts it less well, is {costs[others[0]]}."
     else:
-        sentence += " Without a control, what fine-tuning did and what losing LN did cannot be told apart."
+        sentence += " Without a control, what fine-tuning did and what losing the norms did cannot be told apart."
     return Card(
-        "What does losing LN cost?",
+        "What does losing the norms cost?",
         str(cost),
         f"nats/token above the {baseline}, standard error over documents",
         sentence,
@@ -103,10 +105,11 @@ def loss_here(text: str, baseline: str, costs: Mapping[str, Cost]) -> Card:
     )
 
 
-def loss_elsewhere(baseline: str, costs: Mapping[str, Cost]) -> Card:
+def loss_elsewhere(baseline: str, costs: Mapping[str, Cost], jsd: pd.Series | None = None) -> Card:
     """Answer from the same on several texts, by name: the first, and the one of the others that costs the most.
 
-    That is one whose difference to the first is beyond chance, if there is any.
+    That is one whose difference to the first is beyond chance, if there is any. And from the mean JSD to the original
+    on each, nats/token, if it is known.
     """
     (home, at_home), *others = costs.items()
     text, there = max(others, key=lambda other: (other[1].differs_from(at_home), other[1].mean))
@@ -121,6 +124,9 @@ def loss_elsewhere(baseline: str, costs: Mapping[str, Cost]) -> Card:
         sentence = f"It costs more on {text} than on {home}: {both}."
     rest = [f"{name} {cost}" for name, cost in others if name != text]
     sentence += f" On others: {', '.join(rest)}." if rest else ""
+    if jsd is not None:
+        far = ", ".join(f"{jsd[name]:.4f} on {name}" for name in (text, *(name for name, _ in others if name != text)))
+        sentence += f" Its predictions are {far} from the original’s, nats JSD, and {jsd[home]:.4f} on {home}."
     return Card(
         "And on other text?",
         str(there),
@@ -205,11 +211,13 @@ def exact_attribution(before: float, after: float, residue: float) -> Card:
     that is taken for LN-free and is not has an NMAE of 0, but its parts do not add up.
     """
     if after > 0.1 or not residue < 0.01:
-        sentence = "It is not in the LN-free model, where it should be: the LN of this model is not entirely gone."
+        sentence = "It is not in the LN-free model, where it should be: the norms of this model are not entirely gone."
     elif before < 1:
         sentence = "Yes, but it nearly was before: the original’s attributions are hardly off."
     elif before < 10:
-        sentence = "Yes. In the original it was off by a little: what LN hides from it is a weak effect here."
+        sentence = (
+            "Yes. In the original it was off by a little: what the final norm hides from it is a weak effect here."
+        )
     else:
         sentence = "Yes. In the original it misses the effect that removing a head really has by this much on average."
     return Card(

@@ -9,17 +9,17 @@ class Options:
     """Compare an original model, a control and an LN-free model, and write tables, figures and one HTML page."""
 
     original: str | None = None
-    """The model that LN was removed from: a short name, a directory, or a Hub id. None: that of the newest run."""
+    """The model that lost its norms: a short name, a directory, or a Hub id. None: that of the newest run."""
     ln_free: str | None = None
     """The LN-free model. None: that of the newest run."""
     control: str | None = None
-    """The model fine-tuned in the same way with LN kept. None: that of the newest run, or none at all where the other
+    """The model fine-tuned in the same way with its norms. None: that of the newest run, or none at all where the other
     models are named."""
     revision: str | None = None
     """The revision of an original on the Hub. None: that of the newest run."""
     text: tuple[str, ...] = ("books-report", "shifted-peps")
-    """Texts to compare the models on: bundled names, files, directories, or Hub data sets. The first one serves the
-    analyses that look at one text."""
+    """Texts to compare the models on: bundled names, files, directories, or Hub data sets. The first one, which is to
+    be like that of the fine-tuning, serves the analyses that look at one text. Random tokens are always added."""
     pairs: Path | None = None
     """A JSON file of prompt pairs for patching, a list of objects with the texts clean, corrupt, correct and wrong.
     None: pairs that come with the package or, where the tokenizer cuts their words, some made for it."""

@@ -15,6 +15,7 @@ from analysis import (
     faithfulness,
     logit_attribution,
     loss,
+    other_text,
     outlier_features,
     patching,
     residual_norms,
@@ -104,6 +105,15 @@ def _loss(inputs: Inputs) -> dict[str, pd.DataFrame]:
     }
 
 
+def _other_text(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    """Measure every text; the first is the one that the constants are taken from."""
+    token = pd.concat(
+        other_text.measure_tokens(inputs.models, sample.tokens, text=name, batch_size=inputs.batch_size)
+        for name, sample in inputs.samples.items()
+    )
+    return {"text": other_text.summarise(token), "std": other_text.by_std(token)}
+
+
 def _residual_norms(inputs: Inputs) -> dict[str, pd.DataFrame]:
     point = inputs.on_first_text(residual_norms.measure)
     step = point[["model", "point", "token_class", "growth", "cosine", "tokens"]].dropna()
@@ -186,6 +196,18 @@ ANALYSES = (
                 None,
                 f"loss.worst_tokens(frame, tokens, models['original'].tokenizer, {WORST})",
             ),
+        ),
+    ),
+    Analysis(
+        other_text,
+        "Other text",
+        "Whether the LN-free model is near the original on text unlike that of its fine-tuning, and on tokens drawn at "
+        "random, with the token that fares worst; then why not: its excess loss where the std of a token (under "
+        "RMSNorm its RMS) is not the constant, taken as the mean on the first text, that stands in for the norm.",
+        _other_text,
+        (
+            Table("text", "By text", other_text.plot, "other_text.measure(models, tokens)"),
+            Table("std", "By std over the constant", other_text.plot_stds, "other_text.measure_stds(models, tokens)"),
         ),
     ),
     Analysis(

@@ -88,6 +88,23 @@ def test_a_certain_difference_comes_before_one_that_is_only_larger():
     assert "gains less on peps" in cards.loss_elsewhere("original", gains).sentence
 
 
+def test_other_text_says_the_jsd_too():
+    loss = pd.DataFrame(
+        [
+            {"text": text, "model": model, "document": document, "loss": 3.0 + document + cost * (model == "ln_free")}
+            for text, cost in (("books", 0.01), ("peps", 0.5), ("random-tokens", 0.1))
+            for model in ("original", "ln_free")
+            for document in range(3)
+        ]
+    )
+    jsd = pd.DataFrame({"text": ["books", "peps", "random-tokens"], "model": "ln_free", "jsd": [0.005, 0.04, 0.03]})
+    card = cards.make({("loss", "token"): loss, ("other_text", "text"): jsd})[1]
+    assert card.question == "And on other text?"
+    assert card.sentence.endswith(
+        "predictions are 0.0400 on peps, 0.0300 on random-tokens from the original’s, nats JSD, and 0.0050 on books."
+    )
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
