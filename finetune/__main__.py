@@ -189,7 +189,7 @@ def _usage(usage: str, arguments: list[str]) -> NoReturn:
 
 
 def _report(run: "Run") -> None:
-    """Print the table of a complete run, and where the rest is."""
+    """Print the tables of a complete run, one for each text, and where the rest is."""
     from accelerate import PartialState
     from rich import box
     from rich.console import Console
@@ -204,27 +204,31 @@ def _report(run: "Run") -> None:
     counts = {"parameters": "{:,}", "steps_per_second": "{:.2f}"}
     counts = {column: number for column, number in counts.items() if column in run.results}
     headings += [column.replace("_per_", "/") for column in counts]
-    table = Table(
-        *headings, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
-    )  # fits in 80 columns
-    for column in table.columns:
-        column.no_wrap = True
-    documents = int(run.results["documents"][0])
-    for row in run.results.to_dict("records"):
-        cells = [
-            ""
-            if row["model"] == other or math.isnan(row[measure])
-            else f"{row[measure]:.4f}" + f" ± {row[measure + '_error']:.4f}" * (documents > 1)
-            for measure, (_, other) in measures.items()
-        ]
-        trained = [f"{row['trained_tokens']:,}", f"{row['trained_seconds']:.0f}"] if row["trained_tokens"] else []
-        table.add_row(row["model"], *cells, *trained, *(number.format(row[name]) for name, number in counts.items()))
-    errors = f"± the standard error over their {documents} documents" if documents > 1 else "of one document"
     console = Console()
-    console.print(table)
+    results = run.results if "text" in run.results else run.results.assign(text="held-out")
+    for text, rows in results.groupby("text", sort=False):
+        documents, tokens = int(rows["documents"].iloc[0]), rows["tokens"].iloc[0]
+        table = Table(
+            *headings, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+        )  # fits in 80 columns
+        for column in table.columns:
+            column.no_wrap = True
+        for row in rows.to_dict("records"):
+            cells = [
+                ""
+                if row["model"] == other or math.isnan(row[measure])
+                else f"{row[measure]:.4f}" + f" ± {row[measure + '_error']:.4f}" * (documents > 1)
+                for measure, (_, other) in measures.items()
+            ]
+            trained = [f"{row['trained_tokens']:,}", f"{row['trained_seconds']:.0f}"] if row["trained_tokens"] else []
+            table.add_row(row["model"], *cells, *trained, *(count.format(row[name]) for name, count in counts.items()))
+        errors = f"± the standard error over {documents} documents" if documents > 1 else "of one document"
+        console.print(f"On {tokens:,} tokens of {text}, {errors}:", markup=False, highlight=False)
+        console.print(table)
+        console.print()
     console.print(
-        f"{'Loss, gap and JSD' if 'gap' in measures else 'Loss'} in nats/token over {run.results['tokens'][0]:,} "
-        f"held-out tokens, {errors}; tokens and seconds of training."
+        f"{'Loss, gap and JSD are' if 'gap' in measures else 'The loss is'} in nats/token; tokens and seconds are of "
+        "training."
     )
     what, name = ("LN-free model", "ln_free") if "gap" in measures else ("model", "model")
     console.print(f"Everything is in {run.directory}; the {what} in {run.directory / name}", soft_wrap=True)

@@ -95,25 +95,37 @@ def measure_documents(
 ) -> pd.DataFrame:
     """Measure each model on each document of `blocks`: a row each, with the number of its tokens and means over them.
 
-    Columns are model, document, tokens, and loss, kl and jsd to `reference` in nats/token: see `measure_tokens`.
+    Columns are model, document, tokens, loss, kl and jsd to `reference` in nats/token (see `measure_tokens`), and
+    loss_max, the largest loss of a token, in nats.
     """
     measured = measure_tokens(models, blocks, reference)
     tokens = {"document": blocks.document_ids()[:, :-1].ravel()}
     frames = [
         pd.DataFrame(tokens | {measure: values.ravel() for measure, values in measured[name].items()})
         .groupby("document", as_index=False)
-        .agg(tokens=("loss", "size"), loss=("loss", "mean"), kl=("kl", "mean"), jsd=("jsd", "mean"))
-        .assign(model=name)
+        .agg(
+            tokens=("loss", "size"),
+            loss=("loss", "mean"),
+            kl=("kl", "mean"),
+            jsd=("jsd", "mean"),
+            loss_max=("loss", "max"),
+        )
         for name in models
     ]
-    return pd.concat(frames, ignore_index=True)[["model", "document", "tokens", "loss", "kl", "jsd"]]
+    return by_name(dict(zip(models, frames, strict=True)), "model")
+
+
+def by_name(frames: Mapping[str, pd.DataFrame], column: str) -> pd.DataFrame:
+    """Return tables one below the other, with their names in a first column."""
+    return pd.concat(frames, names=[column]).reset_index(column).reset_index(drop=True)
 
 
 def compare(documents: pd.DataFrame, control: str = "control") -> pd.DataFrame:
     """Compare models by what `measure_documents` found, averaging over tokens.
 
-    Returns a row a model: loss, kl and jsd to the reference, and gap, the loss less that of the model called `control`
-    (NaN without one), each in nats/token and with its standard error over documents, `…_error`; tokens; documents.
+    Returns one row per model: loss, kl and jsd to the reference, and gap, the loss less that of the model called
+    `control` (NaN without one), each in nats/token and with its standard error over documents, `…_error`; loss_max,
+    the largest loss of a token, in nats; tokens; documents.
     """
     by_model = {name: frame.set_index("document") for name, frame in documents.groupby("model", sort=False)}
     rows = []
@@ -127,5 +139,6 @@ def compare(documents: pd.DataFrame, control: str = "control") -> pd.DataFrame:
                 if measure in frame
                 else (float("nan"), float("nan"))
             )
-        rows.append(row | {"tokens": frame["tokens"].sum(), "documents": len(frame)})
+        whole = {"loss_max": frame["loss_max"].max(), "tokens": frame["tokens"].sum(), "documents": len(frame)}
+        rows.append(row | whole)
     return pd.DataFrame(rows)

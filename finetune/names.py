@@ -62,6 +62,11 @@ def resolve(name: str | Path, revision: str | None = None) -> tuple[str, str | N
     return str(MODELS.get(str(name), name)), revision
 
 
+def public_name(name: str) -> str:
+    """Return the name of a model or of a text without the directories that a local one lies in."""
+    return Path(name).name if is_local(name) else name
+
+
 def is_local(name: str) -> bool:
     """Return whether a name, of a model or of a text, is a path that exists, and not that of what is bundled."""
     return name not in MODELS | TEXTS and Path(name).expanduser().exists()

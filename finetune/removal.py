@@ -6,8 +6,8 @@ RUN/log.jsonl      one line a step of each fit
 RUN/checkpoints/   to resume from
 RUN/control/       fine-tuned the same way with LayerNorm kept
 RUN/ln_free/       without LayerNorm: an ordinary checkpoint of the model's own class, with a model card
-RUN/documents.csv  original, control and LN-free on each document of held-out text
-RUN/results.csv    the same on all of it
+RUN/documents.csv  original, control and LN-free on each document of each text: held out, random tokens, and others
+RUN/results.csv    the same on all of each text
 """
 
 import copy
@@ -30,7 +30,7 @@ from finetune import recipe as recipes
 from finetune.bundled import MODELS
 from finetune.cover import Cover
 from finetune.errors import CheckpointError
-from finetune.names import is_local
+from finetune.names import is_local, public_name
 from finetune.processes import check_processes
 from finetune.recipe import Recipe, RecipeError, Text
 from finetune.removal_trainer import RemovalTrainer
@@ -46,11 +46,16 @@ from finetune.run_directory import (
 )
 from finetune.schedule import Event
 from finetune.sites import Sites
-from finetune.text import LONGEST_CONTEXT, TextSplits, load_text, token_ids
+from finetune.text import LONGEST_CONTEXT, RANDOM_TOKENS, Blocks, TextSplits, load_blocks, load_text, token_ids
+from finetune.text.sources import path_of
 from finetune.training import checkpoints, fuse_gelu
 
 _CHECKED_TOKENS = 2048
 """Held-out tokens by which an export is checked."""
+_RANDOM_BLOCKS = 60
+"""Blocks of random tokens that the models are measured on, at most: each is as good as any other."""
+HELD_OUT = "held-out"
+"""What results call the recipe's own held-out text."""
 _LARGEST_FROZEN_STD = 1e4
 """At that live std or RMS, √(σ² + eps) is 5e-5 off the constant √eps that a frozen norm divides by."""
 
@@ -121,6 +126,8 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     events: list[Event]
     text: TextSplits
+    elsewhere: dict[str, Blocks]
+    """Random tokens and the texts of `recipe.also`, by name, to measure the models on."""
 
 
 def set_up(
@@ -150,7 +157,30 @@ def set_up(
     context = context_of(recipe, config)
     folding.check_format(model, recipe.export_format)
     text = load_text(recipe.text, tokenizer, context, config.vocab_size, seed=recipe.seed)
-    return Setup(recipe, model, tokenizer, events, text)
+    elsewhere = {
+        name: _load_other(source, recipe, tokenizer, context, config)
+        for source, name in {RANDOM_TOKENS: RANDOM_TOKENS, **names_of(recipe.also)}.items()
+    }
+    return Setup(recipe, model, tokenizer, events, text, elsewhere)
+
+
+def names_of(sources: Sequence[str]) -> dict[str, str]:
+    """Return what results call texts: without the directories of local files, unless two are called the same."""
+    names = [public_name(source) for source in sources]
+    return {
+        source: name if names.count(name) == 1 else str(Path(source).absolute())
+        for source, name in zip(sources, names, strict=True)
+    }
+
+
+def _load_other(
+    source: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int, config: PreTrainedConfig
+) -> Blocks:
+    """Return the first blocks of a text that the models are measured on besides their own."""
+    own = recipe.text
+    text = Text(source, prefix=own.prefix, token_dtype=own.token_dtype, streaming=not path_of(source).exists())
+    most = min(own.held_out_blocks, _RANDOM_BLOCKS) if source == RANDOM_TOKENS else own.held_out_blocks
+    return load_blocks(text, tokenizer, context, config.vocab_size, most=most)
 
 
 def context_of(recipe: Recipe, config: PreTrainedConfig) -> int:
@@ -254,7 +284,7 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
-    """Compare the models on held-out text, and write the table and the model cards."""
+    """Compare the models on every text, and write the tables and the model cards."""
     state = PartialState()
     if state.is_main_process:
         recipe = setup.recipe
@@ -262,15 +292,17 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
         if control := control_of(recipe, directory):
             models["control"] = checkpoint.load(control)
         models["ln_free"] = checkpoint.load(directory / "ln_free")
-        documents = evaluate.measure_documents(
-            {name: model.to(state.device) for name, model in models.items()}, setup.text.held_out
-        )
-        results = evaluate.compare(documents)
+        models = {name: model.to(state.device) for name, model in models.items()}
+        documents = {
+            text: evaluate.measure_documents(models, blocks)
+            for text, blocks in ({HELD_OUT: setup.text.held_out} | setup.elsewhere).items()
+        }
+        results = evaluate.by_name({text: evaluate.compare(frame) for text, frame in documents.items()}, "text")
         log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
         spent = {line["model"]: line for line in log}
         for column in ("tokens", "seconds"):
             results[f"trained_{column}"] = [spent.get(name, {}).get(column, 0) for name in results["model"]]
-        write(directory / "documents.csv", documents.to_csv(index=False))
+        write(directory / "documents.csv", evaluate.by_name(documents, "text").to_csv(index=False))
         write(directory / "results.csv", results.to_csv(index=False))
         for name in ("control", "ln_free"):
             if (directory / name).is_dir():
@@ -295,5 +327,5 @@ def model_card(setup: Setup, directory: Path, name: str, results: pd.DataFrame, 
         sites=sum(len(norm.sites) for norm in folding.norms_of(setup.model)),
         events=[(line["step"], line["frozen"]) for line in log if line["model"] == name and line["frozen"]],
         tokens=setup.recipe.steps * setup.recipe.batch * setup.text.train.context,
-        results=results.to_dict("records"),
+        texts={text: frame.to_dict("records") for text, frame in results.groupby("text", sort=False)},
     )

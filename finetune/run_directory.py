@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from finetune import checkpoint
 from finetune import recipe as recipes
 from finetune.errors import NolnError
-from finetune.names import is_local
+from finetune.names import is_local, public_name
 from finetune.processes import processes
 from finetune.recipe import PretrainRecipe, Recipe, Training
 
@@ -43,8 +43,9 @@ class Run:
     directory: Path
     """The run directory."""
     results: pd.DataFrame
-    """One row per model (original, control, ln_free): see `evaluate.compare`; trained_tokens, seconds are of its fit.
-    Of pretraining one row (model): see `pretrain.conclude`."""
+    """One row per text (held-out, random-tokens, those of `also`) and model (original, control, ln_free), as
+    `evaluate.compare` has it; trained_tokens, seconds are of the model's fit. Of pretraining one row (model): see
+    `pretrain.conclude`."""
 
     def load(self, name: str) -> PreTrainedModel:
         """Return the model called `name`: ln_free, control or original; of pretraining model."""
@@ -92,11 +93,11 @@ def new_directory(recipe: Training, out: str | Path | None) -> Path:
 
 
 def render(template: str, **fields: Any) -> str:
-    """Return a template of the package, filled in. Its filter `public` leaves the last part alone of local paths."""
+    """Return a template of the package, filled in. Its filter `public` is `public_name`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("finetune", ""), trim_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["public"] = lambda name: Path(name).name if is_local(name) else name
+    environment.filters["public"] = public_name
     return environment.get_template(template).render(**fields)
 
 
@@ -147,14 +148,17 @@ def _absolute(recipe: Trains) -> Trains:
     """Return `recipe` with local paths absolute, so that it can be replayed from anywhere."""
 
     def absolute(part: Any, *fields: str) -> dict[str, Any]:
-        names = {field: getattr(part, field) for field in fields if hasattr(part, field)}
-        return {
-            field: str(Path(name).expanduser().absolute()) if name and is_local(name) else name
-            for field, name in names.items()
-        }
+        return {field: _absolute_paths(getattr(part, field)) for field in fields if hasattr(part, field)}
 
     text = dataclasses.replace(recipe.text, **absolute(recipe.text, "source", "held_out"))
-    return dataclasses.replace(recipe, **absolute(recipe, "model", "control_from", "tokenizer"), text=text)
+    return dataclasses.replace(recipe, **absolute(recipe, "model", "control_from", "tokenizer", "also"), text=text)
+
+
+def _absolute_paths(names: Any) -> Any:
+    """Return a name, several, or none, the local ones as absolute paths."""
+    if isinstance(names, tuple):
+        return tuple(map(_absolute_paths, names))
+    return str(Path(names).expanduser().absolute()) if names and is_local(names) else names
 
 
 def _provenance() -> dict[str, Any]:

@@ -40,13 +40,12 @@ import torch
 from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
-from finetune import checkpoint, evaluate, removal
+from finetune import evaluate, removal
 from finetune import recipe as recipes
 from finetune.errors import NolnError
 from finetune.recipe import Recipe, RecipeError
 from finetune.resuming import resume
 from finetune.run_directory import directory_lock, write
-from finetune.text import Blocks, load_blocks
 from finetune.training import DivergedError
 
 MODELS = ("original", "control", "ln_free")
@@ -113,6 +112,7 @@ def load(path: str | Path, out: str | Path) -> list[Job]:
             fields = recipes.changed_fields(dataclasses.replace(recipe, name="", seed=0))
             digest = hashlib.sha256(json.dumps([fields, sweep.texts], sort_keys=True).encode()).hexdigest()
             directory = Path(out).absolute() / "runs" / f"{digest[:8]}-seed{seed}"
+            recipe = dataclasses.replace(recipe, also=(*recipe.also, *sweep.texts.values()))
             if directory in jobs:
                 raise RecipeError(f"The sweep's runs {jobs[directory].overrides} and {overrides} are the same.")
             jobs[directory] = Job(recipe, base, overrides, sweep.texts, directory)
@@ -195,7 +195,6 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
     row: dict[str, Any] = {"recipe": job.base, "seed": job.recipe.seed}
     overridden = {f"override.{name}": json.dumps(value) for name, value in job.overrides.items()}
     try:
-        texts = _load_texts(job)
         if job.directory.is_dir():
             result = resume(job.directory)
         else:
@@ -204,11 +203,11 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
     except NolnError as error:
         failed = {"run": job.name, "error": f"{type(error).__name__}: {error}"}
         return row | failed | overridden, pd.DataFrame()
-    documents = {"choose": pd.read_csv(job.directory / "documents.csv")}
-    if texts:
-        models = {name: result.load(name) for name in documents["choose"]["model"].unique()}
-        documents |= {suffix: evaluate.measure_documents(models, blocks) for suffix, blocks in texts.items()}
-    spent = result.results.set_index("model").loc["ln_free"]
+    names = removal.names_of(job.recipe.also)
+    texts = {"choose": removal.HELD_OUT} | {suffix: names[source] for suffix, source in job.texts.items()}
+    measured = dict(list(pd.read_csv(job.directory / "documents.csv").groupby("text")))
+    documents = {suffix: measured[name].drop(columns="text") for suffix, name in texts.items()}
+    spent = result.results.set_index("model").loc["ln_free"].iloc[0]
     log = (json.loads(line) for line in (job.directory / "log.jsonl").read_text().splitlines())
     tables = {suffix: evaluate.compare(frame).set_index("model") for suffix, frame in documents.items()}
     choose = tables["choose"]
@@ -232,21 +231,6 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
     return row | overridden, pd.concat(
         [frame.assign(run=job.name, text=suffix) for suffix, frame in documents.items()], ignore_index=True
     )
-
-
-def _load_texts(job: Job) -> dict[str, Blocks]:
-    """Return the texts that the models of a run are measured on beside the recipe's own."""
-    if not job.texts:
-        return {}
-    recipe = job.recipe
-    tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
-    config = checkpoint.load_config(recipe.model, recipe.revision)
-    context = removal.context_of(recipe, config)
-    texts = {name: dataclasses.replace(recipe.text, source=source, held_out=None) for name, source in job.texts.items()}
-    return {
-        name: load_blocks(text, tokenizer, context, config.vocab_size, most=text.held_out_blocks)
-        for name, text in texts.items()
-    }
 
 
 def summarise(results: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:

@@ -360,6 +360,9 @@ class Recipe(Training):
     """How much of the running means of the stds is kept at each optimizer step."""
     std_mean: StdMean = "arithmetic"
     """What the running means are of: σ, log σ, or 1/σ."""
+    also: tuple[str, ...] = ()
+    """More texts to measure the models on when they are done, named as `text.source` is. What is held out and random
+    tokens are always measured."""
     control: bool = True
     """Also fine-tune with LayerNorm kept, by cross-entropy alone, to tell what fine-tuning did from what losing
     LayerNorm did. With `kl_weight` or `match_weight` the original tells the latter better."""
@@ -440,7 +443,7 @@ SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
     (
         *("schedule", "std_decay", "std_mean", "kl_weight", "match_weight", "aux_weight", "export_format"),
         *("cover", "cover_kinds", "cover_span", "cover_stds", "spread_weight", "spread_on"),
-        *("name", "log_every", "save_every", "report_to", "push_to_hub"),
+        *("name", "also", "log_every", "save_every", "report_to", "push_to_hub"),
     ),
     False,
 )

@@ -21,6 +21,7 @@ from finetune.text.tokenise import Part, encode, read_tokens, tokens_of
 
 __all__ = [
     "LONGEST_CONTEXT",
+    "RANDOM_TOKENS",
     "Blocks",
     "StreamedBlocks",
     "TextError",
@@ -34,7 +35,8 @@ __all__ = [
 
 LONGEST_CONTEXT = 1024
 """Tokens of a block, unless it is said otherwise: more positions than that cost time and teach little here."""
-RANDOM_TOKENS = "random-tokens"  # the name of the text that is none: tokens drawn uniformly
+RANDOM_TOKENS = "random-tokens"
+"""The source that is not text: tokens drawn uniformly."""
 _RANDOM_BLOCKS = 240  # of it, unless it is said how many
 
 

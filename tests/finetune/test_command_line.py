@@ -188,9 +188,10 @@ class TestRun:
         call(quick, "--out", "run", "--text", "text.txt", "--control")
 
         for shown in (capsys.readouterr().out, Path("run/ln_free/README.md").read_text()):
-            assert re.search(r"control[ |]+\d\.\d{4}", shown)
             assert "of one document" in " ".join(shown.split())
-            assert not re.search("nan|±", shown)
+            assert "nan" not in shown
+            lines = [line for line in shown.splitlines() if re.search(r"control[ |]+\d\.\d{4}", line)]
+            assert ["±" in line for line in lines] == [False, True]  # random tokens are many documents
 
     def test_interrupted(self, quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         """How to go on is said, in place of a traceback."""
@@ -210,7 +211,7 @@ class TestRun:
         theirs = (run.directory / "results.csv").read_text().splitlines()
         for line, other in list(zip(ours, theirs, strict=True))[:2]:
             assert line == other
-        assert ours[2].split(",")[1] == theirs[2].split(",")[1]
+        assert ours[2].split(",")[:3] == theirs[2].split(",")[:3]
 
 
 class TestRefused:

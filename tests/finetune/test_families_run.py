@@ -78,7 +78,8 @@ def recipe(text: Path) -> Recipe:
 @each_family
 def test_a_run_leaves_a_norm_free_model_beside_its_control(name, recipe: Recipe, directory_of, tmp_path: Path):
     run = remove_norms(recipe=replace(recipe, model=str(directory_of(name))), out=tmp_path / "run")
-    assert list(run.results["model"]) == ["original", "control", "ln_free"]
+    assert list(run.results["model"]) == ["original", "control", "ln_free"] * 2
+    assert list(run.results["text"].unique()) == ["held-out", "random-tokens"]
     assert run.results["loss"].map(math.isfinite).all()
     assert folding.norm_state(run.load("ln_free")) == "frozen"
     assert folding.norm_state(run.load("control")) == "live"

@@ -371,7 +371,7 @@ class TestExport:
         assert row["trained_tokens"] == 12 * 64
         assert row["steps_per_second"] == pytest.approx(12 / row["trained_seconds"])
         documents = pd.read_csv(run.directory / "documents.csv")
-        assert list(documents) == ["model", "document", "tokens", "loss"]
+        assert list(documents) == ["model", "document", "tokens", "loss", "loss_max"]
         assert np.average(documents["loss"], weights=documents["tokens"]) == pytest.approx(row["loss"])
 
     @pytest.mark.parametrize("name", ["pre_ln", "nonorm"])

@@ -22,7 +22,7 @@ from helpers import finetune, kill_at, read_log, run_forked
 from models import tiny_gpt2
 from safetensors.torch import load_file
 
-from finetune import checkpoint, folding, remove_layernorm, resume, run_directory
+from finetune import checkpoint, folding, remove_layernorm, remove_norms, resume, run_directory
 from finetune import recipe as recipes
 from finetune.bundled.__main__ import bundle
 from finetune.errors import CheckpointError
@@ -31,7 +31,7 @@ from finetune.recipe import Recipe, Text
 from finetune.removal import model_card, set_up
 from finetune.run_directory import InUseError, Run, directory_lock, write_recipe
 from finetune.sites import Sites
-from finetune.text import load_text
+from finetune.text import TextError, load_text, random_blocks
 
 KILLED = -signal.SIGKILL
 
@@ -178,18 +178,50 @@ class TestExport:
         table = pd.read_csv(run.directory / "results.csv")
 
         measures = [f"{m}{e}" for m in ("loss", "gap", "kl", "jsd") for e in ("", "_error")]
-        assert list(table) == ["model", *measures, "tokens", "documents", "trained_tokens", "trained_seconds"]
-        assert list(table["model"]) == ["original", "control", "ln_free"]
-        assert list(table["trained_tokens"]) == [0, 1024, 1024]
+        counts = ["loss_max", "tokens", "documents", "trained_tokens", "trained_seconds"]
+        assert list(table) == ["text", "model", *measures, *counts]
+        assert list(table["text"]) == ["held-out"] * 3 + ["random-tokens"] * 3
+        assert list(table["model"]) == ["original", "control", "ln_free"] * 2
+        assert list(table["trained_tokens"]) == [0, 1024, 1024] * 2
         pd.testing.assert_frame_equal(table, run.results)
+        documents = pd.read_csv(run.directory / "documents.csv")
+        assert documents.groupby(["text", "model"], sort=False).ngroups == 6
 
     def test_losses_are_those_of_the_models(self, run: Run, recipe: Recipe, tokenizer):
         """By transformers' own loss, which takes the mean over the same tokens."""
         held_out = load_text(recipe.text, tokenizer, 16, 4096).held_out
-        ids = torch.from_numpy(held_out.blocks.astype(np.int64))
-        for name, loss in zip(run.results["model"], run.results["loss"], strict=True):
-            with torch.no_grad():
-                assert run.load(name)(ids, labels=ids).loss.item() == pytest.approx(loss, rel=1e-5)
+        random = random_blocks(tokenizer, 16, 4096, min(60, recipe.text.held_out_blocks))
+        for text, blocks in (("held-out", held_out), ("random-tokens", random)):
+            ids = torch.from_numpy(blocks.blocks.astype(np.int64))
+            for row in run.results[run.results["text"] == text].to_dict("records"):
+                with torch.no_grad():
+                    output = run.load(row["model"])(ids, labels=ids)
+                each = torch.nn.functional.cross_entropy(output.logits[:, :-1].mT, ids[:, 1:], reduction="none")
+                assert row["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+                assert row["loss_max"] == pytest.approx(each.max().item(), rel=1e-5)
+                assert row["tokens"] == each.numel()
+
+    def test_more_texts(self, recipe: Recipe, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """By the names of their files, which are other ones once the run goes on from its recipe."""
+        monkeypatch.chdir(tmp_path)
+        for directory in ("a", "b"):
+            Path(directory).mkdir()
+            shutil.copy(text, f"{directory}/same.jsonl")
+        shutil.copy(text, "other.jsonl")
+        quick = replace(recipe, control=False, also=("a/same.jsonl", "b/same.jsonl", "other.jsonl"))
+        run = remove_norms(recipe=quick, out="run")
+        same = [str(tmp_path / directory / "same.jsonl") for directory in ("a", "b")]
+        assert list(run.results["text"].unique()) == ["held-out", "random-tokens", *same, "other.jsonl"]
+        losses = run.results[run.results["model"] == "ln_free"].set_index("text")["loss"]
+        assert losses["other.jsonl"] == losses[same[0]] == losses[same[1]] != losses["random-tokens"]
+        Path("run/results.csv").unlink()
+        pd.testing.assert_frame_equal(resume(Path("run")).results, run.results)
+
+    def test_a_text_that_is_missing_is_said_before_the_run(self, recipe: Recipe, tmp_path: Path):
+        (tmp_path / "short.txt").write_text("Too short.")
+        with pytest.raises(TextError, match=r"short\.txt"):
+            remove_norms(recipe=replace(recipe, also=(str(tmp_path / "short.txt"),)), out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
     def test_control_is_an_ordinary_model(self, run: Run, tiny: Path):
         control = run.load("control")
@@ -245,7 +277,8 @@ for i, path in enumerate(sys.argv[1:]):
             assert str(Path(local).parent) not in card
         assert ("layernorm-free" in yaml.safe_load(front)["tags"]) == (name == "ln_free")
         for row in run.results.to_dict("records"):
-            assert f"| {row['model']} | {row['loss']:.4f} ± " in body
+            assert f"| {row['text']} | {row['model']} | {row['loss']:.4f} ± " in body
+            assert f" | {row['loss_max']:.1f} | " in body
         assert "16 steps of 4 sequences, 1,024 tokens; dropout 0; seed 0" in body
         assert ("| 8 | final |" in body) == (name == "ln_free")
         assert "nan" not in body

@@ -71,7 +71,7 @@ def test_a_row_a_run_with_what_its_directory_holds(file: Path, done: Path):
     assert len(table) == 8
     for row in table.to_dict("records"):
         directory = done / "runs" / row["run"]
-        results = pd.read_csv(directory / "results.csv").set_index("model")
+        results = pd.read_csv(directory / "results.csv").query("text == 'held-out'").set_index("model")
         assert row["gap"] == pytest.approx(results["gap"]["ln_free"])
         assert row["jsd_ln_free"] == pytest.approx(results["jsd"]["ln_free"])
         assert row["jsd_control"] == pytest.approx(results["jsd"]["control"])
