@@ -162,6 +162,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
                     offsetgroup=model,
                     showlegend=row == 1 and symbol == "circle",
                     mode="markers",
+                    cliponaxis=False,
                     marker={"color": palette.colour(str(model)), "size": 9, "symbol": symbol},
                     hovertemplate=f"%{{x}}: {name} %{{y:.3g}}",
                     row=row,
@@ -197,7 +198,8 @@ def plot_stds(frame: pd.DataFrame) -> go.Figure:
             row=texts.index(text) + 1,
             col=1,
         )
-    figure.update_xaxes(type="log", dtick="D2")
+    figure.update_xaxes(type="log", tickvals=[2.0**power for power in range(-6, 7)])
     figure.update_xaxes(title="Std of a token over the constant (no unit)", row=len(texts))
-    figure.update_yaxes(title="Excess loss (nats)")
-    return figure.update_layout(height=150 + 280 * max(1, len(texts)), legend_title="Point (layer, place)")
+    figure.update_yaxes(title="Excess loss<br>(nats/token)")
+    figure.update_layout(legend={"title": "Point<br>(layer, place)", "tracegroupgap": 0})
+    return figure.update_layout(title="Larger dots: more tokens", height=150 + 280 * max(1, len(texts)))
