@@ -1,9 +1,10 @@
-"""A run that trains from random weights: set up, fit, export, measure, and leave a run directory.
+"""A run that trains a model from random weights: set up, fit, export, measure, and leave a run directory.
 
 RUN/recipe.yaml    what was run, replayable; with versions, git state and command
 RUN/log.jsonl      one line a step
 RUN/checkpoints/   to resume from
-RUN/model/         a GPT2LMHeadModel where the blocks are GPT-2's, else a `blocks.BlocksForCausalLM`; with a model card
+RUN/model/         a model of the recipe's family; of blocks a GPT2LMHeadModel where these are GPT-2's, else a
+                   `blocks.BlocksForCausalLM`; with a model card
 RUN/documents.csv  its loss on each document of held-out text
 RUN/results.csv    the same on all of it
 """
@@ -17,16 +18,16 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from torch import Tensor
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import blocks, checkpoint, evaluate, objective
+from finetune import blocks, checkpoint, evaluate, families, objective
 from finetune import recipe as recipes
 from finetune.blocks import BlocksConfig, BlocksForCausalLM
-from finetune.objective import DeferredUnembedding, Head
 from finetune.processes import check_processes
-from finetune.recipe import PretrainRecipe, Text
+from finetune.recipe import PretrainRecipe, RecipeError, Text
 from finetune.run_directory import Run, directory_lock, new_directory, push, render, write, write_recipe
 from finetune.text import TextSplits, load_text
 from finetune.training import Record, RunTrainer, checkpoints, fuse_gelu
@@ -37,7 +38,7 @@ _WATCHED_TOKENS = 2048
 def pretrain(
     recipe: str | Path | PretrainRecipe, text: str | Path | Text | None = None, out: str | Path | None = None
 ) -> Run:
-    """Train a GPT-2-shaped model from random weights, and return what the command writes.
+    """Train a model from random weights, and return what the command writes.
 
     Args:
         recipe: a shipped name, a YAML file, or a recipe.
@@ -71,7 +72,7 @@ class Setup:
     """A recipe with all that it names: loaded, checked against each other, and ready to be trained."""
 
     recipe: PretrainRecipe
-    model: BlocksForCausalLM
+    model: PreTrainedModel
     """With random weights, which the seed alone decides."""
     tokenizer: PreTrainedTokenizerBase
     text: TextSplits
@@ -85,28 +86,54 @@ def set_up(recipe: PretrainRecipe) -> Setup:
     """
     check_processes(recipe)
     tokenizer = checkpoint.load_tokenizer(recipe.tokenizer)
-    config = _config(recipe, tokenizer)
-    text = load_text(recipe.text, tokenizer, config.n_positions, config.vocab_size, seed=recipe.seed)
+    vocabulary = {
+        "vocab_size": len(tokenizer) if recipe.vocab_size is None else recipe.vocab_size,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = _config(recipe, vocabulary) if recipe.family is None else _config_of_family(recipe, vocabulary)
+    make = BlocksForCausalLM if recipe.family is None else families.FAMILIES[recipe.family].model_class
+    text = load_text(recipe.text, tokenizer, recipe.n_positions, config.vocab_size, seed=recipe.seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
-        model = BlocksForCausalLM(config)
+        model = make(config)
     return Setup(recipe, model, tokenizer, text)
 
 
-def _config(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> BlocksConfig:
-    return blocks.block_config(
-        recipe.block,
-        **{
-            "n_layer": recipe.n_layer,
-            "n_embd": recipe.n_embd,
-            "n_head": recipe.n_head,
-            "n_positions": recipe.n_positions,
-            "vocab_size": len(tokenizer) if recipe.vocab_size is None else recipe.vocab_size,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            **recipe.knobs,
-        },
-    )
+def _config(recipe: PretrainRecipe, vocabulary: dict[str, Any]) -> BlocksConfig:
+    shape = {name: getattr(recipe, name) for name in ("n_layer", "n_embd", "n_head", "n_positions")}
+    return blocks.block_config(recipe.block, **shape | vocabulary | recipe.knobs)
+
+
+def _config_of_family(recipe: PretrainRecipe, vocabulary: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config of a model of a family, without dropout."""
+    if recipe.family not in families.FAMILIES:
+        raise RecipeError(f"family is {recipe.family}; it must be one of {', '.join(families.FAMILIES)}.")
+    config_class: Any = families.FAMILIES[recipe.family].model_class.config_class
+    shape = {
+        "num_hidden_layers": recipe.n_layer,
+        "hidden_size": recipe.n_embd,
+        "num_attention_heads": recipe.n_head,
+        "max_position_embeddings": recipe.n_positions,
+    }
+    has = vars(config_class()).keys() | config_class.attribute_map.keys()
+    if unknown := sorted(recipe.knobs.keys() - has):
+        raise RecipeError(f"knobs names {', '.join(unknown)}, which {config_class.__name__} does not have.")
+    if said := sorted(recipe.knobs.keys() & (shape.keys() | {config_class.attribute_map.get(name) for name in shape})):
+        raise RecipeError(f"knobs holds {', '.join(said)}: say it as n_layer, n_embd, n_head or n_positions.")
+    # By the config's own names: not every one takes those that the others go by.
+    own: dict[str, Any] = {config_class.attribute_map.get(name, name): value for name, value in shape.items()}
+    if "attention_types" in has:  # GPT-Neo: every other layer is local
+        pairs, rest = divmod(recipe.n_layer, 2)
+        own["attention_types"] = [[["global", "local"], pairs], [["global"], rest]]
+    try:
+        config = config_class(**own | vocabulary | recipe.knobs)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise RecipeError(f"A {config_class.__name__} cannot be made of this recipe: {error}") from error
+    for name, value in list(vars(config).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
 
 
 def complete(setup: Setup, directory: Path) -> Run:
@@ -124,19 +151,21 @@ def fit(setup: Setup, directory: Path) -> None:
     """Train the model, from the newest checkpoint in `directory` on."""
     model = setup.model.train()
     fuse_gelu(model)
-    unembedding, model.unembed = model.unembed, DeferredUnembedding(model.unembed, softcap=None)
+    objective.defer_unembedding(model)
     saved = checkpoints(directory / "checkpoints/model")
     trainer = PretrainTrainer(
         model, setup.recipe, setup.text, directory / "checkpoints/model", directory / "log.jsonl", "model"
     )
     trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
-    model.unembed = unembedding
+    objective.restore_unembedding(model)
 
 
 def export(setup: Setup, directory: Path) -> None:
-    """Write the trained model: as a GPT-2 where it is one, which anyone loads without this package."""
-    is_gpt2 = not blocks.other_than_gpt2(setup.model.config)
-    model = blocks.to_gpt2(setup.model) if is_gpt2 else setup.model
+    """Write the trained model: as a GPT-2 where its blocks are, which anyone loads without this package."""
+    model = setup.model
+    if isinstance(model, BlocksForCausalLM) and not blocks.other_than_gpt2(model.config):
+        model = blocks.to_gpt2(model)
+    model.config.use_cache = True  # the Trainer switches it off
     checkpoint.save(model, directory / "model", setup.tokenizer)
 
 
@@ -162,8 +191,8 @@ def conclude(setup: Setup, directory: Path) -> pd.DataFrame:
         card = render(
             "pretrain_card.md.jinja",
             recipe=setup.recipe,
-            config=setup.model.config,
-            is_gpt2=isinstance(model, GPT2LMHeadModel),
+            config=model.config,
+            is_plain=not isinstance(model, BlocksForCausalLM),
             results=results.to_dict("records")[0],
         )
         write(directory / "model/README.md", card)
@@ -176,17 +205,17 @@ class PretrainTrainer(RunTrainer):
     """Trains a model whose unembedding is deferred on the next token.
 
     `directory` takes the checkpoints, `log_path` one line of JSON a step: model (`name`), step, tokens seen so far, the
-    mean of the step's loss (nats/token), lr, grad_norm and seconds; every `log_every` steps signals, of the weights
-    that the step begins with: see `blocks.signals`. They are measured on the same held-out sequences each time, so that
-    they move with the weights alone, however a batch is shared out.
+    mean of the step's loss (nats/token), lr, grad_norm and seconds; of `finetune.blocks` every `log_every` steps
+    signals, of the weights that the step begins with: see `blocks.signals`. They are measured on the same held-out
+    sequences each time, so that they move with the weights alone, however a batch is shared out.
     """
 
     recipe: PretrainRecipe
-    model: BlocksForCausalLM
+    model: PreTrainedModel
 
     def __init__(
         self,
-        model: BlocksForCausalLM,
+        model: PreTrainedModel,
         recipe: PretrainRecipe,
         text: TextSplits,
         directory: Path,
@@ -208,15 +237,16 @@ class PretrainTrainer(RunTrainer):
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """Return the cross-entropy of the next token."""
         own = model(input_ids=inputs["input_ids"], use_cache=False)
-        head = Head(own.logits, self.model.unembed.weight)
-        loss = objective.next_token_loss(head, inputs["input_ids"], dtype=self._dtype)
+        head = objective.head_of(self.model, own.logits)
+        softcap = objective.softcap_of(self.model)
+        loss = objective.next_token_loss(head, inputs["input_ids"], dtype=self._dtype, softcap=softcap)
         self._record.keep(loss.cross_entropy.reshape(1))
         return loss.total
 
     @torch.no_grad()
     def signals(self) -> dict[str, float | None]:
         """Measure the model itself, neither wrapped nor compiled, in float32; None where there is no finite number."""
-        model = self.model.eval()
+        model: Any = self.model.eval()
         with blocks.signals(model) as values:  # the class's forward: accelerate wraps the model's own in autocast
             type(model).forward(model, self._watched.to(model.device), use_cache=False)
         model.train()
@@ -228,6 +258,8 @@ class _PretrainRecord(Record):
 
     def measure(self, line: dict[str, Any], losses: Float[Tensor, " part"]) -> list[Tensor]:
         """Log the signals at the interval; the other processes do not wait for them before the next step."""
+        if not isinstance(self.trainer.model, BlocksForCausalLM):
+            return []
         if line["step"] % self.trainer.recipe.log_every == 0 and self.trainer.is_world_process_zero():
             line["signals"] = self.trainer.signals()
         return []

@@ -235,6 +235,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> No
         plain = sites.to_plain()
         if events:
             plain = folding.convert(plain, recipe.export_format)
+        plain.config.use_cache = setup.model.config.use_cache  # training does without
         checkpoint.save(plain, directory / name, setup.tokenizer)
     PartialState().wait_for_everyone()
 

@@ -74,6 +74,9 @@ class PretrainRecipe(Training):
     """How the learning rate falls."""
     block: Block = "pre-ln"
     """The blocks of the model: see `finetune/blocks/`."""
+    family: str | None = None
+    """The family of transformers' own models to train instead, by its `model_type` (gpt2, llama, gpt_neox, …). None: a
+    model of `finetune.blocks`."""
     n_layer: int = 6
     """Blocks."""
     n_embd: int = 192
@@ -87,8 +90,8 @@ class PretrainRecipe(Training):
     knobs: Annotated[dict[str, bool | int | float | str | None], _NAMES_AND_VALUES] = dataclasses.field(
         default_factory=dict
     )
-    """Other fields of `finetune.blocks.BlocksConfig`, in place of what `block` says. Those of the flag join those of
-    the recipe, and replace them where the name is the same."""
+    """Other fields of the model's config: of `finetune.blocks.BlocksConfig`, in place of what `block` says, or of the
+    family's. Those of the flag join those of the recipe, and replace them where the name is the same."""
     tokenizer: str = "micro"
     """The model whose tokenizer to use: a bundled name (micro), a local directory, or a name on the Hub."""
 
@@ -101,6 +104,8 @@ class PretrainRecipe(Training):
             raise RecipeError(f"knobs holds {', '.join(own)}: say it as a field of the recipe itself.")
         if self.lr_decay == "linear" and self.min_lr == self.lr:
             raise RecipeError(f"lr_decay is linear, but min_lr is lr, {self.lr}: lower min_lr.")
+        if self.family is not None and self.block != "pre-ln":
+            raise RecipeError(f"family is {self.family}, but block is {self.block}: choose one.")
         norm = self.knobs.get("norm", "none")
         if norm != "none" and (self.block.endswith("nonorm") or self.block == "op"):
             raise RecipeError(f"block is {self.block}, which has no norms, but knobs.norm is {norm}: choose one.")
