@@ -28,7 +28,7 @@ def code_cells(path: Path) -> list[Any]:
 
 def test_there_are_six_and_those_of_the_sweeps():
     assert len(NOTEBOOKS) == 6
-    assert {path.stem for path in SWEEPS} == {"best", "data", "objective", "order", "pace", "removed_vs_never"}
+    assert {path.stem for path in SWEEPS} == {"best", "cover", "data", "objective", "order", "pace", "removed_vs_never"}
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ STAND_INS = {"schaeff/gpt2-small_LNFree300": str(MODELS["micro-ln-free"]), "gpt2
 PLACEHOLDERS = {"runs/RUN/recipe.yaml": "micro", "FILE": "notebooks/sweeps/best/sweep.yaml"}
 """For what a reader is to fill in, in commands that are parsed and not run."""
 LITTLE = {
-    "run": ["--batch", "1", "--micro-batch", "1", "--text.held-out-blocks", "2"],
+    "run": ["--batch", "2", "--micro-batch", "2", "--text.held-out-blocks", "2"],
     "report": ["--tokens", "256", "--only", "loss"],
 }
 """What commands that are run are given beside their own flags."""

@@ -397,12 +397,12 @@ class Recipe(Training):
         if not 0 <= self.cover <= 1 - 1 / self.batch:
             raise RecipeError(
                 f"cover is {self.cover}; it must be at least 0, and at most {1 - 1 / self.batch:g}, which leaves a "
-                f"block of text in every batch of {self.batch}."
+                f"block of text in every batch of {self.batch}: lower cover, or raise batch."
             )
         if self.cover and not (self.kl_weight or self.match_weight):
             raise RecipeError(
                 f"cover is {self.cover}, but nothing is to be learnt from it without the original: set kl_weight or "
-                "match_weight."
+                "match_weight, or cover to 0."
             )
         unknown = [kind for kind in self.cover_kinds if not _COVER_KIND.fullmatch(kind)]
         if unknown or not self.cover_kinds:

@@ -2,7 +2,7 @@
 
 Each variant runs in a process of its own, all of them in turn and then again. The seconds of a step are the median of
 a process's steps, of the process that was fastest: what else a machine does only ever adds. On a CPU the model is
-`micro`, with the batch of its recipe; on CUDA a GPT-2 of random weights at context 1,024, in bfloat16. Sizes that are
+`micro`, in batches of 4; on CUDA a GPT-2 of random weights at context 1,024, in bfloat16. Sizes that are
 called after a family are models of it of micro's size, of random weights. Tokens are random.
 
     products   the step's matrix products alone: what the machine could do (see machine.py)
@@ -184,7 +184,7 @@ def make_model(size: Size, fused: bool = True) -> GPT2LMHeadModel:
 
 
 def make_recipe(size: Size, steps: int, compile: bool = False) -> recipe.Recipe:
-    """Return the recipe micro for `steps` steps and a warm-up."""
+    """Return the recipe micro for `steps` steps and a warm-up, without cover: it costs no time."""
     return dataclasses.replace(
         recipe.load("micro"),
         steps=WARM_UP + steps,
@@ -192,6 +192,7 @@ def make_recipe(size: Size, steps: int, compile: bool = False) -> recipe.Recipe:
         micro_batch=size.micro_batch,
         warmup=0,
         max_rise=math.inf,
+        cover=0.0,
         compile=compile,
     )
 
