@@ -80,7 +80,12 @@ def measure(directories: list[Path]) -> pd.DataFrame:
         for text, those in packed.items():
             frame = evaluate.compare(evaluate.measure_documents(models, those))
             frame = frame[["model", "loss", "loss_max", "jsd", "tokens"]]
-            said = {"run": directory.name, "recipe": recipe.name, "seed": recipe.seed, "steps": recipe.steps}
+            said = {
+                "run": directory.name,
+                "recipe": recipe.name,
+                "seed": recipe.seed,
+                "trained": recipe.steps * recipe.batch * CONTEXT,
+            }
             rows.append(frame.assign(text=text, cover=recipe.cover, kinds=" ".join(recipe.cover_kinds), **said))
     return pd.concat(rows, ignore_index=True)
 
