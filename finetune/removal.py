@@ -30,6 +30,7 @@ from finetune import recipe as recipes
 from finetune.bundled import MODELS
 from finetune.cover import Cover
 from finetune.errors import CheckpointError
+from finetune.in_memory import plain_copy, unwrapped
 from finetune.names import is_local, public_name
 from finetune.processes import check_processes
 from finetune.recipe import Recipe, RecipeError, Text
@@ -61,7 +62,7 @@ _LARGEST_FROZEN_STD = 1e4
 
 
 def remove_norms(
-    model: str | Path | PreTrainedModel | None = None,
+    model: str | Path | nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: str | Path | Text | None = None,
     recipe: str | Path | Recipe = "micro",
@@ -70,7 +71,8 @@ def remove_norms(
     """Fine-tune the norms out of a model, beside a control that keeps them, and return what the command writes.
 
     Args:
-        model: a bundled name, a directory, a Hub name, or a model in memory, which stays as it is. None: the recipe's.
+        model: a bundled name, a directory, a Hub name, or a model in memory, compiled and wrapped or not, which stays
+            as it is. None: the recipe's.
         tokenizer: needed with a model in memory; otherwise the one beside the model is taken.
         text: a source, or a whole `Text`. None: the recipe's.
         recipe: a shipped name, a YAML file, or a recipe.
@@ -83,8 +85,8 @@ def remove_norms(
     """
     recipe = recipes.with_text(recipe if isinstance(recipe, Recipe) else recipes.load(recipe), text)
     if isinstance(model, str | Path):
-        recipe = dataclasses.replace(recipe, model=str(model), revision=None)
-    return start(recipe, out, model if isinstance(model, PreTrainedModel) else None, tokenizer)
+        recipe, model = dataclasses.replace(recipe, model=str(model), revision=None), None
+    return start(recipe, out, None if model is None else unwrapped(model), tokenizer)
 
 
 remove_layernorm = remove_norms  # the former name
@@ -149,11 +151,11 @@ def set_up(
         if model is not None:
             raise CheckpointError("A model in memory needs its tokenizer: pass it as `tokenizer`.")
         tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
-    # A model in memory stays as it is, on its device and in its mode.
-    model = checkpoint.load(recipe.model, recipe.revision) if model is None else copy.deepcopy(model).float()
+    given, model = model, checkpoint.load(recipe.model, recipe.revision) if model is None else model
     if (norms := folding.norm_state(model)) != "live":
         name = model.name_or_path or "the model in memory"
         raise CheckpointError(f"The norms of {name} are {norms}: there is no LayerNorm left to remove.")
+    model = model if given is None else plain_copy(given)  # a model in memory stays as it is, on its device
     context = context_of(recipe, config)
     folding.check_format(model, recipe.export_format)
     text = load_text(recipe.text, tokenizer, context, config.vocab_size, seed=recipe.seed)
