@@ -12,7 +12,6 @@ RUN/results.csv    the same on all of each text
 
 import copy
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import checkpoint, evaluate, families, folding, objective, schedule
+from finetune import begun_with, checkpoint, evaluate, families, folding, objective, schedule
 from finetune import recipe as recipes
 from finetune.bundled import MODELS
+from finetune.checkpoints import newest_whole, read_log
 from finetune.cover import Cover
 from finetune.errors import CheckpointError
 from finetune.in_memory import plain_copy, unwrapped
@@ -49,7 +49,7 @@ from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import LONGEST_CONTEXT, RANDOM_TOKENS, Blocks, TextSplits, load_blocks, load_text, token_ids
 from finetune.text.sources import path_of
-from finetune.training import checkpoints, fuse_gelu
+from finetune.training import fuse_gelu
 
 _CHECKED_TOKENS = 2048
 """Held-out tokens by which an export is checked."""
@@ -197,16 +197,17 @@ def context_of(recipe: Recipe, config: PreTrainedConfig) -> int:
     return recipe.context or min(positions, LONGEST_CONTEXT)
 
 
-def complete(setup: Setup, directory: Path) -> Run:
-    """Do what is still to be done of a run: fit, export and compare."""
+def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
+    """Do what is still to be done of a run: fit, export and compare; `anyway` is that of `resuming.resume`."""
     with directory_lock(directory / "checkpoints", PartialState().is_main_process):
-        fit(setup, directory, "ln_free", setup.events)
+        begun_with.check(directory, setup.recipe, setup.model, setup.text, anyway)
+        fit(setup, directory, "ln_free", setup.events, anyway)
         if setup.recipe.control and setup.recipe.control_from is None:
-            fit(setup, directory, "control", [])
+            fit(setup, directory, "control", [], anyway)
         return Run(directory, _conclude(setup, directory))
 
 
-def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> None:
+def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anyway: bool = False) -> None:
     """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
     if (directory / name).exists():
         return
@@ -226,8 +227,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> No
         if events and recipe.cover
         else None,
     )
-    saved = checkpoints(directory / "checkpoints" / name)
-    trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+    trainer.train(newest_whole(directory / "checkpoints" / name, anyway))
     objective.restore_unembedding(model)
     if PartialState().is_main_process:
         if trainer.pacing is not None:
@@ -300,7 +300,7 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
             for text, blocks in ({HELD_OUT: setup.text.held_out} | setup.elsewhere).items()
         }
         results = evaluate.by_name({text: evaluate.compare(frame) for text, frame in documents.items()}, "text")
-        log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+        log = read_log(directory / "log.jsonl")
         spent = {line["model"]: line for line in log}
         for column in ("tokens", "seconds"):
             results[f"trained_{column}"] = [spent.get(name, {}).get(column, 0) for name in results["model"]]
