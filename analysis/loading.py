@@ -33,10 +33,11 @@ from finetune.checkpoint import load, load_tokenizer
 from finetune.errors import CheckpointError, NoTokenizerError
 from finetune.families import family_of
 from finetune.folding import NormState, norm_state, to_identity, to_unit_gain
+from finetune.in_memory import unwrapped
 from finetune.names import PUBLISHED
 
 Model = str | Path | nn.Module
-"""A short name, a directory, a Hub id, or a model in memory."""
+"""A short name, a directory, a Hub id, or a model in memory, compiled and wrapped or not."""
 Tool = Literal["hooked", "bridge"]
 
 _TL4 = int(version("transformer-lens").split(".")[0]) >= 4
@@ -116,10 +117,11 @@ def load_hooked_blocks(
     Raises:
         CheckpointError: nothing there, unreadable, another architecture, or logits that differ from those of `model`.
     """
-    source = model if isinstance(model, BlocksForCausalLM) else load(model, revision)
+    source = load(model, revision) if isinstance(model, str | Path) else unwrapped(model)
     if not isinstance(source, BlocksForCausalLM):
         raise CheckpointError(
-            f"{model} is a {type(source).__name__}, not a model of finetune.blocks: use load_hooked or load_bridge."
+            f"{source.name_or_path or 'The model'} is a {type(source).__name__}, not a model of finetune.blocks: "
+            "use load_hooked or load_bridge."
         )
     tokenizer = _tokenizer(model, tokenizer, revision)
     made: Any = copy.deepcopy(source)
@@ -222,7 +224,7 @@ def load_trio(
 
 def _read(model: Model, revision: str | None) -> tuple[PreTrainedModel, NormState]:
     """Return the plain model and the state of its norms."""
-    source: Any = model if isinstance(model, nn.Module) else load(model, revision)
+    source: Any = load(model, revision) if isinstance(model, str | Path) else unwrapped(model)
     if isinstance(source, BlocksForCausalLM):
         raise CheckpointError(
             f"{source.name_or_path or 'The model'} has blocks of another kind. Use analysis.load_hooked_blocks."

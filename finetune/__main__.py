@@ -24,7 +24,8 @@ Fine-tune the norms out of a model.
 
   python -m finetune [run] [RECIPE] [FLAGS]   train: RECIPE is a shipped name (default micro) or a YAML file
   python -m finetune pretrain RECIPE [FLAGS]  train a model from random weights, its blocks with or without norms
-  python -m finetune resume RUN               go on with a run of either kind that was cut off
+  python -m finetune resume RUN [--anyway]    go on with a run of either kind that was cut off; anyway: although its
+                                              recipe, model or text has changed, or checkpoints lack files
   python -m finetune sweep FILE [FLAGS]       many runs, of what a sweep file overrides, in one table
   python -m finetune list [pretrain]          the shipped recipes, of `run` or of `pretrain`, and what they are
   python -m finetune show RECIPE              print a recipe; one of `pretrain`: show pretrain RECIPE
@@ -126,10 +127,11 @@ def _given(arguments: list[str], flag: str, kind: Callable[[str], Any] = str) ->
 
 
 def _resume(arguments: list[str]) -> None:
-    directory = _only(arguments, "resume RUN")
+    anyway = "--anyway" in arguments
+    directory = _only([word for word in arguments if word != "--anyway"], "resume RUN [--anyway]")
     from finetune.resuming import resume
 
-    _report(resume(directory))
+    _report(resume(directory, anyway))
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,11 @@ class Family:
         """The class in transformers."""
         return getattr(transformers, self.architecture)
 
+    @property
+    def base_class(self) -> type[PreTrainedModel]:
+        """The class in transformers of the model without its unembedding."""
+        return getattr(transformers, self.architecture.replace("LMHead", "").replace("ForCausalLM", "Model"))
+
     def norms_of(self, n_layer: int) -> list[Norm]:
         """Return the norms of a model of `n_layer` layers, in the order in which a forward comes to them."""
         norms = [self._norm(spec, layer) for layer in range(n_layer) for spec in self.norms]

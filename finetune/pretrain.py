@@ -9,7 +9,6 @@ RUN/documents.csv  its loss on each document of held-out text
 RUN/results.csv    the same on all of it
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import blocks, checkpoint, evaluate, families, objective
+from finetune import begun_with, blocks, checkpoint, evaluate, families, objective
 from finetune import recipe as recipes
 from finetune.blocks import BlocksConfig, BlocksForCausalLM
+from finetune.checkpoints import newest_whole, read_log
 from finetune.processes import check_processes
 from finetune.recipe import PretrainRecipe, RecipeError, Text
 from finetune.run_directory import Run, directory_lock, new_directory, push, render, write, write_recipe
 from finetune.text import TextSplits, load_text
-from finetune.training import Record, RunTrainer, checkpoints, fuse_gelu
+from finetune.training import Record, RunTrainer, fuse_gelu
 
 _WATCHED_TOKENS = 2048
 
@@ -136,27 +136,27 @@ def _config_of_family(recipe: PretrainRecipe, vocabulary: dict[str, Any]) -> Pre
     return config
 
 
-def complete(setup: Setup, directory: Path) -> Run:
-    """Do what is still to be done of a run: fit, export and measure."""
+def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
+    """Do what is still to be done of a run: fit, export and measure; `anyway` is that of `resuming.resume`."""
     with directory_lock(directory / "checkpoints", PartialState().is_main_process):
+        begun_with.check(directory, setup.recipe, None, setup.text, anyway)
         if not (directory / "model").exists():
-            fit(setup, directory)
+            fit(setup, directory, anyway)
             if PartialState().is_main_process:
                 export(setup, directory)
             PartialState().wait_for_everyone()
         return Run(directory, conclude(setup, directory))
 
 
-def fit(setup: Setup, directory: Path) -> None:
-    """Train the model, from the newest checkpoint in `directory` on."""
+def fit(setup: Setup, directory: Path, anyway: bool = False) -> None:
+    """Train the model, from the newest whole checkpoint in `directory` on."""
     model = setup.model.train()
     fuse_gelu(model)
     objective.defer_unembedding(model)
-    saved = checkpoints(directory / "checkpoints/model")
     trainer = PretrainTrainer(
         model, setup.recipe, setup.text, directory / "checkpoints/model", directory / "log.jsonl", "model"
     )
-    trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+    trainer.train(newest_whole(directory / "checkpoints/model", anyway))
     objective.restore_unembedding(model)
 
 
@@ -181,7 +181,7 @@ def conclude(setup: Setup, directory: Path) -> pd.DataFrame:
         documents = evaluate.measure_documents({"model": model}, setup.text.held_out, reference="model")
         documents = documents.drop(columns=["kl", "jsd"])
         results = evaluate.compare(documents)[["model", "loss", "loss_error", "tokens", "documents"]]
-        last = json.loads((directory / "log.jsonl").read_text().splitlines()[-1])
+        last = read_log(directory / "log.jsonl")[-1]
         results["parameters"] = sum(parameter.numel() for parameter in setup.model.parameters())
         results["trained_tokens"] = last["tokens"]
         results["trained_seconds"] = last["seconds"]

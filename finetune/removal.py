@@ -12,7 +12,6 @@ RUN/results.csv    the same on all of each text
 
 import copy
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +24,13 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import checkpoint, evaluate, families, folding, objective, schedule
+from finetune import begun_with, checkpoint, evaluate, families, folding, objective, schedule
 from finetune import recipe as recipes
 from finetune.bundled import MODELS
+from finetune.checkpoints import newest_whole, read_log
 from finetune.cover import Cover
 from finetune.errors import CheckpointError
+from finetune.in_memory import plain_copy, unwrapped
 from finetune.names import is_local, public_name
 from finetune.processes import check_processes
 from finetune.recipe import Recipe, RecipeError, Text
@@ -48,7 +49,7 @@ from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import LONGEST_CONTEXT, RANDOM_TOKENS, Blocks, TextSplits, load_blocks, load_text, token_ids
 from finetune.text.sources import path_of
-from finetune.training import checkpoints, fuse_gelu
+from finetune.training import fuse_gelu
 
 _CHECKED_TOKENS = 2048
 """Held-out tokens by which an export is checked."""
@@ -61,7 +62,7 @@ _LARGEST_FROZEN_STD = 1e4
 
 
 def remove_norms(
-    model: str | Path | PreTrainedModel | None = None,
+    model: str | Path | nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: str | Path | Text | None = None,
     recipe: str | Path | Recipe = "micro",
@@ -70,7 +71,8 @@ def remove_norms(
     """Fine-tune the norms out of a model, beside a control that keeps them, and return what the command writes.
 
     Args:
-        model: a bundled name, a directory, a Hub name, or a model in memory, which stays as it is. None: the recipe's.
+        model: a bundled name, a directory, a Hub name, or a model in memory, compiled and wrapped or not, which stays
+            as it is. None: the recipe's.
         tokenizer: needed with a model in memory; otherwise the one beside the model is taken.
         text: a source, or a whole `Text`. None: the recipe's.
         recipe: a shipped name, a YAML file, or a recipe.
@@ -83,8 +85,8 @@ def remove_norms(
     """
     recipe = recipes.with_text(recipe if isinstance(recipe, Recipe) else recipes.load(recipe), text)
     if isinstance(model, str | Path):
-        recipe = dataclasses.replace(recipe, model=str(model), revision=None)
-    return start(recipe, out, model if isinstance(model, PreTrainedModel) else None, tokenizer)
+        recipe, model = dataclasses.replace(recipe, model=str(model), revision=None), None
+    return start(recipe, out, None if model is None else unwrapped(model), tokenizer)
 
 
 remove_layernorm = remove_norms  # the former name
@@ -149,11 +151,11 @@ def set_up(
         if model is not None:
             raise CheckpointError("A model in memory needs its tokenizer: pass it as `tokenizer`.")
         tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
-    # A model in memory stays as it is, on its device and in its mode.
-    model = checkpoint.load(recipe.model, recipe.revision) if model is None else copy.deepcopy(model).float()
+    given, model = model, checkpoint.load(recipe.model, recipe.revision) if model is None else model
     if (norms := folding.norm_state(model)) != "live":
         name = model.name_or_path or "the model in memory"
         raise CheckpointError(f"The norms of {name} are {norms}: there is no LayerNorm left to remove.")
+    model = model if given is None else plain_copy(given)  # a model in memory stays as it is, on its device
     context = context_of(recipe, config)
     folding.check_format(model, recipe.export_format)
     text = load_text(recipe.text, tokenizer, context, config.vocab_size, seed=recipe.seed)
@@ -195,16 +197,17 @@ def context_of(recipe: Recipe, config: PreTrainedConfig) -> int:
     return recipe.context or min(positions, LONGEST_CONTEXT)
 
 
-def complete(setup: Setup, directory: Path) -> Run:
-    """Do what is still to be done of a run: fit, export and compare."""
+def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
+    """Do what is still to be done of a run: fit, export and compare; `anyway` is that of `resuming.resume`."""
     with directory_lock(directory / "checkpoints", PartialState().is_main_process):
-        fit(setup, directory, "ln_free", setup.events)
+        begun_with.check(directory, setup.recipe, setup.model, setup.text, anyway)
+        fit(setup, directory, "ln_free", setup.events, anyway)
         if setup.recipe.control and setup.recipe.control_from is None:
-            fit(setup, directory, "control", [])
+            fit(setup, directory, "control", [], anyway)
         return Run(directory, _conclude(setup, directory))
 
 
-def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> None:
+def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anyway: bool = False) -> None:
     """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
     if (directory / name).exists():
         return
@@ -224,8 +227,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> No
         if events and recipe.cover
         else None,
     )
-    saved = checkpoints(directory / "checkpoints" / name)
-    trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+    trainer.train(newest_whole(directory / "checkpoints" / name, anyway))
     objective.restore_unembedding(model)
     if PartialState().is_main_process:
         if trainer.pacing is not None:
@@ -299,7 +301,7 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
             for text, blocks in ({HELD_OUT: setup.text.held_out} | setup.elsewhere).items()
         }
         results = evaluate.by_name({text: evaluate.compare(frame) for text, frame in documents.items()}, "text")
-        log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+        log = read_log(directory / "log.jsonl")
         spent = {line["model"]: line for line in log}
         for column in ("tokens", "seconds"):
             results[f"trained_{column}"] = [spent.get(name, {}).get(column, 0) for name in results["model"]]

@@ -42,6 +42,7 @@ from tqdm.auto import tqdm
 
 from finetune import evaluate, removal
 from finetune import recipe as recipes
+from finetune.checkpoints import read_log
 from finetune.errors import NolnError
 from finetune.recipe import Recipe, RecipeError
 from finetune.resuming import resume
@@ -208,7 +209,7 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
     measured = dict(list(pd.read_csv(job.directory / "documents.csv").groupby("text")))
     documents = {suffix: measured[name].drop(columns="text") for suffix, name in texts.items()}
     spent = result.results.set_index("model").loc["ln_free"].iloc[0]
-    log = (json.loads(line) for line in (job.directory / "log.jsonl").read_text().splitlines())
+    log = read_log(job.directory / "log.jsonl")
     tables = {suffix: evaluate.compare(frame).set_index("model") for suffix, frame in documents.items()}
     choose = tables["choose"]
     row |= {

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from finetune.checkpoint import no_progress_bars
+from finetune.checkpoints import checkpoints, read_log, seal, step_of, to_disk
 from finetune.errors import NolnError
 from finetune.recipe import Training
 from finetune.text import Blocks, StreamedBlocks
@@ -65,6 +66,7 @@ class RunTrainer(Trainer):
     ) -> None:
         self.recipe, self.directory = recipe, directory
         self.tokens_a_step: int = recipe.batch * text.context
+        self.resumed_from: Path | None = None
         self._partial: Path | None = None
         self._record = record
         super().__init__(
@@ -78,10 +80,11 @@ class RunTrainer(Trainer):
         # Mean losses of equally long micro-batches: the Trainer divides by their number, `forward` knows nothing of it.
         self.model_accepts_loss_kwargs = False
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and leave the line of the progress bar, however it ends."""
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint on if there is one, and leave the line of the progress bar, however it ends."""
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
-            return super().train(*args, **kwargs)
+            return super().train(str(self.resumed_from) if self.resumed_from else None, *args, **kwargs)
         finally:
             self._record.bar.close()
 
@@ -130,19 +133,25 @@ class RunTrainer(Trainer):
         try:
             with no_progress_bars():
                 super()._save_checkpoint(model, trial)
+            PartialState().wait_for_everyone()
+            if self.args.should_save:
+                for checkpoint in self._partial.iterdir():
+                    seal(checkpoint, self._record.path)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(self._partial, ignore_errors=True)
             raise NotSavedError(
                 f"The checkpoint of step {self.state.global_step} cannot be written to {self.directory}: {error}. "
                 "Make room, then go on from the last one with `python -m finetune resume`."
             ) from error
-        PartialState().wait_for_everyone()
         if self.args.should_save:
             for checkpoint in self._partial.iterdir():
                 whole = self.directory / checkpoint.name
                 shutil.rmtree(whole, ignore_errors=True)  # one that is there is not whole, or would not be written anew
                 checkpoint.rename(whole)
-            for checkpoint in checkpoints(self.directory)[:-2]:
+                to_disk(self.directory)
+            # One of a later step is of a run that went on from before it, because that one was damaged.
+            behind = [path for path in checkpoints(self.directory) if step_of(path) <= self.state.global_step]
+            for checkpoint in behind[:-2]:
                 shutil.rmtree(checkpoint)
         self._partial = None
 
@@ -153,16 +162,6 @@ def fuse_gelu(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "act", None), NewGELUActivation):
             module.act = nn.GELU(approximate="tanh")
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """Return the complete checkpoints in `directory`, oldest first."""
-    complete = (path.parent for path in directory.glob("checkpoint-*/trainer_state.json"))
-    return sorted(complete, key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def training_arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArguments:
@@ -284,8 +283,7 @@ class Record(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Cut the log back to where the run stands."""
-        written = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        lines = [json.loads(line) for line in written if line.endswith("\n")]
+        lines = read_log(self.path, self.trainer.resumed_from)
         lines = [line for line in lines if line["model"] != self.name or line["step"] < state.global_step]
         own = [line for line in lines if line["model"] == self.name]
         self._first = [self.excess(line) for line in own[:10]]
