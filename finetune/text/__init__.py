@@ -15,8 +15,9 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from finetune.recipe import Text
+from finetune.text.bins import bin_files
 from finetune.text.packing import Blocks, StreamedBlocks, check_ids, stride
-from finetune.text.sources import TextError, bin_files, documents_of, open_source, path_of
+from finetune.text.sources import TextError, documents_of, open_source, path_of
 from finetune.text.tokenise import Part, encode, read_tokens, tokens_of
 
 __all__ = [

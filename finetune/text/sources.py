@@ -96,13 +96,6 @@ def path_of(name: str) -> Path:
     return Path(resolve_text(name)).expanduser()
 
 
-def bin_files(name: str) -> list[Path]:
-    """Return nanoGPT's files that a source is: one, or train.bin and, if it is there, val.bin."""
-    path = path_of(name)
-    files = [path / "train.bin", path / "val.bin"] if path.is_dir() else [path]
-    return [file for file in files if file.suffix == ".bin" and file.is_file()]
-
-
 def _format(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:

@@ -19,7 +19,8 @@ from jaxtyping import Int, UInt
 from transformers import PreTrainedTokenizerBase
 
 from finetune.recipe import Text
-from finetune.text.sources import TextError, bin_files, documents_of, open_source
+from finetune.text.bins import bin_files, read_bin
+from finetune.text.sources import TextError, documents_of, open_source
 
 BATCH_CHARACTERS = 1_000_000  # a call of the tokenizer
 PIECE_CHARACTERS = 100_000  # longer documents are tokenised in pieces, in parallel
@@ -34,18 +35,8 @@ def tokens_of(
     """Return all tokens of a source, in two parts if whole documents or a val.bin are held out."""
     if files := bin_files(name):
         dtype = text.token_dtype if text.token_dtype != "auto" else "uint16" if vocab_size <= 2**16 else "uint32"
-        return [(_read_bin(file, np.dtype(dtype)), None) for file in files]
+        return [(read_bin(file, np.dtype(dtype), vocab_size), None) for file in files]
     return _tokenise_once(*open_source(name, text), name, tokenizer, fraction)
-
-
-def _read_bin(path: Path, dtype: np.dtype) -> UInt[np.ndarray, " token"]:
-    """Map nanoGPT's file of token ids, nothing copied."""
-    if path.stat().st_size % dtype.itemsize:
-        raise TextError(f"{path}: its size is no multiple of {dtype}'s; it is corrupt, or text.token_dtype is wrong.")
-    tokens = _memory_map(path, dtype)
-    if dtype == np.uint16 and len(tokens) and not tokens[1:1000:2].any():
-        raise TextError(f"{path}: every second number is 0, as in a file of uint32. Set text.token_dtype to uint32.")
-    return tokens
 
 
 def read_tokens(

@@ -1,0 +1,118 @@
+"""Files of token ids as nanoGPT's: found, checked for what their numbers really are, and mapped, nothing copied."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt
+
+from finetune.text.sources import TextError, path_of
+
+HELD_OUT = ("val.bin", "valid.bin", "validation.bin", "dev.bin", "test.bin")
+"""What the file beside train.bin may be called that is held out; the first that is there counts."""
+_SAMPLE = 1 << 16  # bytes, at the beginning, in the middle and at the end of a file
+_HEADER = (
+    1024  # bytes, of llm.c's and modded-nanogpt's files: 256 numbers of int32, the first of which says what follows
+)
+_LLM_C = {20240520: "uint16", 20240801: "uint32"}
+_MAGIC = {
+    b"\x93NUMPY": "a .npy file of NumPy's; write its array with `.tofile`",
+    b"PAR1": "a .parquet file; name it so",
+    b"\x1f\x8b": "compressed with gzip; unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
+    b"MMIDIDX": "an index of Megatron's; name the .bin beside it",
+}
+
+
+def bin_files(name: str) -> list[Path]:
+    """Return nanoGPT's files that a source is: one, or train.bin and, if it is there, the one that is held out."""
+    path = path_of(name)
+    if not path.is_dir():
+        return [path] if path.suffix == ".bin" and path.is_file() else []
+    held_out = [path / name for name in HELD_OUT if (path / name).is_file()]
+    return [file for file in (path / "train.bin", *held_out[:1]) if file.is_file()]
+
+
+def read_bin(path: Path, dtype: np.dtype, vocab_size: int) -> UInt[np.ndarray, " token"]:
+    """Map a file of token ids.
+
+    Raises:
+        TextError: it is empty, or looks like something else than numbers of this type.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        raise TextError(f"{path} is empty.")
+    sample = _sample(path, size)
+    problem = _not_numbers(sample, path) or _other_type(sample, dtype, vocab_size, path)
+    if problem is None and size % dtype.itemsize:
+        problem = f"its size is no multiple of {dtype}'s; it is corrupt, or text.token_dtype is wrong."
+    if problem is not None:
+        raise TextError(f"{path}: {problem}")
+    return np.memmap(path, dtype, "r")
+
+
+def _sample(path: Path, size: int) -> bytes:
+    """Return the bytes at the beginning, in the middle and at the end, each from a multiple of 8 on."""
+    starts = dict.fromkeys(start // 8 * 8 for start in (0, size // 2, max(0, size - _SAMPLE)))
+    with path.open("rb") as file:
+        return b"".join(file.read(_SAMPLE // 8 * 8) for start in starts if file.seek(start) == start)
+
+
+def _not_numbers(sample: bytes, path: Path) -> str | None:
+    for magic, what in _MAGIC.items():
+        if sample.startswith(magic):
+            return f"it is {what}."
+    first = int.from_bytes(sample[:4], "little")
+    if first in _LLM_C and len(sample) >= _HEADER:
+        kind = _LLM_C[first]
+        skip = _HEADER // np.dtype(kind).itemsize
+        return (
+            f"it begins with the header of {_HEADER} bytes of llm.c's files, of {kind}. Cut it off: "
+            f"`np.memmap({path.name!r}, np.{kind})[{skip}:].tofile('tokens.bin')`."
+        )
+    if len(sample) >= 64 and not sample.strip(b"\t\n\r" + bytes(range(32, 127))):
+        return "it looks like text, not like token ids: name it .txt or .jsonl."
+    if not any(sample):
+        return "it holds nothing but zeros where it was looked at: it was never filled."
+    return None
+
+
+def _other_type(sample: bytes, dtype: np.dtype, vocab_size: int, path: Path) -> str | None:
+    """Return what to do if the numbers look like another type, else None.
+
+    Read as too narrow a type, numbers have zeros between them; too wide, they are larger than any token. So the type
+    is the widest as which all are tokens.
+    """
+    sample = sample[: len(sample) // 8 * 8]
+    if len(sample) < 64:
+        return None
+    signed = np.frombuffer(sample, "<i4")
+    if dtype.itemsize == 4 and -(2**15) < signed.min() < 0 <= signed.max() < vocab_size:
+        return f"it holds negative numbers, such as {signed.min()}, which are not tokens: leave them out."
+    largest = {kind: int(np.frombuffer(sample, kind).max()) for kind in ("<u8", "<u4", "<u2", "u1")}
+    looks = next((kind for kind in largest if largest[kind] < vocab_size), None)
+    swapped = next((kind for kind in (">u8", ">u4", ">u2") if np.frombuffer(sample, kind).max() < vocab_size), None)
+    if looks is not None and swapped is not None and np.dtype(swapped).itemsize > np.dtype(looks).itemsize:
+        looks = swapped
+    looks = looks or swapped
+    kind = None if looks is None else np.dtype(looks)
+    if kind is None or kind == dtype:
+        return None
+    any_passes = vocab_size >= 2 ** (8 * kind.itemsize)
+    if kind.itemsize < dtype.itemsize and any_passes and (kind.itemsize == 1 or largest[f"<u{dtype.itemsize}"] < 2**20):
+        return None  # ids beyond the vocabulary, of the right type
+    name = kind.name.replace("uint64", "int64")
+    if kind.itemsize > dtype.itemsize:
+        between = f"every {('second', 'fourth', 'eighth')[kind.itemsize // dtype.itemsize // 4]} number"
+        seen = f"{between} is 0" if kind.itemsize == 2 * dtype.itemsize else f"{between} is not 0, the others are"
+    else:
+        seen = f"its largest number as {dtype} is {np.frombuffer(sample, dtype).max():,}"
+    if kind.byteorder != ">" and name in ("uint16", "uint32"):
+        return f"{seen}, as in a file of {name}. Set text.token_dtype to {name}."
+    order = ", big-endian" if kind.byteorder == ">" else ""
+    target = "uint16" if vocab_size <= 2**16 else "uint32"
+    return (
+        f"{seen}, as in a file of {name}{order}, which is not read. Convert it: "
+        f"`np.fromfile({path.name!r}, {looks!r}).astype(np.{target}).tofile('tokens.bin')`, "
+        "and leave text.token_dtype at auto."
+    )
