@@ -14,7 +14,6 @@ A model of `finetune.blocks` is none of these: `load_hooked_blocks` puts hooks i
 import copy
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBa
 
 from analysis.conversion import centre_writing, normalization, to_hooked, to_native_bridge
 from analysis.hooked_blocks import HookedBlocks
+from analysis.strings import TL4, taking_texts, with_padding
 from finetune.blocks import BlocksForCausalLM
 from finetune.checkpoint import load, load_tokenizer
 from finetune.errors import CheckpointError, NoTokenizerError
@@ -38,8 +38,6 @@ from finetune.names import PUBLISHED
 Model = str | Path | nn.Module
 """A short name, a directory, a Hub id, or a model in memory."""
 Tool = Literal["hooked", "bridge"]
-
-_TL4 = int(version("transformer-lens").split(".")[0]) >= 4
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of the logits that the self-check lets pass, as a fraction of the largest logit."""
@@ -171,7 +169,8 @@ def load_nnsight(
     with warnings.catch_warnings():
         # It is going to be called TransformersModel; until then this is the name that is known.
         warnings.filterwarnings("ignore", "LanguageModel is deprecated")
-        return LanguageModel(_transformers(source, state, dtype, device), tokenizer=copy.deepcopy(tokenizer))
+        made = _transformers(source, state, dtype, device)
+        return LanguageModel(made, tokenizer=with_padding(tokenizer, source.config.vocab_size))
 
 
 def load_trio(
@@ -213,7 +212,7 @@ def load_trio(
         if family not in (None, family_of(source)):
             raise CheckpointError(f"{name} is a {type(source).__name__}, unlike the original: a trio is of one family.")
         family = family_of(source)
-        is_hooked = tool == "hooked" or (tool is None and not _TL4 and isinstance(source, GPT2LMHeadModel))
+        is_hooked = tool == "hooked" or (tool is None and not TL4 and isinstance(source, GPT2LMHeadModel))
         make = _hooked if is_hooked else _bridge
         made = make(source, state, its_tokenizer, dtype or source.dtype, centre=family.style.centred)
         trio[name] = made.to(device or source.device, print_details=False)
@@ -290,16 +289,10 @@ def _bridge(
 
 
 def _finish(made: Any, source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype) -> Any:
-    """Give `made` its tokenizer, check it and return it.
-
-    TransformerLens's own way to set a tokenizer reads it again by name, from the Hub if it is not a path.
-    """
+    """Give `made` its tokenizer, check it and return it."""
+    made = taking_texts(made)
     if tokenizer is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
-        made.cfg.tokenizer_prepends_bos = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
-        made.tokenizer = tokenizer
+        made.take_tokenizer(tokenizer)
     _check(made, source, dtype)
     return made.eval()
 
