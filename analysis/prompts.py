@@ -161,5 +161,5 @@ def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     tokens = tokenizer.encode(text, add_special_tokens=False)
     if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
         return None
-    whole = tokenizer.decode(tokens).strip().casefold() == text.strip().casefold()
+    whole = str(tokenizer.decode(tokens)).strip().casefold() == text.strip().casefold()
     return tokens[0] if whole else None  # what a tokenizer does not know, some leave out
