@@ -21,7 +21,7 @@ test-fast: $(VENV)/installed
 # The tests of loading again, with TransformerLens 4.
 test-tl4: $(VENV_TL4)/installed
 	$(VENV_TL4)/bin/python -m pytest -n auto tests/analysis/test_loading.py tests/analysis/test_hooked_blocks.py \
-	  tests/analysis/test_tools_on_families.py
+	  tests/analysis/test_activations.py tests/analysis/test_strings.py tests/analysis/test_tools_on_families.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -16,11 +16,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from finetune.errors import CheckpointError
-from finetune.families import Part, SiteKind, Written, family_of
+from finetune.families import ACTIVATIONS, Part, SiteKind, Written, family_of
 from finetune.folding import NormState, linear_maps, matrix, norms_of, part_of_column, to_identity
 
-_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
-"""What TransformerLens and transformers have under one name."""
 _HOOKED_CONTEXT = 2048
 """Positions of a `HookedTransformer` with rotary ones, at most: each of its layers keeps a mask of positions²."""
 _NAMES: dict[Part | Written, str] = {
@@ -142,8 +140,11 @@ def _config(source: PreTrainedModel, state: NormState, dtype: torch.dtype) -> di
     """Return what `HookedTransformerConfig` and `TransformerBridgeConfig` call alike."""
     config, family = source.config, family_of(source)
     activation = getattr(config, family.activation)
-    if activation not in _ACTIVATIONS:
-        raise CheckpointError(f"The activation {activation} is not one of {', '.join(_ACTIVATIONS)}.")
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(
+            f"TransformerLens does not have the activation {activation}, only {', '.join(ACTIVATIONS)}: use "
+            f"load_nnsight or load_transformers{'' if config.model_type == 'gpt2' else ', or load_bridge'}."
+        )
     into_mlp = next(reader.path for norm in norms_of(source) for reader in norm.readers if reader.parts == ("in",))
     return {
         "model_name": config.name_or_path or config.model_type,
@@ -154,7 +155,7 @@ def _config(source: PreTrainedModel, state: NormState, dtype: torch.dtype) -> di
         "d_mlp": matrix(source.get_submodule(into_mlp)).shape[1],
         "d_vocab": config.vocab_size,
         "n_ctx": config.max_position_embeddings,
-        "act_fn": activation,
+        "act_fn": ACTIVATIONS[activation],
         **normalization(source, state),
         "init_weights": False,
         "dtype": dtype,

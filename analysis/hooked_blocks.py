@@ -25,11 +25,12 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformers import PreTrainedTokenizerBase
 
+from analysis.strings import TextTokens
 from finetune.blocks import BlocksForCausalLM
 from finetune.errors import NolnError
 
 
-class HookedBlocks(HookedRootModule):
+class HookedBlocks(TextTokens, HookedRootModule):
     """A copy of `source`, with its weights under TransformerLens's names and in its shapes.
 
     Of each block `attn.W_Q`, `W_K`, `W_V`, `W_O`, `mlp.W_in`, `W_out`, and their `b_…`: a value or projection
@@ -63,7 +64,9 @@ class HookedBlocks(HookedRootModule):
             device=str(model.device),
             dtype=model.dtype,
         )
-        self.tokenizer = tokenizer
+        self.tokenizer = None
+        if tokenizer is not None:
+            self.take_tokenizer(tokenizer)
         with torch.no_grad():
             for block in model.blocks:
                 attn, mlp, heads = block.attn, block.mlp, (config.n_head, -1)
@@ -83,21 +86,9 @@ class HookedBlocks(HookedRootModule):
         self.setup()
         self.eval()
 
-    def forward(self, tokens: Int[Tensor, "batch pos"] | str) -> Float[Tensor, "batch unembedded vocab"]:
-        """Return the logits, of a text those of `to_tokens`."""
-        return self.model(self.to_tokens(tokens) if isinstance(tokens, str) else tokens, use_cache=False).logits
-
-    def to_tokens(self, text: str, prepend_bos: bool = True) -> Int[Tensor, "1 pos"]:
-        """Return the tokens of a text, behind the begin-of-sequence token, as `HookedTransformer` does.
-
-        Raises:
-            NolnError: the model has no tokenizer.
-        """
-        if self.tokenizer is None:
-            raise NolnError("The model has no tokenizer: give it one beside it, or run it on token ids.")
-        bos = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
-        ids = [bos] * (prepend_bos and bos is not None) + self.tokenizer.encode(text, add_special_tokens=False)
-        return torch.tensor([ids], device=self.W_U.device)
+    def forward(self, tokens: Int[Tensor, "batch pos"] | str | list[str]) -> Float[Tensor, "batch unembedded vocab"]:
+        """Return the logits, of texts those of their tokens."""
+        return self.model(self.to_tokens(tokens) if isinstance(tokens, str | list) else tokens, use_cache=False).logits
 
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:  # noqa: N802

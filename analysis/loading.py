@@ -13,8 +13,7 @@ A model of `finetune.blocks` is none of these: `load_hooked_blocks` puts hooks i
 
 import copy
 import warnings
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBa
 
 from analysis.conversion import centre_writing, normalization, to_hooked, to_native_bridge
 from analysis.hooked_blocks import HookedBlocks
+from analysis.strings import TL4, taking_texts, with_padding
 from finetune.blocks import BlocksForCausalLM
 from finetune.checkpoint import load, load_tokenizer
 from finetune.errors import CheckpointError, NoTokenizerError
@@ -40,7 +40,15 @@ Model = str | Path | nn.Module
 """A short name, a directory, a Hub id, or a model in memory, compiled and wrapped or not."""
 Tool = Literal["hooked", "bridge"]
 
-_TL4 = int(version("transformer-lens").split(".")[0]) >= 4
+_SHAPES = {
+    "n_layers": "layers",
+    "d_model": "width",
+    "n_heads": "heads",
+    "d_head": "width of heads",
+    "d_mlp": "neurons of MLPs",
+    "d_vocab": "vocabulary",
+}
+"""What has to be the same in models that are compared part by part, by its name in TransformerLens's configs."""
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of the logits that the self-check lets pass, as a fraction of the largest logit."""
@@ -173,7 +181,8 @@ def load_nnsight(
     with warnings.catch_warnings():
         # It is going to be called TransformersModel; until then this is the name that is known.
         warnings.filterwarnings("ignore", "LanguageModel is deprecated")
-        return LanguageModel(_transformers(source, state, dtype, device), tokenizer=copy.deepcopy(tokenizer))
+        made = _transformers(source, state, dtype, device)
+        return LanguageModel(made, tokenizer=with_padding(tokenizer, source.config.vocab_size))
 
 
 def load_trio(
@@ -191,15 +200,17 @@ def load_trio(
 
     In a family with LayerNorm the weights that write to the residual stream are centred in all of them, so that its
     mean is zero; no logits depend on it. RMSNorm does not centre what it reads, and nothing is centred. `revision` is
-    that of the original. `tool` is "hooked" for a GPT-2 where TransformerLens has `HookedTransformer`, otherwise
-    "bridge". Other arguments and errors are those of `load_hooked`.
+    that of the original. Of vocabularies that differ in length, such as a padded one, the shared ids are kept. `tool`
+    is "hooked" for a GPT-2 where TransformerLens has `HookedTransformer`, otherwise "bridge". Other arguments and
+    errors are those of `load_hooked`.
 
     Raises:
-        CheckpointError: live norms in `ln_free`, or none in the others; models of two families; or what `load_hooked`
-            raises, with which model it is.
+        CheckpointError: live norms in `ln_free`, or none in the others; models of two families, sizes or tokenizers;
+            or what `load_hooked` raises, with which model it is.
     """
     models = {"original": original, "control": control, "ln_free": ln_free}
-    trio: dict[str, Any] = {}
+    sources: dict[str, tuple[PreTrainedModel, NormState]] = {}
+    tokenizers: dict[str, PreTrainedTokenizerBase | None] = {}
     family = None
     for name, model in models.items():
         if model is None:
@@ -215,11 +226,66 @@ def load_trio(
         if family not in (None, family_of(source)):
             raise CheckpointError(f"{name} is a {type(source).__name__}, unlike the original: a trio is of one family.")
         family = family_of(source)
-        is_hooked = tool == "hooked" or (tool is None and not _TL4 and isinstance(source, GPT2LMHeadModel))
+        sources[name], tokenizers[name] = (source, state), its_tokenizer
+    shared = _share_vocabulary({name: source for name, (source, _) in sources.items()}, tokenizers)
+    trio: dict[str, Any] = {}
+    for name in list(sources):
+        source, state = sources.pop(name)  # which need not be kept while the others are made
+        if source.config.vocab_size > shared:
+            source = copy.deepcopy(source)
+            source.resize_token_embeddings(shared)
+        is_hooked = tool == "hooked" or (tool is None and not TL4 and isinstance(source, GPT2LMHeadModel))
         make = _hooked if is_hooked else _bridge
-        made = make(source, state, its_tokenizer, dtype or source.dtype, centre=family.style.centred)
+        made = make(source, state, tokenizers[name], dtype or source.dtype, centre=family_of(source).style.centred)
         trio[name] = made.to(device or source.device, print_details=False)
+    check_alike(trio)
     return trio
+
+
+def check_alike(models: Mapping[str, Any]) -> None:
+    """Raise unless the models, as loaded, can be compared part by part.
+
+    Raises:
+        CheckpointError: two of them differ in layers, widths or vocabulary; the message says in what.
+    """
+    (first, reference), *others = models.items()
+    for name, model in others:
+        differ = [
+            f"{word} ({getattr(model.cfg, field)} against {getattr(reference.cfg, field)})"
+            for field, word in _SHAPES.items()
+            if getattr(model.cfg, field, None) != getattr(reference.cfg, field, None)
+        ]
+        if differ:
+            raise CheckpointError(
+                f"{name} differs from {first} in {', '.join(differ)}: compare models of one architecture and size."
+            )
+
+
+def _share_vocabulary(sources: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> int:
+    """Return how many token ids the models share, and check that they mean the same in all of them.
+
+    Raises:
+        CheckpointError: a token of one model is another one in the original, or has no embedding.
+    """
+    sizes = {name: source.config.vocab_size for name, source in sources.items()}
+    shared = min(sizes.values())
+    known = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
+    (first, reference), *others = list(known.items()) or [("", None)]
+    for name, tokenizer in others:
+        if tokenizer is reference:
+            continue
+        ids = list(range(min(shared, len(reference), len(tokenizer))))
+        pairs = zip(ids, *(made.convert_ids_to_tokens(ids) for made in (tokenizer, reference)), strict=True)
+        if different := [pair for pair in pairs if pair[1] != pair[2]]:
+            token, here, there = different[0]
+            raise CheckpointError(
+                f"{name} has another tokenizer than {first}: {len(different):,} of {len(ids):,} tokens differ, such as "
+                f"{token}, which is {here!r} and not {there!r}."
+            )
+    if max(sizes.values()) > shared:
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        warnings.warn(f"The vocabularies differ ({listed}): the first {shared:,} tokens are compared.", stacklevel=3)
+    return shared
 
 
 def _read(model: Model, revision: str | None) -> tuple[PreTrainedModel, NormState]:
@@ -292,16 +358,10 @@ def _bridge(
 
 
 def _finish(made: Any, source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype) -> Any:
-    """Give `made` its tokenizer, check it and return it.
-
-    TransformerLens's own way to set a tokenizer reads it again by name, from the Hub if it is not a path.
-    """
+    """Give `made` its tokenizer, check it and return it."""
+    made = taking_texts(made)
     if tokenizer is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
-        made.cfg.tokenizer_prepends_bos = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
-        made.tokenizer = tokenizer
+        made.take_tokenizer(tokenizer)
     _check(made, source, dtype)
     return made.eval()
 

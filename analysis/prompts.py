@@ -157,6 +157,9 @@ def _encode_pair(
 
 
 def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """Return the token that `text` is, None if it is several or an unknown one."""
+    """Return the token that `text` is, None if it is several, an unknown one, or one of a part of it."""
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    return tokens[0] if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id else None
+    if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
+        return None
+    whole = str(tokenizer.decode(tokens)).strip().casefold() == text.strip().casefold()
+    return tokens[0] if whole else None  # what a tokenizer does not know, some leave out

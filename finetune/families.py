@@ -272,6 +272,14 @@ FAMILIES: dict[str, Family] = {
 }
 """The families by the `model_type` of their configs."""
 
+ACTIVATIONS = {
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_new"),
+    "relu": "relu",
+    **dict.fromkeys(("silu", "swish"), "silu"),
+}
+"""The activation functions that TransformerLens has, by each of their names in transformers."""
+
 _QK_NORMS = "norms of queries and keys, which share the config's eps with the others"
 REFUSED = {
     **dict.fromkeys(("qwen3", "olmo2", "gemma3", "gemma3_text"), _QK_NORMS),

@@ -13,6 +13,7 @@ RUN/results.csv    the same on all of each text
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,13 @@ def set_up(
     model = model if given is None else plain_copy(given)  # a model in memory stays as it is, on its device
     context = context_of(recipe, config)
     folding.check_format(model, recipe.export_format)
+    if (activation := getattr(config, family.activation)) not in families.ACTIVATIONS:
+        bridge = ", load_bridge and the report" if config.model_type == "gpt2" else ""
+        warnings.warn(
+            f"TransformerLens does not have the activation {activation}: analysis.load_hooked{bridge} will refuse the "
+            "LN-free model. The other tools take it.",
+            stacklevel=2,
+        )
     text = load_text(recipe.text, tokenizer, context, config.vocab_size, seed=recipe.seed)
     elsewhere = {
         name: _load_other(source, recipe, tokenizer, context, config)

@@ -2,6 +2,7 @@
 
 1. Name the models: those given, or those of the newest run; load them, and pack the texts as in training.
 2. Measure and plot, analysis by analysis, in the order of `ANALYSES`.
+   A section that cannot be made for these models and texts is left out, with the reason in its place.
 3. Answer the questions that the page opens with, from the tables (`cards`).
 4. Write everything under a temporary name, and rename it when it is complete.
 """
@@ -21,8 +22,8 @@ import torch
 from tqdm.auto import tqdm
 
 from analysis import benchmarks, patching
-from analysis.loading import load_trio
-from analysis.prompts import Pair, choose_pairs, encode_pairs, read_pairs
+from analysis.loading import check_alike, load_trio
+from analysis.prompts import Pair, PairError, choose_pairs, encode_pairs, read_pairs
 from analysis.report import cards, page, tokens
 from analysis.report.options import Options
 from analysis.report.sections import ANALYSES, Inputs, Table, benchmark_section
@@ -30,7 +31,7 @@ from analysis.texts import Sample, read_text
 from finetune.checkpoint import load_tokenizer
 from finetune.errors import NolnError
 from finetune.run_directory import control_of, recipe_of
-from finetune.text import RANDOM_TOKENS
+from finetune.text import LONGEST_CONTEXT, RANDOM_TOKENS
 
 _PNG_NEEDS = (
     "PNGs are drawn by kaleido and Chrome or Chromium: install the extra `png` (pip install -e '.[png]') and a browser "
@@ -55,7 +56,7 @@ def run(options: Options | None = None, /, **given: Any) -> Path:
 
     Raises:
         ReportError: no models, texts or tokens, an analysis that there is not, `out` exists, a batch size below 1, or
-            what PNGs need is not there.
+            what PNGs need is not there; a context that a model does not take, or no analysis that suits the models.
         BenchmarkError: as `benchmarks.check` does.
         CheckpointError, TextError, PairError: a model, a text or the pairs cannot be used.
     """
@@ -73,6 +74,11 @@ def run(options: Options | None = None, /, **given: Any) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = load_trio(*named, tokenizer, revision=options.revision, device=device)
     original = models["original"]
+    shortest = min(model.cfg.n_ctx for model in models.values())
+    if options.context is None and shortest < min(original.cfg.n_ctx, LONGEST_CONTEXT):
+        options = replace(options, context=shortest)
+    if options.context is not None and options.context > shortest:
+        raise ReportError(f"The context is {options.context}, but one of the models takes {shortest} tokens: lower it.")
     samples = {
         name: read_text(name, original, options.tokens, context=options.context, prefix=options.prefix)
         for name in dict.fromkeys((*options.text, RANDOM_TOKENS))
@@ -141,7 +147,8 @@ def write(
         ReportError: no `original` or `ln_free`, `out` exists, an analysis that there is not, a batch size below 1, or
             what PNGs need is not there.
         BenchmarkError: as `benchmarks.check` does.
-        PairError: `pairs` cannot be read or do not suit the tokenizer, or none can be made for it.
+        CheckpointError: the models do not fit together.
+        PairError: `pairs` cannot be read or do not suit the tokenizer.
         TypeError: an option that names models or texts, or one that does not exist.
     """
     if named := sorted(_OF_RUN & given.keys()):
@@ -159,11 +166,15 @@ def _write(
         raise ReportError(f"The models are {', '.join(models)}: a report compares `original` and `ln_free`.")
     analyses = [analysis for analysis in ANALYSES if not options.only or analysis.name in options.only]
     analyses += [benchmark_section(options.benchmark)] if options.benchmark else []
-    chosen: list[Pair] = []
+    check_alike(models)
+    chosen: list[Pair] | PairError = []
     if any(analysis.module is patching for analysis in analyses):
-        chosen = choose_pairs(models["original"].tokenizer, options.pairs)
-        original = models["original"]
-        encode_pairs(chosen, original.tokenizer, original.cfg.n_ctx, options.prefix)  # raise now rather than later
+        try:
+            chosen = _pairs(models, options)
+        except PairError as error:
+            if options.pairs is not None:
+                raise
+            chosen = error
     assert options.out is not None
     out = options.out
     beside = next(parent for parent in out.absolute().parents if parent.exists())
@@ -174,14 +185,23 @@ def _write(
         text, sample = next(iter(samples.items()))
         frames: dict[tuple[str, str], pd.DataFrame] = {}
         sections = []
+        left_out: dict[str, str] = {}
         for analysis in (progress := tqdm(analyses, unit="analysis")):
             progress.set_description(analysis.title)
-            measured = analysis.measure(inputs)
+            try:
+                measured = analysis.measure(inputs)
+            except NolnError as error:  # what it measures, these models or texts do not have
+                left_out[analysis.title] = str(error)
+                sections.append(page.section_data(analysis, [], "", str(error)))
+                continue
             frames |= {(analysis.name, name): frame for name, frame in measured.items()}
             made = replace(analysis, tables=tuple(table for table in analysis.tables if table.name in measured))
             shown = [_save(measured, table, partial / f"{analysis.name}-{table.name}") for table in made.tables]
             code = page.python_code(made, names, options, text, sample.tokens.numel())
             sections.append(page.section_data(analysis, shown, code))
+        if len(left_out) == len(analyses):
+            reasons = "; ".join(f"{title}: {reason}" for title, reason in left_out.items())
+            raise ReportError(f"There is nothing to show: no analysis suits these models and texts. {reasons}")
         view = tokens.view(models, samples, options.batch_size)
         html = page.render(models, samples, names, options, cards.make(frames), view, sections)
         (partial / "report.html").write_text(html, encoding="utf-8")
@@ -190,6 +210,18 @@ def _write(
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(out)
     return out / "report.html"
+
+
+def _pairs(models: Mapping[str, Any], options: Options) -> list[Pair]:
+    """Return the pairs of prompts for patching, which suit the tokenizer and every model's context.
+
+    Raises:
+        PairError: those of the file do not, or none can be made.
+    """
+    tokenizer = models["original"].tokenizer
+    chosen = choose_pairs(tokenizer, options.pairs)
+    encode_pairs(chosen, tokenizer, min(model.cfg.n_ctx for model in models.values()), options.prefix)
+    return chosen
 
 
 def _save(frames: Mapping[str, pd.DataFrame], table: Table, path: Path) -> dict[str, Any]:

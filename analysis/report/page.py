@@ -73,10 +73,12 @@ def render(
     )
 
 
-def section_data(analysis: Analysis, tables: Sequence[Mapping[str, Any]], code: str) -> dict[str, Any]:
-    """Return what the page shows of an analysis; `tables` are what `table_data` returns for each of its tables."""
+def section_data(
+    analysis: Analysis, tables: Sequence[Mapping[str, Any]], code: str, left_out: str = ""
+) -> dict[str, Any]:
+    """Return what the page shows of an analysis: what `table_data` returns for each of its tables, or why none."""
     about = {"module": analysis.name, "title": analysis.title, "sentence": analysis.sentence}
-    return {**about, "tables": tables, "code": code}
+    return {**about, "tables": tables, "code": code, "left_out": left_out}
 
 
 def table_data(table: Table, file: str, frame: pd.DataFrame, figure: go.Figure | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from analysis import (
     patching,
     residual_norms,
 )
-from analysis.prompts import Pair
+from analysis.prompts import Pair, PairError
 from analysis.texts import Sample
 
 PROMPT_TOKENS = 24
@@ -35,8 +35,8 @@ class Inputs(NamedTuple):
     models: dict[str, Any]
     samples: dict[str, Sample]
     """The texts by name."""
-    pairs: Sequence[Pair]
-    """For patching."""
+    pairs: Sequence[Pair] | PairError
+    """For patching, or why there are none."""
     batch_size: int
     prefix: str | None = None
     """The token before each prompt, as before each block of the texts."""
@@ -164,6 +164,8 @@ def _confidence_neurons(inputs: Inputs) -> dict[str, pd.DataFrame]:
 
 def _patching(inputs: Inputs) -> dict[str, pd.DataFrame]:
     """Patch the pairs that every model can do: where a logit difference is small, effects in shares of it are noise."""
+    if isinstance(inputs.pairs, PairError):
+        raise inputs.pairs
     tokenizer = inputs.models["original"].tokenizer
     pair = patching.measure_pairs(inputs.models, inputs.pairs, tokenizer, prefix=inputs.prefix)
     if not (able := patching.solved_by_all(pair)):

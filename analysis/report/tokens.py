@@ -39,7 +39,7 @@ def measure(
         for name in models:
             loss = -log_probs[name].gather(-1, targets[:, None])[:, 0]
             jsd = js_divergence(log_probs[reference], log_probs[name])
-            likeliest = log_probs[name].topk(top)
+            likeliest = log_probs[name].topk(min(top, log_probs[name].shape[-1]))
             for i, token in enumerate(targets.tolist()):
                 block, position = divmod(number + i, tokens.shape[1] - 1)
                 rows.append(
