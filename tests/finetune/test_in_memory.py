@@ -108,7 +108,7 @@ _TINY_BERT = {
     "vocab_size": 9,
 }
 LOADERS = [analysis.load_bridge, analysis.load_nnsight, analysis.load_transformers, analysis.load_hooked_blocks]
-if not analysis.loading._TL4:
+if not analysis.strings.TL4:
     LOADERS.append(analysis.load_hooked)
 
 
