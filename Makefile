@@ -5,7 +5,7 @@ VENV := .venv
 VENV_TL4 := .venv-tl4
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-tl4 lint benchmark notebooks clean
+.PHONY: demo test test-fast test-tl4 fuzz lint benchmark notebooks clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m finetune run micro
@@ -22,6 +22,10 @@ test-fast: $(VENV)/installed
 test-tl4: $(VENV_TL4)/installed
 	$(VENV_TL4)/bin/python -m pytest -n auto tests/analysis/test_loading.py tests/analysis/test_hooked_blocks.py \
 	  tests/analysis/test_activations.py tests/analysis/test_strings.py tests/analysis/test_tools_on_families.py
+
+# Ten times as many examples of the fuzzing tests as in the suite.
+fuzz: $(VENV)/installed
+	$(BIN)/python -m pytest --hypothesis-profile fuzz tests/finetune/test_fuzz.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

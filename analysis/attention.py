@@ -75,6 +75,7 @@ def measure(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batc
     return summarise(measure_heads(models, tokens, batch_size=batch_size))
 
 
+@figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns: shares on the left, entropy on the right."""
     shares = {
@@ -93,6 +94,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
     return figure.update_layout(yaxis_title="Share", yaxis2_title="Mean entropy (nats)")
 
 
+@figures.of_text
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_heads` returns as heat maps: a row a measure, a column a model."""
     entropy = {"cmin": 0, "cmax": frame["entropy"].max()}

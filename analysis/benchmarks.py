@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from analysis import palette
+from analysis import figures, palette
 from finetune.errors import NolnError
 from finetune.recipe import Text
 from finetune.text import prefix_of
@@ -273,6 +273,7 @@ def load_tasks(tasks: Tasks, num_fewshot: int | None = None) -> dict[str, dict[s
     return loaded
 
 
+@figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot the values that `measure` returns, with standard errors, a panel a metric."""
     panels = frame["metric"].where(frame["filter"] == "none", frame["metric"] + " (" + frame["filter"] + ")")

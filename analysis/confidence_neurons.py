@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from analysis import palette
+from analysis import figures, palette
 from analysis.batches import forwards, pieces
 from analysis.stream import Stream
 from finetune.errors import NolnError
@@ -277,6 +277,7 @@ def _entropy_and_loss(logits: Float[Tensor, "1 pos vocab"], targets: Int[Tensor,
     return torch.stack([entropy.double().sum(), loss.double().sum()])
 
 
+@figures.of_text
 def plot_neurons(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_neurons` returns: LogitVar against ‖w_out‖, a panel a model, candidates as diamonds."""
     models = list(frame["model"].unique())
@@ -304,12 +305,14 @@ def plot_neurons(frame: pd.DataFrame) -> go.Figure:
     return figure.update_yaxes(title="LogitVar (no unit)", col=1)
 
 
+@figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns of single neurons: the changes, a row a measure, a column a part."""
     figure = _plot_changes(frame[frame["ablation"] == "alone"].astype({"neuron": str}), "neuron", go.Bar)
     return figure.update_xaxes(type="category").update_xaxes(title="Neuron ablated", row=len(MEASURES))
 
 
+@figures.of_text
 def plot_cumulative(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns of neurons together: the changes by how many there are."""
     figure = _plot_changes(frame[frame["ablation"] == "together"], "ablated", go.Scatter)
@@ -337,6 +340,7 @@ def _plot_changes(frame: pd.DataFrame, x: str, trace: type[go.Bar] | type[go.Sca
     return figure
 
 
+@figures.of_text
 def plot_spectrum(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_spectrum` returns: singular values above, cumulative share of ‖w_out‖² below."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)

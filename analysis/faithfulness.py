@@ -152,6 +152,7 @@ def measure(
     return summarise(measure_tokens(models, tokens, reference=reference, batch_size=batch_size))
 
 
+@figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns, a panel a quantity."""
     titles = {
@@ -170,6 +171,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
     return figure
 
 
+@figures.of_text
 def plot_tails(frame: pd.DataFrame) -> go.Figure:
     """Plot the JSD and KL of the median token and of the tail in what `measure` returns."""
     titles = {"jsd": "JSD to the reference (nats)", "kl": "KL from the reference (nats)"}
@@ -191,6 +193,7 @@ def measure_calibration(
     return calibrate(measure_tokens(models, tokens, reference=first, batch_size=batch_size))
 
 
+@figures.of_text
 def plot_calibration(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_calibration` returns: accuracy over probability, equal on the line, and tokens in each bin."""
     figure = make_subplots(2, 1, shared_xaxes=True, row_heights=[0.75, 0.25], vertical_spacing=0.05)
@@ -250,6 +253,7 @@ def measure_layers(
     )
 
 
+@figures.of_text
 def plot_layers(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_layers` returns, a column a choice of positions."""
     frame = _compared(frame).replace({"positions": {name: f"positions: {name}" for name in _POSITIONS}})
@@ -305,6 +309,7 @@ def measure_heads(
     return pd.concat(frames, ignore_index=True)
 
 
+@figures.of_text
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_heads` returns as heat maps: a row a quantity, a column a model."""
     return figures.heat_maps(
@@ -343,6 +348,7 @@ def measure_neurons(
     return pd.concat(frames, ignore_index=True)
 
 
+@figures.of_text
 def plot_neurons(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_neurons` returns: quartiles over a layer's neurons as boxes, 5 and 95 % as whiskers."""
     figure = go.Figure()

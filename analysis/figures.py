@@ -1,6 +1,8 @@
 """Figures that several analyses draw alike: a colour a model, a panel a quantity."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import html
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,6 +15,21 @@ TAIL = {"median": 50, "percentile_95": 95, "percentile_99_9": 99.9, "max": 100}
 """Percentiles by the names that they have in tables."""
 TAIL_TITLE = "Median (●), 95 % (▲), 99.9 % (◆), maximum (✖)"
 _SYMBOLS = ("circle", "triangle-up", "diamond", "x")
+
+
+def of_text(plot: Callable[..., go.Figure]) -> Callable[..., go.Figure]:
+    """Let `plot` draw the texts in its frame (names, tokens, prompts) as they are: plotly takes them for HTML."""
+
+    @functools.wraps(plot)
+    def escaped(frame: pd.DataFrame, *arguments: Any, **options: Any) -> go.Figure:
+        changes = {}
+        for column in frame.columns[~frame.dtypes.map(pd.api.types.is_numeric_dtype)]:
+            texts = [text for text in frame[column].unique() if isinstance(text, str)]
+            if hostile := {text: html.escape(text, quote=False) for text in texts if set(text) & set("<>&")}:
+                changes[column] = frame[column].replace(hostile)
+        return plot(frame.assign(**changes), *arguments, **options)
+
+    return escaped
 
 
 def add_tail(

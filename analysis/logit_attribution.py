@@ -12,7 +12,6 @@ lens, whose loss and top token are those of capped logits. What a head or neuron
 returns of it: see `analysis.readout`.
 """
 
-import html
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,6 +91,7 @@ def describe_residue(frame: pd.DataFrame) -> str:
     return f"Sum over components less the logit, largest of a token, logits: {'; '.join(residues)}."
 
 
+@figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` or `summarise` returns: the NMAE of each model."""
     figure = go.Figure(
@@ -166,6 +166,7 @@ def measure_components(
     return components.assign(tokens=count)
 
 
+@figures.of_text
 def plot_components(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_components` returns: the NMAE of each component over its mean |direct effect|."""
     figure = go.Figure()
@@ -185,6 +186,7 @@ def plot_components(frame: pd.DataFrame) -> go.Figure:
     return figure
 
 
+@figures.of_text
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
     """Plot the NMAE of the heads in what `measure_components` returns: a map of layer and head for each model."""
     heads = frame[frame["component"] == "head"]
@@ -236,6 +238,7 @@ def describe_prompt(frame: pd.DataFrame) -> str:
     return f"The prompt, token by token: {' '.join(tokens['token'])}; the target: {tokens['target'].iloc[-1]}."
 
 
+@figures.of_text
 def plot_prompt(frame: pd.DataFrame) -> go.Figure:
     """Plot the DLA of components at the last position of what `measure_prompt` returns, as bars.
 
@@ -254,7 +257,7 @@ def plot_prompt(frame: pd.DataFrame) -> go.Figure:
             y=bars.set_index("label")["dla"].reindex(labels),
             marker_color=palette.colour(name),
         )
-    text = {column: html.escape(last[column].iloc[0]) for column in ("token", "target")}
+    text = last[["token", "target"]].iloc[0]
     figure.update_xaxes(title=f"Component (the {len(largest)} largest), after {text['token']}", tickangle=-90)
     figure.update_yaxes(title=f"DLA of {text['target']} (logits), W_U {last['unembedding'].iloc[0]}")
     return figure
@@ -313,6 +316,7 @@ def _predict(
     return torch.cat(losses).view_as(targets), torch.cat(likeliest).view_as(targets)
 
 
+@figures.of_text
 def plot_lens(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_lens` returns by layer."""
     quantities = {

@@ -168,6 +168,7 @@ def worst_tokens(
     )
 
 
+@figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns: means with standard errors, and the tail."""
     titles = "Mean, with standard error", figures.TAIL_TITLE
@@ -191,6 +192,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
     return figure.update_yaxes(title="CE (nats/token)")
 
 
+@figures.of_text
 def plot_positions(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_positions` returns, a panel a text."""
     texts = list(frame["text"].unique())
@@ -213,6 +215,7 @@ def plot_positions(frame: pd.DataFrame) -> go.Figure:
     return figure.update_yaxes(title="Mean CE (nats/token)")
 
 
+@figures.of_text
 def plot_tokens(frame: pd.DataFrame, reference: str = "original") -> go.Figure:
     """Plot how the differences to `reference` that `measure_tokens` returns are distributed, a panel a text."""
     frame = frame[frame["model"] != reference]

@@ -23,7 +23,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from analysis import palette
+from analysis import figures, palette
 from analysis.batches import forwards, pieces
 from analysis.stream import Stream, label
 from finetune.evaluate import js_divergence
@@ -147,6 +147,7 @@ def measure_stds(
     return by_std(measure_tokens(models, tokens, text=text, reference=reference, batch_size=batch_size))
 
 
+@figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns: means by text, and the largest of a token (✖)."""
     titles = {"difference": "Loss less the original's<br>(nats/token)", "jsd": "JSD to the original<br>(nats/token)"}
@@ -174,6 +175,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
     return figure.update_layout(scattermode="group", title="Mean (●) and largest token (✖)", height=600)
 
 
+@figures.of_text
 def plot_stds(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_stds` returns of one model: a panel for each text, a line for each point of the stream."""
     texts, points = list(frame["text"].unique()), list(frame["point"].unique())

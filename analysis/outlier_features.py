@@ -57,6 +57,7 @@ def measure(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batc
     return pd.DataFrame(rows)
 
 
+@figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns by point; dotted without position 0."""
     quantities = {

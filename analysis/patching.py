@@ -15,7 +15,6 @@
    2507.02559, found that it does not shrink when LN is removed.
 """
 
-import html
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from analysis import palette
+from analysis import figures, palette
 from analysis.prompts import Pair, PairTokens, encode_pairs
 
 HOOK_POINTS = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z"
@@ -231,6 +230,7 @@ def describe_pairs(frame: pd.DataFrame) -> str:
     )
 
 
+@figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns: the mean error of attribution patching by layer, a panel a hook point."""
     points = list(frame["hook_point"].unique())
@@ -253,6 +253,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
     return figure.update_yaxes(title="Mean error (share of<br>logit difference)", col=1)
 
 
+@figures.of_text
 def plot_effects(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns: attribution against activation patching, a dot a place, a panel a model.
 
@@ -279,6 +280,7 @@ def plot_effects(frame: pd.DataFrame) -> go.Figure:
     return figure.update_yaxes(title="Attribution patching<br>(share of logit difference)", col=1)
 
 
+@figures.of_text
 def plot_pairs(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_pairs` returns: the logit difference of both prompts, pair by pair."""
     figure = go.Figure()
@@ -289,7 +291,7 @@ def plot_pairs(frame: pd.DataFrame) -> go.Figure:
                 y=group[f"{prompt}_difference"],
                 mode="markers",
                 marker={"color": palette.colour(model), "symbol": symbol, "size": 9},
-                text=group[prompt].map(html.escape),
+                text=group[prompt],
                 name=f"{model}, {prompt}",
                 legendgroup=model,
             )

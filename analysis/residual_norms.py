@@ -144,6 +144,7 @@ class _Summary:
         return {column: values.cpu().numpy() for column, values in columns.items()} | {"tokens": self.count}
 
 
+@figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns: norm and std by point, mean, spread and maximum, a row a class of token."""
     titles = {"norm": "L2 norm (no unit)", "std": "Std over the width (no unit)"}
@@ -185,6 +186,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
     return figure.update_yaxes(type="log", dtick="D2")
 
 
+@figures.of_text
 def plot_steps(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns from each point to the next: growth and cosine, a column a class of token."""
     steps = frame[frame["growth"].notna()].assign(point=lambda rows: rows["point"].map(label))

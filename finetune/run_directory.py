@@ -6,6 +6,7 @@ What is in it, `removal` and `pretrain` say, which are built on this.
 import dataclasses
 import importlib.metadata
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -93,12 +94,25 @@ def new_directory(recipe: Training, out: str | Path | None) -> Path:
 
 
 def render(template: str, **fields: Any) -> str:
-    """Return a template of the package, filled in. Its filter `public` is `public_name`."""
+    """Return a template of the package, filled in.
+
+    Its filter `public` is `public_name`; `plain` and `code` make of any text such Markdown as shows it.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("finetune", ""), trim_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["public"] = public_name
+    environment.filters |= {"public": public_name, "plain": _plain, "code": _code}
     return environment.get_template(template).render(**fields)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\\`*<>&\[\]|~]", r"\\\g<0>", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    text = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def push(recipe: Training, model: Path) -> None:

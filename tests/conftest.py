@@ -12,9 +12,11 @@ import socket  # noqa: E402
 
 import pytest  # noqa: E402
 import shape_checks  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from transformers import GPT2LMHeadModel  # noqa: E402
 
 shape_checks.install("finetune", "analysis")
+settings.register_profile("fuzz")  # `make fuzz`
 
 import models  # noqa: E402  # imports finetune, whose functions are to be checked
 

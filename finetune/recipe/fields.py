@@ -131,7 +131,7 @@ class Gaps(_ByPhase):
 
     def __post_init__(self) -> None:
         for phase, gap in dataclasses.asdict(self).items():
-            if gap < 0:
+            if not 0 <= gap < math.inf:
                 raise RecipeError(f"schedule.gap.{phase} is {gap}; a gap is 0 steps (all at once) or more.")
 
 
@@ -189,7 +189,7 @@ class Schedule:
         return tuple(map(current_name, map(str, order))) if isinstance(order, list | tuple) else order
 
     def __post_init__(self) -> None:
-        if self.start < 1:
+        if not 1 <= self.start < math.inf:
             raise RecipeError(f"schedule.start is {self.start}; at least 1 step is needed to measure the stds.")
         if self.fade < 1:
             raise RecipeError(f"schedule.fade is {self.fade}; 1 is a jump, more steps are a fade.")
@@ -206,7 +206,7 @@ class Schedule:
                 raise RecipeError(f"schedule.order lacks {kind}: it would never be frozen. Add it to the list.")
         if self.tolerance is not None and self.at:
             raise RecipeError("schedule.at says when, and schedule.tolerance waits for the loss: choose one.")
-        if self.max_gap < 1:
+        if not self.max_gap >= 1:
             raise RecipeError(f"schedule.max_gap is {self.max_gap}; at least 1 step is needed.")
         if not 0 <= self.smoothing < 1:
             raise RecipeError(f"schedule.smoothing is {self.smoothing}; it must be at least 0 and less than 1.")
@@ -279,8 +279,14 @@ class Training:
                 raise RecipeError(f"{field} is {getattr(self, field)}; at least 1 is needed.")
         if self.batch % self.micro_batch:
             raise RecipeError(f"batch is {self.batch}, no multiple of micro_batch, {self.micro_batch}: change either.")
-        if not 0 <= self.min_lr <= self.lr or self.lr == 0:
+        if not 0 <= self.min_lr <= self.lr < math.inf or self.lr == 0:
             raise RecipeError(f"min_lr is {self.min_lr} and lr {self.lr}; 0 <= min_lr <= lr and lr > 0 are needed.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise RecipeError(
+                f"betas are {self.betas[0]} and {self.betas[1]}; each must be at least 0 and less than 1."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise RecipeError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}.")
         self._check_not_negative("clip", "weight_decay", "max_rise")
         if not 0 <= self.warmup < self.steps:
             raise RecipeError(f"warmup is {self.warmup} steps, not shorter than the run of {self.steps} steps.")
@@ -289,7 +295,7 @@ class Training:
 
     def _check_not_negative(self, *fields: str) -> None:
         for field in fields:
-            if getattr(self, field) < 0:
+            if not getattr(self, field) >= 0:
                 raise RecipeError(f"{field} is {getattr(self, field)}; it must not be negative.")
 
     @property

@@ -85,7 +85,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: bytes, or no such date
         raise RecipeError(f"The {what} {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"The {what} {path} holds no fields.")
