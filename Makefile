@@ -5,7 +5,7 @@ VENV := .venv
 VENV_TL4 := .venv-tl4
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-tl4 lint benchmark notebooks clean
+.PHONY: demo test test-fast test-tl4 kill-test lint benchmark notebooks clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m finetune run micro
@@ -22,6 +22,10 @@ test-fast: $(VENV)/installed
 test-tl4: $(VENV_TL4)/installed
 	$(VENV_TL4)/bin/python -m pytest -n auto tests/analysis/test_loading.py tests/analysis/test_hooked_blocks.py \
 	  tests/analysis/test_tools_on_families.py
+
+# Kills runs at 30 random moments and resumes them: a few minutes, and no part of the tests.
+kill-test: $(VENV)/installed
+	$(BIN)/python tests/force/kill.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
