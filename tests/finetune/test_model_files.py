@@ -100,7 +100,7 @@ def test_buffers_of_earlier_versions_are_harmless(family: str, buffers: list[str
     directory = saved(tmp_path, family)
     model = random_model(family)
     own = {name: model.state_dict()[name].clone() for name in buffers if name in model.state_dict()}
-    with_weights(directory, **dict.fromkeys(buffers, torch.ones(3)) | own)
+    with_weights(directory, **{name: torch.ones(3) for name in buffers} | own)
     tokens = torch.tensor([[3, 1, 4]])
     assert torch.equal(checkpoint.load(directory)(tokens).logits, model(tokens).logits)
 
