@@ -5,7 +5,7 @@ VENV := .venv
 VENV_TL4 := .venv-tl4
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-tl4 fuzz lint benchmark notebooks clean
+.PHONY: demo test test-fast test-tl4 fuzz kill-test lint benchmark notebooks clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m finetune run micro
@@ -26,6 +26,10 @@ test-tl4: $(VENV_TL4)/installed
 # Ten times as many examples of the fuzzing tests as in the suite.
 fuzz: $(VENV)/installed
 	$(BIN)/python -m pytest --hypothesis-profile fuzz tests/finetune/test_fuzz.py
+
+# Kills runs at 30 random moments and resumes them: a few minutes, and no part of the tests.
+kill-test: $(VENV)/installed
+	$(BIN)/python tests/force/kill.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

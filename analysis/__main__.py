@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import tyro
 
 from analysis.report.options import Options
+from finetune.__main__ import speak
 from finetune.errors import NolnError
 
 USAGE = """\
@@ -20,6 +21,7 @@ Compare an LN-free model with what it was made from.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that `arguments` (None: the process's own) name; what the user can mend is said in a line."""
+    speak(sys.stdout, sys.stderr)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] in ([], ["-h"], ["--help"]):
         print(USAGE, end="")

@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from analysis import figures, palette
 from finetune.errors import NolnError
+from finetune.names import expanded
 from finetune.recipe import Text
 from finetune.text import prefix_of
 
@@ -249,7 +250,7 @@ def load_tasks(tasks: Tasks, num_fewshot: int | None = None) -> dict[str, dict[s
         is_plain = manager.task_index[name].kind.name == "TASK"
         if file and not is_plain:
             raise BenchmarkError(f"{name} is several tasks, or reads data in its own way: no {file} can stand for it.")
-        data = datasets.DatasetDict(test=_read(Path(file))) if file else None
+        data = datasets.DatasetDict(test=_read(expanded(file))) if file else None
         if data and num_fewshot and len(data["test"]) <= num_fewshot:
             raise BenchmarkError(f"{file} has {len(data['test'])} examples: too few for {num_fewshot} shots.")
         try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import NolnError
+from finetune.names import expanded
 from finetune.recipe import Text
 from finetune.text import prefix_of
 
@@ -67,7 +68,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
         PairError: no such file, not JSON, no such list, or an object with other keys or values.
     """
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = json.loads(expanded(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PairError(f"The prompt pairs of {path} cannot be read: {error}.") from error
     if not isinstance(entries, list) or not entries:

@@ -14,6 +14,7 @@ import tyro
 
 from finetune import recipe as recipes
 from finetune.errors import NolnError
+from finetune.names import expanded
 from finetune.recipe import PretrainRecipe, Recipe, Training
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Options(Generic[Trains]):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that `arguments` (None: the process's own) name; what the user can mend is said in a line."""
+    speak(sys.stdout, sys.stderr)
     arguments = [_current_flag(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
@@ -64,6 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         again = "the same command" if command == "sweep" else "`python -m finetune resume RUN`, RUN being its directory"
         print(f"\ninterrupted: what had begun goes on with {again}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def speak(*streams: Any) -> None:
+    """Have what a terminal cannot show, one of ASCII only, replaced and not raised."""
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def can_print(text: str) -> bool:
+    """Whether the terminal can show `text`."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _current_flag(word: str) -> str:
@@ -148,11 +166,11 @@ class SweepOptions:
 
 def _sweep(arguments: list[str]) -> None:
     options = tyro.cli(SweepOptions, args=arguments, prog="python -m finetune sweep")
-    out = options.out or Path("runs") / options.file.stem
+    file, out = expanded(options.file), expanded(options.out or Path("runs") / options.file.stem)
 
     from finetune import sweep
 
-    results = sweep.run(options.file, out, options.processes)
+    results = sweep.run(file, out, options.processes)
     results.insert(0, "setting", sweep.settings(results))
     columns = ["setting", "seed", "tokens", "seconds", "gap", "jsd_ln_free", "jsd_control", "error"]
     print(results.reindex(columns=columns).dropna(axis=1, how="all").fillna("").to_string(index=False))
@@ -197,6 +215,7 @@ def _report(run: "Run") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    pm = "±" if can_print("±") else "+-"
     if not PartialState().is_main_process:
         return
     # Nothing where a model would be compared with itself, or there is no control.
@@ -211,7 +230,11 @@ def _report(run: "Run") -> None:
     for text, rows in results.groupby("text", sort=False):
         documents, tokens = int(rows["documents"].iloc[0]), rows["tokens"].iloc[0]
         table = Table(
-            *headings, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+            *headings,
+            box=box.SIMPLE_HEAD if pm == "±" else box.ASCII2,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )  # fits in 80 columns
         for column in table.columns:
             column.no_wrap = True
@@ -219,12 +242,12 @@ def _report(run: "Run") -> None:
             cells = [
                 ""
                 if row["model"] == other or math.isnan(row[measure])
-                else f"{row[measure]:.4f}" + f" ± {row[measure + '_error']:.4f}" * (documents > 1)
+                else f"{row[measure]:.4f}" + f" {pm} {row[measure + '_error']:.4f}" * (documents > 1)
                 for measure, (_, other) in measures.items()
             ]
             trained = [f"{row['trained_tokens']:,}", f"{row['trained_seconds']:.0f}"] if row["trained_tokens"] else []
             table.add_row(row["model"], *cells, *trained, *(count.format(row[name]) for name, count in counts.items()))
-        errors = f"± the standard error over {documents} documents" if documents > 1 else "of one document"
+        errors = f"{pm} the standard error over {documents} documents" if documents > 1 else "of one document"
         console.print(f"On {tokens:,} tokens of {text}, {errors}:", markup=False, highlight=False)
         console.print(table)
         console.print()

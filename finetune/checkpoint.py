@@ -3,7 +3,6 @@
 Only safetensors are read, and no remote code is run. What a checkpoint is checked for, `folding` says.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +16,13 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    StrictDataclassError,
 )
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from finetune import families, folding, names
-from finetune.blocks import BlockError, BlocksConfig, BlocksForCausalLM
+from finetune import families, folding, model_files, names
+from finetune.blocks import BlocksConfig, BlocksForCausalLM
 from finetune.errors import CheckpointError, NoTokenizerError
 from finetune.folding import convert, linear_maps, norm_state, to_identity  # noqa: F401  their former home
 
@@ -47,7 +45,7 @@ def save(
     Raises:
         CheckpointError: the directory exists or cannot be written, or what `folding.check_can_be_saved` raises.
     """
-    directory = Path(directory)
+    directory = names.expanded(directory)
     if directory.exists():
         raise CheckpointError(f"{directory} exists and is not written over: move it away or name another.")
     folding.check_can_be_saved(model)
@@ -73,22 +71,23 @@ def load_config(name_or_path: str | Path, revision: str | None = None) -> PreTra
         CheckpointError: nothing there, unreadable, or another architecture than those of `families` and `blocks`.
     """
     directory = _local(name_or_path, revision, _CONFIG_FILES)
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"The config.json of {name_or_path} cannot be read: {error}.") from error
-    if config.get("model_type") == BlocksConfig.model_type:
-        try:
+    config = model_files.read_json(directory / "config.json", name_or_path)
+    model_type = config.get("model_type")
+    invalid = model_files.reading(f"The config.json of {name_or_path}", "Correct that field.")
+    if model_type == BlocksConfig.model_type:
+        with invalid:
             return BlocksConfig.from_dict(config)
-        except (BlockError, StrictDataclassError) as error:
-            raise CheckpointError(f"The config.json of {name_or_path} is invalid: {error}") from error
-    family = families.FAMILIES.get(config.get("model_type"))
+    family = families.FAMILIES.get(model_type) if isinstance(model_type, str) else None
     architectures = config.get("architectures") or [family and family.architecture]
-    if family is None or family.architecture not in architectures:
-        kind = f"{', '.join(map(str, architectures))} of type {config.get('model_type')}"
+    if family is None or not isinstance(architectures, list) or family.architecture not in architectures:
+        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
+        kind = f"{named} of type {model_type}"
         raise CheckpointError(f"{name_or_path} is a {kind}{families.why_not(SimpleNamespace(**config))}")
+    model_files.check_config(config, name_or_path)
     config_class: Any = family.model_class.config_class
-    return config_class.from_dict(config)
+    with invalid:
+        made: PreTrainedConfig = config_class.from_dict(config)
+    return made
 
 
 def load(name_or_path: str | Path, revision: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -107,21 +106,20 @@ def load(name_or_path: str | Path, revision: str | None = None, dtype: torch.dty
     blocks = isinstance(config, BlocksConfig)
     kind: Any = BlocksForCausalLM if blocks else families.family_of(config, str(name_or_path)).model_class
     directory = _local(name_or_path, revision, _CONFIG_FILES + _WEIGHT_FILES)
+    shapes = {} if blocks else model_files.shapes_of(config, kind, name_or_path)
+    model_files.check_weights(directory, name_or_path, kind, shapes)
     model: PreTrainedModel
     info: dict[str, Any]
-    try:
-        with no_progress_bars():
-            model, info = kind.from_pretrained(
-                directory,
-                dtype=dtype or torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"The weights of {name_or_path} cannot be read: {error}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"{name_or_path} lacks {len(missing)} weights: {', '.join(missing[:5])}…")
+    remedy = "Copy the files anew from where the model is from."
+    with model_files.reading(f"The weights of {name_or_path}", remedy), no_progress_bars(), _quiet():
+        model, info = kind.from_pretrained(
+            directory,
+            dtype=dtype or torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    model_files.check_loaded(info, name_or_path, getattr(config, "tie_word_embeddings", False))
     folding.norm_state(model)  # raises where it is neither one thing nor the other
     return model
 
@@ -138,7 +136,19 @@ def load_tokenizer(name_or_path: str | Path, revision: str | None = None) -> Pre
         if published := names.PUBLISHED.get(str(name_or_path)):
             return load_tokenizer(published.base)
         raise NoTokenizerError(f"{name_or_path} has no tokenizer: load that of the model it was made from.")
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    with model_files.reading(f"The tokenizer of {name_or_path}", "Copy its files anew from where the model is from."):
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide transformers' own table of what does not fit, which is said in a line."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 @contextmanager
@@ -156,10 +166,12 @@ def no_progress_bars() -> Iterator[None]:
 def _local(name_or_path: str | Path, revision: str | None, files: list[str]) -> Path:
     """Return the directory of a short name, a path, or a Hub id, whose `files` are downloaded if not cached."""
     name, revision = names.resolve(name_or_path, revision)
-    if Path(name).is_dir():
+    if (directory := names.expanded(name)).is_dir():
         if revision is not None:
             raise CheckpointError(f"{name_or_path} is a directory, which has no revision {revision}.")
-        return Path(name)
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"{name_or_path} is a file: name the directory of a model.")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.bundled import MODELS, TEXTS
+from finetune.errors import NolnError
 
 Format = Literal["b25", "h24"]
 """How a checkpoint without norms is written: see `folding`."""
@@ -69,4 +70,16 @@ def public_name(name: str) -> str:
 
 def is_local(name: str) -> bool:
     """Return whether a name, of a model or of a text, is a path that exists, and not that of what is bundled."""
-    return name not in MODELS | TEXTS and Path(name).expanduser().exists()
+    return name not in MODELS | TEXTS and expanded(name).exists()
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path whose `~` is written out.
+
+    Raises:
+        NolnError: there is no such home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise NolnError(f"{path}: the home directory that ~ stands for is not known. Write it out.") from error

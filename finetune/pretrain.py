@@ -26,9 +26,9 @@ from finetune import begun_with, blocks, checkpoint, evaluate, families, objecti
 from finetune import recipe as recipes
 from finetune.blocks import BlocksConfig, BlocksForCausalLM
 from finetune.checkpoints import newest_whole, read_log
-from finetune.processes import check_processes
+from finetune.processes import check_cache, check_processes
 from finetune.recipe import PretrainRecipe, RecipeError, Text
-from finetune.run_directory import Run, directory_lock, new_directory, push, render, write, write_recipe
+from finetune.run_directory import Run, directory_lock, make, new_directory, push, render, write, write_recipe
 from finetune.text import TextSplits, load_text
 from finetune.training import Record, RunTrainer, fuse_gelu
 
@@ -60,8 +60,8 @@ def start(recipe: PretrainRecipe, out: str | Path | None = None) -> Run:
     """Run `recipe`."""
     directory = new_directory(recipe, out)
     setup = set_up(recipe)
+    directory = make(directory, out)
     if PartialState().is_main_process:
-        directory.mkdir(parents=True)
         write_recipe(recipe, directory)
     PartialState().wait_for_everyone()
     return complete(setup, directory)
@@ -85,6 +85,7 @@ def set_up(recipe: PretrainRecipe) -> Setup:
         RecipeError, BlockError, CheckpointError, TextError: they do not do, or not together.
     """
     check_processes(recipe)
+    check_cache(recipe)
     tokenizer = checkpoint.load_tokenizer(recipe.tokenizer)
     vocabulary = {
         "vocab_size": len(tokenizer) if recipe.vocab_size is None else recipe.vocab_size,

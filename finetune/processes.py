@@ -1,9 +1,15 @@
 """The processes of a run: how many there are, on which device, and whether they can share a batch."""
 
+import os
+from pathlib import Path
+
+import datasets
 import torch
 from accelerate import PartialState
 
+from finetune.errors import NolnError
 from finetune.recipe import RecipeError, Training
+from finetune.text.sources import bin_files
 
 
 def processes(recipe: Training) -> PartialState:
@@ -27,3 +33,21 @@ def check_processes(recipe: Training) -> None:
             f"A batch of {recipe.batch} cannot be shared by {state.num_processes} processes in micro-batches of "
             f"{recipe.micro_batch}: {remedy}."
         )
+
+
+def check_cache(recipe: Training) -> None:
+    """Check that the text's tokens can be cached, unless they are streamed or in nanoGPT's files already.
+
+    Raises:
+        NolnError: the cache cannot be made or written to.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        if not recipe.text.streaming and not bin_files(recipe.text.source):
+            cache.mkdir(parents=True, exist_ok=True)
+            if not os.access(cache, os.W_OK):
+                raise PermissionError("no permission to write")
+    except OSError as error:
+        raise NolnError(
+            f"The cache {cache} cannot be written to: {error}. Set HF_DATASETS_CACHE to a directory that can."
+        ) from error

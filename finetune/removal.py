@@ -33,13 +33,14 @@ from finetune.cover import Cover
 from finetune.errors import CheckpointError
 from finetune.in_memory import plain_copy, unwrapped
 from finetune.names import is_local, public_name
-from finetune.processes import check_processes
+from finetune.processes import check_cache, check_processes
 from finetune.recipe import Recipe, RecipeError, Text
 from finetune.removal_trainer import RemovalTrainer
 from finetune.run_directory import (
     Run,
     control_of,
     directory_lock,
+    make,
     new_directory,
     push,
     render,
@@ -107,12 +108,12 @@ def start(
     directory = new_directory(recipe, out)
     setup = set_up(recipe, model, tokenizer)
     in_memory = model is not None or tokenizer is not None
+    directory = make(directory, out)
     if in_memory:
         # A run is replayed and resumed from files alone.
         recipe = dataclasses.replace(recipe, model=str(directory / "original"), revision=None)
         setup = dataclasses.replace(setup, recipe=recipe)
     if PartialState().is_main_process:
-        directory.mkdir(parents=True)
         if in_memory:
             checkpoint.save(setup.model, directory / "original", setup.tokenizer)
         write_recipe(recipe, directory)
@@ -142,6 +143,7 @@ def set_up(
         RecipeError, CheckpointError, TextError: they do not do, or not together.
     """
     check_processes(recipe)
+    check_cache(recipe)
     config = checkpoint.load_config(recipe.model, recipe.revision) if model is None else model.config
     family = families.family_of(config, recipe.model) if model is None else families.family_of(model)
     sites = family.sites_of(config.num_hidden_layers)
@@ -202,7 +204,9 @@ def context_of(recipe: Recipe, config: PreTrainedConfig) -> int:
     positions: int = config.max_position_embeddings
     if recipe.context is not None and recipe.context > positions:
         raise RecipeError(f"context is {recipe.context}, but the model has {positions} positions: lower it.")
-    return recipe.context or min(positions, LONGEST_CONTEXT)
+    if (context := recipe.context or min(positions, LONGEST_CONTEXT)) < 2:
+        raise RecipeError(f"The model has {positions} position, and there is no next token in a sequence of one.")
+    return context
 
 
 def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:

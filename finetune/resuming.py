@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from finetune import pretrain, removal
+from finetune.names import expanded
 from finetune.recipe import Recipe
-from finetune.run_directory import Run, recipe_of
+from finetune.run_directory import Run, check_links, recipe_of
 
 
 def resume(directory: str | Path, anyway: bool = False) -> Run:
@@ -20,7 +21,8 @@ def resume(directory: str | Path, anyway: bool = False) -> Run:
         ChangedError: the recipe, the model or the text is not what the run was begun with.
         InUseError: it is still running.
     """
-    directory = Path(directory).absolute()
+    directory = expanded(directory).absolute()
+    check_links(directory)
     recipe = recipe_of(directory)
     if isinstance(recipe, Recipe):
         return removal.complete(removal.set_up(recipe), directory, anyway)

@@ -5,6 +5,7 @@ What is in it, `removal` and `pretrain` say, which are built on this.
 
 import dataclasses
 import importlib.metadata
+import itertools
 import platform
 import re
 import shlex
@@ -30,7 +31,7 @@ from transformers import PreTrainedModel
 from finetune import checkpoint
 from finetune import recipe as recipes
 from finetune.errors import NolnError
-from finetune.names import is_local, public_name
+from finetune.names import expanded, is_local, public_name
 from finetune.processes import processes
 from finetune.recipe import PretrainRecipe, Recipe, Training
 
@@ -84,13 +85,50 @@ def new_directory(recipe: Training, out: str | Path | None) -> Path:
         FileExistsError: it exists.
     """
     processes(recipe)  # whoever asks first decides for all
-    directory = Path(out) if out is not None else Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = re.sub(r"[^\w.-]+", "-", recipe.name)  # no path, whatever a recipe is called
+    directory = expanded(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}" if out is None else out)
     directory = Path(broadcast_object_list([str(directory.absolute())])[0])
-    if directory.exists():
+    if out is not None and directory.exists():
         raise FileExistsError(
             f"{directory} exists, and a run writes over nothing: `resume` it, or name another with --out."
         )
     return directory
+
+
+def make(directory: Path, out: str | Path | None) -> Path:
+    """Make a run directory, the same in all processes: another if that of a run of the same second has its name.
+
+    Raises:
+        FileExistsError: it exists, and `out` named it.
+        NolnError: it cannot be made there.
+    """
+    made = directory
+    if PartialState().is_main_process:
+        for again in itertools.count(2):
+            try:
+                made.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if out is not None:
+                    raise
+                made = directory.with_name(f"{directory.name}-{again}")
+            except OSError as error:
+                raise NolnError(
+                    f"The run directory {made} cannot be made: {error}. Name another with --out."
+                ) from error
+    return Path(broadcast_object_list([str(made)])[0])
+
+
+def check_links(directory: Path) -> None:
+    """Check that nothing in a run directory, which may be somebody else's, leads out of it.
+
+    Raises:
+        NolnError: a symbolic link does, and what a run writes or removes would be elsewhere.
+    """
+    inside = directory.resolve()
+    for path in directory.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise NolnError(f"{path} is a symbolic link out of the run directory: put what it leads to in its place.")
 
 
 def render(template: str, **fields: Any) -> str:
@@ -172,7 +210,7 @@ def _absolute_paths(names: Any) -> Any:
     """Return a name, several, or none, the local ones as absolute paths."""
     if isinstance(names, tuple):
         return tuple(map(_absolute_paths, names))
-    return str(Path(names).expanduser().absolute()) if names and is_local(names) else names
+    return str(expanded(names).absolute()) if names and is_local(names) else names
 
 
 def _provenance() -> dict[str, Any]:

@@ -44,6 +44,7 @@ from finetune import evaluate, removal
 from finetune import recipe as recipes
 from finetune.checkpoints import read_log
 from finetune.errors import NolnError
+from finetune.names import expanded
 from finetune.recipe import Recipe, RecipeError
 from finetune.resuming import resume
 from finetune.run_directory import directory_lock, write
@@ -98,7 +99,7 @@ def load(path: str | Path, out: str | Path) -> list[Job]:
         RecipeError: the file cannot be read, it holds no run or the same one twice, or a run does not hold; the message
             says which.
     """
-    path = Path(path)
+    path, out = expanded(path), expanded(out)
     sweep = recipes.validate(Sweep, recipes.read_yaml(path, "sweep"), f"sweep {path}")
     if "choose" in sweep.texts:
         raise RecipeError("texts.choose is the recipe's own held-out text: name yours otherwise.")
@@ -129,7 +130,7 @@ def run(path: str | Path, out: str | Path, processes: int = 1) -> pd.DataFrame:
         RecipeError: as `load` does; nothing has been run.
         InUseError: another process runs this sweep.
     """
-    jobs, out = load(path, out), Path(out)
+    jobs, out = load(path, out), expanded(out)
     with directory_lock(out):
         return _run_jobs(jobs, out, processes)
 

@@ -30,6 +30,7 @@ from analysis.report.sections import ANALYSES, Inputs, Table, benchmark_section
 from analysis.texts import Sample, read_text
 from finetune.checkpoint import load_tokenizer
 from finetune.errors import NolnError
+from finetune.names import expanded
 from finetune.run_directory import control_of, recipe_of
 from finetune.text import LONGEST_CONTEXT, RANDOM_TOKENS
 
@@ -61,7 +62,7 @@ def run(options: Options | None = None, /, **given: Any) -> Path:
         CheckpointError, TextError, PairError: a model, a text or the pairs cannot be used.
     """
     options = replace(options or Options(), **given)
-    options = replace(options, out=Path(options.out or Path("reports") / time.strftime("%Y%m%d-%H%M%S")))
+    options = replace(options, out=expanded(options.out or Path("reports") / time.strftime("%Y%m%d-%H%M%S")))
     check(options)
     tokenizer = None
     if all(name is None for name in (options.original, options.control, options.ln_free, options.revision)):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
+from finetune.names import expanded
 from finetune.recipe.fields import Recipe, RecipeError, Text, Training, current_name
 from finetune.recipe.pretraining import PretrainRecipe
 
@@ -60,12 +61,13 @@ def load_run(directory: Path) -> Recipe | PretrainRecipe:
 
 def _load(name_or_path: str | Path, kind: type[_Training]) -> _Training:
     names = shipped(kind)
-    if str(name_or_path) not in names and not Path(name_or_path).exists():
+    given = expanded(name_or_path)
+    if str(name_or_path) not in names and not given.exists():
         other = PretrainRecipe if kind is Recipe else Recipe
         command = "pretrain" if kind is Recipe else "run"
         elsewhere = f" {name_or_path} is a recipe of `{command}`." if str(name_or_path) in shipped(other) else ""
         raise RecipeError(f"No recipe {name_or_path}: name a YAML file or one of {', '.join(names)}.{elsewhere}")
-    path = _FOLDERS[kind] / f"{name_or_path}.yaml" if str(name_or_path) in names else Path(name_or_path)
+    path = _FOLDERS[kind] / f"{name_or_path}.yaml" if str(name_or_path) in names else given
     content = {"name": path.stem, **read_yaml(path, "recipe")}
     content.pop("run", None)  # what `dump` says of a run, which changes nothing
     if kind is Recipe and "block" in content:

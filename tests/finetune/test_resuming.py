@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,13 +16,14 @@ import torch
 from helpers import finetune, kill_at, read_log, run_forked
 from safetensors.torch import load_file, save_file
 
+import finetune as finetune_package
 from finetune import recipe as recipes
 from finetune import remove_norms, resume
 from finetune.begun_with import ChangedError
 from finetune.checkpoints import checkpoints
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, NolnError
 from finetune.recipe import Recipe
-from finetune.run_directory import Run
+from finetune.run_directory import Run, make, new_directory
 
 KILLED = -signal.SIGKILL
 pytestmark = pytest.mark.slow
@@ -284,3 +287,74 @@ def test_what_is_sealed_is_on_the_disk(own: Recipe, tmp_path: Path, monkeypatch:
     partial_directory = last.parent / "partial" / last.name
     assert {str(partial_directory / path.name) for path in last.iterdir()} <= synced
     assert str(last.parent) in synced
+
+
+@pytest.mark.parametrize("what", ["log.jsonl", "checkpoints", "checkpoints/ln_free/checkpoint-10"])
+def test_links_out_of_a_run_directory_are_not_followed(what: str, cut: Path, tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    (cut / what).rename(elsewhere)
+    (cut / what).symlink_to(elsewhere)
+    with pytest.raises(NolnError, match=r"is a symbolic link out of the run directory"):
+        resume(cut)
+    (cut / what).unlink()
+    elsewhere.rename(cut / what)
+    (tmp_path / "linked").symlink_to(cut)
+    resume(tmp_path / "linked")
+
+
+def test_runs_of_the_same_second_have_directories_of_their_own(
+    own: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("finetune.run_directory.time.strftime", lambda _: "now")
+    made = [make(new_directory(replace(own, name="../up/tiny"), None), None) for _ in range(3)]
+    assert [path.relative_to(tmp_path).as_posix() for path in made] == [
+        "runs/..-up-tiny-now",
+        "runs/..-up-tiny-now-2",
+        "runs/..-up-tiny-now-3",
+    ]
+
+
+@pytest.mark.parametrize("cache", ["/proc/nowhere", "file/cache"])
+def test_a_cache_or_an_out_that_cannot_be_written_is_named(
+    cache: str, own: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").touch()
+    place = Path(cache) if cache.startswith("/") else tmp_path / cache
+    with pytest.raises(NolnError, match=rf"The run directory {place}/run cannot be made.*--out"):
+        make(place / "run", place / "run")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place)
+    with pytest.raises(NolnError, match=rf"The cache {place} cannot be written to.*HF_DATASETS_CACHE"):
+        remove_norms(recipe=own, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_takes_only_ascii(encoding: str, uncut: Run, tmp_path: Path):
+    environment = os.environ | {
+        "PYTHONIOENCODING": encoding,
+        "PYTHONPATH": str(Path(finetune_package.__file__).parents[1]),
+    }
+    for command in (["resume", uncut.directory], ["list"], ["list", "pretrain"], ["run", "--help"], ["show", "micro"]):
+        ended = subprocess.run(
+            [sys.executable, "-m", "finetune", *command],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert b"Traceback" not in ended.stderr
+        if command[0] == "resume":
+            assert (" +- " if encoding == "ascii" else " ± ") in ended.stdout.decode(encoding)
+
+
+def test_a_tilde_in_any_path_of_a_run(own: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(own.model, tmp_path / "model")
+    shutil.copy(own.text.source, tmp_path / "text.jsonl")
+    (tmp_path / "tiny.yaml").write_text(recipes.dump(replace(own, control=True, control_from="~/model")))
+    run = remove_norms("~/model", text="~/text.jsonl", recipe="~/tiny.yaml", out="~/runs/mine")
+    assert run.directory == tmp_path / "runs/mine"
+    assert resume("~/runs/mine").results.equals(run.results)
+    assert recipes.load(run.directory / "recipe.yaml").control_from == str(tmp_path / "model")
