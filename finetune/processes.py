@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from finetune.errors import NolnError
 from finetune.recipe import RecipeError, Training
-from finetune.text.sources import bin_files
+from finetune.text.bins import bin_files
 
 
 def processes(recipe: Training) -> PartialState:
