@@ -54,8 +54,9 @@ def write_inputs(directory: Path) -> dict[str, Path]:
             steps=24,
             batch=4,
             micro_batch=2,
-            lr=3e-3,
-            min_lr=1e-3,
+            lr=1e-3,
+            max_rise=1000.0,  # random models may diverge, which is not what is tried here
+            min_lr=3e-4,
             warmup=2,
             schedule=Schedule(start=2, gap=Gaps(mlp=1, qk=1, v=1, final=1, eot=1)),
             save_every=3,
