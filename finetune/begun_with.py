@@ -20,7 +20,7 @@ from finetune.text.sources import path_of
 
 _FREE = {
     *("name", "max_rise", "log_every", "save_every", "report_to", "push_to_hub", "also", "control", "control_from"),
-    *("model", "revision", "tokenizer", "text.source", "text.held_out"),
+    *("export_format", "model", "revision", "tokenizer", "text.source", "text.held_out"),
 }
 """Fields of a recipe that may change, for they change no weights, or name what is itself compared."""
 _MOST_TOKENS = 2**26

@@ -155,7 +155,7 @@ def test_snippet_runs(
         recipe = load(name)
         if name != "micro":
             return recipe
-        little = {"steps": int(FEW_STEPS), "batch": 1, "micro_batch": 1, "text.held_out_blocks": 2}
+        little = {"steps": int(FEW_STEPS), "batch": 2, "micro_batch": 2, "text.held_out_blocks": 2}
         return recipes.override(recipe, little, "recipe")
 
     monkeypatch.setattr("finetune.recipe.load", load_little)

@@ -125,8 +125,8 @@ def loss_elsewhere(baseline: str, costs: Mapping[str, Cost], jsd: pd.Series | No
     rest = [f"{name} {cost}" for name, cost in others if name != text]
     sentence += f" On others: {', '.join(rest)}." if rest else ""
     if jsd is not None:
-        far = ", ".join(f"{jsd[name]:.4f} on {name}" for name in (text, *(name for name, _ in others if name != text)))
-        sentence += f" Its predictions are {far} from the original’s, nats JSD, and {jsd[home]:.4f} on {home}."
+        order = (text, *(name for name, _ in others if name != text), home)
+        sentence += f" JSD to the original, nats/token: {', '.join(f'{jsd[name]:.4f} on {name}' for name in order)}."
     return Card(
         "And on other text?",
         str(there),

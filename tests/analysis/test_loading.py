@@ -378,8 +378,8 @@ def test_the_self_check_raises(monkeypatch):
 
 
 def test_what_a_tool_does_not_have_is_refused():
-    with pytest.raises(CheckpointError, match="gelu_fast"):
-        analysis.load_bridge(gpt2("b25", activation_function="gelu_fast"))
+    with pytest.raises(CheckpointError, match="relu2"):
+        analysis.load_bridge(gpt2("b25", activation_function="relu2"))
     if TL4:
         with pytest.raises(ImportError, match="load_bridge"):
             analysis.load_hooked(gpt2("b25"))

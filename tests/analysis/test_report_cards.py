@@ -101,7 +101,7 @@ def test_other_text_says_the_jsd_too():
     card = cards.make({("loss", "token"): loss, ("other_text", "text"): jsd})[1]
     assert card.question == "And on other text?"
     assert card.sentence.endswith(
-        "predictions are 0.0400 on peps, 0.0300 on random-tokens from the original’s, nats JSD, and 0.0050 on books."
+        " JSD to the original, nats/token: 0.0400 on peps, 0.0300 on random-tokens, 0.0050 on books."
     )
 
 

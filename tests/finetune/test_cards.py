@@ -65,7 +65,7 @@ def test_pretraining(hostile):
         recipe=recipe,
         config=random_model().config,
         results=SimpleNamespace(**numbers),
-        is_gpt2=False,
+        is_plain=False,
     )
     fields, page = rendered(card)
     assert fields["tags"] == ["gpt2", "interpretability"]
