@@ -33,6 +33,9 @@ def execute(path: Path, directory: str | Path, renderer: str) -> nbformat.Notebo
     for cell in notebook.cells:
         if cell.cell_type == "code":  # without progress bars
             cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            for output in cell.outputs:
+                if "text" in output:
+                    output["text"] = output["text"].replace(f"{directory}{os.sep}", "")
     notebook.metadata["language_info"] = {"name": "python"}  # without the version that it happened to be
     return notebook
 
