@@ -54,7 +54,7 @@ class TextTokens:
 
     tokenizer: PreTrainedTokenizerBase | None
     own_padding = True
-    """Whether padding has a token that is no text."""
+    """Whether padding has a token of its own."""
 
     def take_tokenizer(self: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         """Set the tokenizer, a copy that pads, on the right.

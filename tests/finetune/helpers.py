@@ -16,6 +16,7 @@ import torch
 
 from finetune.__main__ import main
 from finetune.families import FAMILIES, Site
+from finetune.recipe import PretrainRecipe, Text
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["finetune.removal"])
@@ -117,3 +118,25 @@ def at_call(target: str, call: int, act: Callable[..., None]) -> None:
     patch = mock.patch(target, patched)
     original, _ = patch.get_original()
     patch.start()
+
+
+def pretrain_recipe(text: Path) -> PretrainRecipe:
+    """Twelve steps on twelve blocks of text, again and again, with checkpoints at 5, 10 and 12."""
+    return PretrainRecipe(
+        name="tiny",
+        text=Text(source=str(text), held_out_fraction=0.1, train_blocks=12),
+        steps=12,
+        batch=4,
+        micro_batch=2,
+        lr=1e-2,
+        min_lr=1e-3,
+        warmup=2,
+        n_layer=2,
+        n_embd=16,
+        n_head=2,
+        n_positions=16,
+        save_every=5,
+        log_every=4,
+        device="cpu",
+        bf16=False,
+    )

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import finetune, kill_at, read_log, run_forked
+from helpers import finetune, kill_at, pretrain_recipe, read_log, run_forked
 from safetensors.torch import load_file
 from test_trainer import in_two_processes
 from torch import nn
@@ -37,25 +37,7 @@ NAMES = get_args(recipes.Block)
 
 @pytest.fixture(scope="module")
 def recipe(text: Path) -> PretrainRecipe:
-    """Twelve steps on twelve blocks of text, again and again, with checkpoints at 5, 10 and 12."""
-    return PretrainRecipe(
-        name="tiny",
-        text=Text(source=str(text), held_out_fraction=0.1, train_blocks=12),
-        steps=12,
-        batch=4,
-        micro_batch=2,
-        lr=1e-2,
-        min_lr=1e-3,
-        warmup=2,
-        n_layer=2,
-        n_embd=16,
-        n_head=2,
-        n_positions=16,
-        save_every=5,
-        log_every=4,
-        device="cpu",
-        bf16=False,
-    )
+    return pretrain_recipe(text)
 
 
 @pytest.fixture(scope="module")

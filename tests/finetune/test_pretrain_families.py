@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import finetune, kill_at, read_log, run_forked
+from helpers import finetune, kill_at, pretrain_recipe, read_log, run_forked
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -18,7 +18,7 @@ from finetune import folding, remove_norms
 from finetune import recipe as recipes
 from finetune.families import FAMILIES
 from finetune.pretrain import pretrain, set_up
-from finetune.recipe import PretrainRecipe, Recipe, RecipeError, Text
+from finetune.recipe import PretrainRecipe, Recipe, RecipeError
 
 KNOBS = {
     "gpt2": {"n_inner": 24},
@@ -38,23 +38,7 @@ def of_family(recipe: PretrainRecipe, family: str) -> PretrainRecipe:
 
 @pytest.fixture(scope="module")
 def recipe(text: Path) -> PretrainRecipe:
-    return PretrainRecipe(
-        name="tiny",
-        text=Text(source=str(text), held_out_fraction=0.1, train_blocks=12),
-        steps=24,
-        batch=4,
-        micro_batch=2,
-        lr=1e-2,
-        min_lr=1e-3,
-        warmup=2,
-        n_layer=2,
-        n_embd=16,
-        n_head=2,
-        n_positions=16,
-        save_every=8,
-        device="cpu",
-        bf16=False,
-    )
+    return replace(pretrain_recipe(text), steps=24, save_every=8)
 
 
 @each_family
