@@ -120,7 +120,7 @@ def _pretrain(arguments: list[str]) -> None:
         default=Options(recipe, steps=recipe.steps),
         args=arguments,
         prog="python -m finetune pretrain RECIPE",
-        description=f"Train a GPT-2-shaped model from random weights. RECIPE is a YAML file or one of {names}.",
+        description=f"Train a model from random weights. RECIPE is a YAML file or one of {names}.",
     )
 
     chosen = dataclasses.replace(options.recipe, knobs=recipe.knobs | options.recipe.knobs)

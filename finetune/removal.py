@@ -55,7 +55,7 @@ from finetune.training import fuse_gelu
 
 _CHECKED_TOKENS = 2048
 """Held-out tokens by which an export is checked."""
-_RANDOM_BLOCKS = 60
+_MOST_RANDOM_BLOCKS = 60
 """Blocks of random tokens that the models are measured on, at most: each is as good as any other."""
 HELD_OUT = "held-out"
 """What results call the recipe's own held-out text."""
@@ -178,10 +178,10 @@ def set_up(
 
 def names_of(sources: Sequence[str]) -> dict[str, str]:
     """Return what results call texts: without the directories of local files, unless two are called the same."""
-    names = [public_name(source) for source in sources]
+    names = [HELD_OUT, *(public_name(source) for source in sources)]
     return {
         source: name if names.count(name) == 1 else str(Path(source).absolute())
-        for source, name in zip(sources, names, strict=True)
+        for source, name in zip(sources, names[1:], strict=True)
     }
 
 
@@ -191,7 +191,7 @@ def _load_other(
     """Return the first blocks of a text that the models are measured on besides their own."""
     own = recipe.text
     text = Text(source, prefix=own.prefix, token_dtype=own.token_dtype, streaming=not path_of(source).exists())
-    most = min(own.held_out_blocks, _RANDOM_BLOCKS) if source == RANDOM_TOKENS else own.held_out_blocks
+    most = min(own.held_out_blocks, _MOST_RANDOM_BLOCKS) if source == RANDOM_TOKENS else own.held_out_blocks
     return load_blocks(text, tokenizer, context, config.vocab_size, most=most)
 
 

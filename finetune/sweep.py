@@ -9,7 +9,7 @@ A sweep file is YAML:
     grid: {schedule.fade: [1, 30]}                 # each of them with every combination
     texts: {report: books-report}                  # measured beside the recipe's held-out text, which is `choose`,
                                                    # on as many blocks (text.held_out_blocks) at the most;
-                                                   # random-tokens is so many blocks of tokens drawn uniformly
+                                                   # random-tokens is tokens drawn uniformly, 60 blocks at the most
 
 OUT/runs/RUN/       a run directory each
 OUT/results.csv     a row a run

@@ -11,7 +11,7 @@ HELD_OUT = ("val.bin", "valid.bin", "validation.bin", "dev.bin", "test.bin")
 """What the file beside train.bin may be called that is held out; the first that is there counts."""
 _SAMPLE = 1 << 16  # bytes, at the beginning, in the middle and at the end of a file
 _HEADER = (
-    1024  # bytes, of llm.c's and modded-nanogpt's files: 256 numbers of int32, the first of which says what follows
+    1024  # bytes: 256 numbers of int32, the first of which says what follows in llm.c's and modded-nanogpt's files
 )
 _LLM_C = {20240520: "uint16", 20240801: "uint32"}
 _MAGIC = {
@@ -104,7 +104,7 @@ def _other_type(sample: bytes, dtype: np.dtype, vocab_size: int, path: Path) -> 
     name = kind.name.replace("uint64", "int64")
     if kind.itemsize > dtype.itemsize:
         between = f"every {('second', 'fourth', 'eighth')[kind.itemsize // dtype.itemsize // 4]} number"
-        seen = f"{between} is 0" if kind.itemsize == 2 * dtype.itemsize else f"{between} is not 0, the others are"
+        seen = f"{between} is 0" if kind.itemsize == 2 * dtype.itemsize else f"only {between} is not 0"
     else:
         seen = f"its largest number as {dtype} is {np.frombuffer(sample, dtype).max():,}"
     if kind.byteorder != ">" and name in ("uint16", "uint32"):

@@ -28,7 +28,7 @@ from finetune.bundled.__main__ import bundle
 from finetune.errors import CheckpointError
 from finetune.processes import check_processes
 from finetune.recipe import Recipe, Text
-from finetune.removal import model_card, set_up
+from finetune.removal import model_card, names_of, set_up
 from finetune.run_directory import InUseError, Run, directory_lock, write_recipe
 from finetune.sites import Sites
 from finetune.text import TextError, load_text, random_blocks
@@ -216,6 +216,14 @@ class TestExport:
         assert losses["other.jsonl"] == losses[same[0]] == losses[same[1]] != losses["random-tokens"]
         Path("run/results.csv").unlink()
         pd.testing.assert_frame_equal(resume(Path("run")).results, run.results)
+
+    def test_a_file_is_not_taken_for_what_is_held_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.chdir(tmp_path)
+        Path("held-out").touch()
+        assert names_of(("held-out", "books-report")) == {
+            "held-out": str(tmp_path / "held-out"),
+            "books-report": "books-report",
+        }
 
     def test_a_text_that_is_missing_is_said_before_the_run(self, recipe: Recipe, tmp_path: Path):
         (tmp_path / "short.txt").write_text("Too short.")
