@@ -29,6 +29,7 @@ def strings(value):
             yield from strings(item)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hostile", ["</script><img src=x onerror=alert(1)>", "<a href='javascript:1'>&lt;b&gt;", "<sup>"]
 )

@@ -48,6 +48,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ODD)
 def test_a_section_that_cannot_be_made_is_left_out_with_the_reason(kind, tmp_path):
     alphabet, family, config = ODD[kind]

@@ -64,6 +64,7 @@ def test_an_ordinary_model_of_its_family_learns(family: str, recipe: PretrainRec
     assert "takes its norms out" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_killed_and_resumed_equals_uninterrupted(family: str, recipe: PretrainRecipe, tmp_path: Path):
     (tmp_path / "tiny.yaml").write_text(recipes.dump(of_family(recipe, family)))
@@ -79,6 +80,7 @@ def test_killed_and_resumed_equals_uninterrupted(family: str, recipe: PretrainRe
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_what_was_trained_loses_its_norms(recipe: PretrainRecipe, text: Path, tmp_path: Path):
     model = pretrain(of_family(recipe, "llama"), out=tmp_path / "pretrained").directory / "model"
     removal = replace(
