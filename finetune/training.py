@@ -41,6 +41,10 @@ from finetune.recipe import Training
 from finetune.text import Blocks, StreamedBlocks
 
 
+_RISEN_STEPS = 3
+"""Steps in a row at which the loss has to be too high for a run to stop."""
+
+
 class DivergedError(NolnError):
     """The loss is not finite, or has exploded; the message says when, and what froze last."""
 
@@ -254,6 +258,8 @@ class Record(TrainerCallback):
         self._on_host: list[Tensor] = []
         self._copied: torch.cuda.Event | None = None
         self._steps: list[_Step] = []
+        self._first: list[float] = []
+        self._risen = 0
 
     def keep(self, losses: Float[Tensor, " part"]) -> None:
         """Keep the parts of a micro-batch's loss, and start to copy them to the host."""
@@ -286,7 +292,9 @@ class Record(TrainerCallback):
         lines = read_log(self.path, self.trainer.resumed_from)
         lines = [line for line in lines if line["model"] != self.name or line["step"] < state.global_step]
         own = [line for line in lines if line["model"] == self.name]
-        self._first = [self.excess(line) for line in own[:10]]
+        self._first, self._risen = [], 0
+        for line in own:
+            self._judge(self.excess(line))
         self._begin = time.monotonic() - (own[-1]["seconds"] if own else 0)
         self.replay(own, state.global_step)
         if args.should_save:
@@ -325,16 +333,22 @@ class Record(TrainerCallback):
         self.bar.set_postfix({"loss": f"{parts['loss']:.3f}", **self.status()}, refresh=False)
 
     def _check(self, excess: float, step: int) -> None:
-        usual = sum(self._first) / len(self._first) if self._first else math.inf
-        if math.isfinite(excess) and excess <= usual + self.trainer.recipe.max_rise:
-            if len(self._first) < 10:
-                self._first.append(excess)
+        self._judge(excess)
+        if math.isfinite(excess) and self._risen < _RISEN_STEPS:
             return
         self.write()
+        risen = f", for {_RISEN_STEPS} steps in a row more than max_rise={self.trainer.recipe.max_rise:g} above that of"
         raise self.diverged(
-            f"{self.guarded} is {excess:.3f} nats/token at step {step}, more than "
-            f"max_rise={self.trainer.recipe.max_rise:g} above that of the first steps"
+            f"{self.guarded} is {excess:.3f} nats/token at step {step}"
+            + (f"{risen} the first steps" if math.isfinite(excess) else "")
         )
+
+    def _judge(self, excess: float) -> None:
+        """Count for how many steps in a row the loss has risen too far: at a single one, an unusual token may do it."""
+        usual = sum(self._first) / len(self._first) if self._first else math.inf
+        self._risen = self._risen + 1 if excess > usual + self.trainer.recipe.max_rise else 0
+        if not self._risen and len(self._first) < 10:
+            self._first.append(excess)
 
     def diverged(self, what: str) -> DivergedError:
         """Return the error that says what has happened, from where to go on, and what to change."""

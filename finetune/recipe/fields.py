@@ -252,8 +252,9 @@ class Training:
     clip: float = 1.0
     """The largest norm of the gradient; larger ones are scaled down to it. 0: no limit."""
     max_rise: float = 3.0
-    """The run stops when a step's loss exceeds the mean of the first ten by more than this, in nats/token. Fitted to
-    the original, the loss less the original's on the same tokens is what counts: no text is too hard."""
+    """The run stops when the loss of three steps in a row exceeds the mean of the first ten by more than this, in
+    nats/token. Fitted to the original, the loss less the original's on the same tokens is what counts: no text is too
+    hard. A single step may exceed it: while norms fade, one unusual token can."""
     seed: int = 0
     """Of the order of the text, and of whatever else is drawn."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

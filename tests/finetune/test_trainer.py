@@ -351,12 +351,22 @@ def observe_and_update() -> None:
 
 class TestDivergence:
     @pytest.mark.parametrize(
-        ("spoil", "said"),
-        [(lambda loss: loss * math.nan, "nan nats/token at step 12"), (lambda loss: loss + 3.5, "max_rise=3")],
+        ("spoil", "said", "steps"),
+        [
+            (lambda loss: loss * math.nan, "nan nats/token at step 12;", 12),
+            (lambda loss: loss + 3.5, "at step 14, for 3 steps in a row more than max_rise=3 above", 14),
+        ],
         ids=["nan", "exploded"],
     )
     def test_stops_before_the_weights_move(
-        self, spoil: Callable, said: str, recipe: Recipe, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        spoil: Callable,
+        said: str,
+        steps: int,
+        recipe: Recipe,
+        run: Run,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ):
         ours = trainer(recipe, tmp_path)
         before = {}
@@ -378,11 +388,34 @@ class TestDivergence:
         saved = checkpoints(tmp_path)
         assert [path.name for path in saved] == ["checkpoint-5", "checkpoint-10"]
         assert str(saved[-1]) in str(error.value)
-        assert len(read_log(tmp_path)) == 12
+        assert len(read_log(tmp_path)) == steps
         again = trainer(recipe, tmp_path)
         monkeypatch.undo()
         again.train(resume_from_checkpoint=str(saved[-1]))
         assert_close(again.model.state_dict(), last_state(run.directory) | tied(again.model), 1e-6)
+
+    def test_a_loss_that_comes_back_within_two_steps_is_none(
+        self, short: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Nor is one that comes again: in a row is what counts, when the run was taken up in between too."""
+        short = replace(short, save_every=1)
+        high, ours = {4, 5, 7, 8}, trainer(short, tmp_path)
+        monkeypatch.setattr(
+            "finetune.objective.next_token_loss",
+            lambda *args: NextTokenLoss(
+                *(part + 50.0 * (ours.state.global_step in high) for part in next_token_loss(*args))
+            ),
+        )
+        ours.train()
+        high |= {6}
+        ours = trainer(short, tmp_path)
+        for path in checkpoints(tmp_path):
+            shutil.rmtree(path)
+        with pytest.raises(DivergedError, match=r"at step 6, for 3 steps in a row"):
+            ours.train()
+        ours = trainer(short, tmp_path)
+        with pytest.raises(DivergedError, match=r"at step 6, for 3 steps in a row"):
+            ours.train(resume_from_checkpoint=str(checkpoints(tmp_path)[-1]))
 
     def test_spoilt_gradient_is_never_saved(self, recipe: Recipe, tmp_path: Path):
         """The loss of step 9 is good, its gradient is not, and a checkpoint is due."""
