@@ -33,6 +33,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from finetune.checkpoint import no_progress_bars
 from finetune.checkpoints import checkpoints, read_log, seal, step_of, to_disk
@@ -162,6 +163,16 @@ def fuse_gelu(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "act", None), NewGELUActivation):
             module.act = nn.GELU(approximate="tanh")
+
+
+def cast_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the weights of a model's products, but for the unembedding's, to what autocast makes of them each time.
+
+    The rest stays as it is: embeddings, norms and the residual stream in float32.
+    """
+    for module in model.base_model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def training_arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArguments:

@@ -251,6 +251,15 @@ class TestSameWeights:
         assert losses(tmp_path) != losses(run.directory)
         np.testing.assert_allclose(losses(tmp_path), losses(run.directory), rtol=5e-3)
 
+    def test_bf16_teacher_is_the_model_itself(self, short: Recipe, tmp_path: Path):
+        """Rounded where the model is: while every norm is live there is nothing to learn from it."""
+        fitted(replace(short, bf16=True, kl_weight=1.0, match_weight=1.0), tmp_path)
+
+        first = read_log(tmp_path)[0]
+        assert first["kl"] < 1e-6
+        assert first["distance"] < 1e-6
+        assert first["loss"] == pytest.approx(first["teacher_loss"], abs=1e-5)
+
     @pytest.mark.parametrize(
         ("given", "amx", "expected"), [(None, True, True), (None, False, False), (False, True, False)]
     )
