@@ -38,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune.checkpoint import no_progress_bars
 from finetune.checkpoints import checkpoints, read_log, seal, step_of, to_disk
 from finetune.errors import NolnError
+from finetune.processes import has_bf16
 from finetune.recipe import Training
 from finetune.text import Blocks, StreamedBlocks
 
@@ -192,7 +193,8 @@ def training_arguments(recipe: Training, directory: Path, **others: Any) -> Trai
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
         max_grad_norm=recipe.clip,
-        bf16=_has_bf16(PartialState().device.type) if recipe.bf16 is None else recipe.bf16,
+        # None: begun by an earlier version, which took it on CPUs with AMX alone.
+        bf16=has_bf16(PartialState().device.type, ("amx_bf16",)) if recipe.bf16 is None else recipe.bf16,
         torch_compile=recipe.compile,
         activation_checkpointing=recipe.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
@@ -218,14 +220,6 @@ def training_arguments(recipe: Training, directory: Path, **others: Any) -> Trai
         # Several GPUs are used by several processes (torchrun), never by one process's threads.
         arguments._n_gpu = 1
     return arguments
-
-
-def _has_bf16(device: str) -> bool:
-    """Whether a device is made for matrix products in bfloat16: of CPUs, those with AMX."""
-    if device == "cpu":
-        # Older versions of torch do not tell.
-        return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return device == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def in_order(text: Dataset[dict[str, Tensor]], recipe: Training) -> Dataset[dict[str, Tensor]]:
