@@ -118,7 +118,7 @@ class TestRun:
     @pytest.mark.parametrize(
         ("flags", "expected"),
         [
-            ([], False),
+            ([], None),
             (["--bf16"], True),
             (["--no-bf16"], False),
             (["--bf16", "True"], True),
@@ -136,7 +136,7 @@ class TestRun:
         monkeypatch.setattr(f"finetune.{module}.start", lambda recipe, out: begun.append(recipe))
         monkeypatch.setattr("finetune.__main__._report", lambda run: None)
         call(command, "micro", *flags)
-        assert begun[0].bf16 is (expected if flags or command == "run" else None)
+        assert begun[0].bf16 is expected
 
     def test_default_directory(self, quick: Path):
         call(quick, "--steps", 14)
