@@ -1,12 +1,15 @@
 """Runs models over tokens batch by batch, keeping only the activations that an analysis asks for."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from finetune.evaluate import float32_logits
 
 _LOGITS_ON_CPU = 2**21
 """Numbers in one model's logits of one batch on a CPU: few enough for its caches, a third faster than whole batches."""
@@ -30,12 +33,13 @@ def forwards(
     hook_names: Sequence[str] = (),
     batch_size: int = 8,
     description: str = "Measuring",
+    float32: bool = False,
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], dict[str, Forward]]]:
     """Yield batch after batch of `tokens` with what every model, all on one device, makes of it.
 
     `models` are what `load_trio` or `load_hooked_blocks` returns. Memory does not grow with the number of tokens as
     long as the caller reduces each batch before it takes the next. Batches are smaller than `batch_size` where the
-    logits are many.
+    logits are many. Logits have the model's dtype, or `float32` at least.
     """
     cfg = next(iter(models.values())).cfg
     device = cfg.device
@@ -44,13 +48,20 @@ def forwards(
     names = list(hook_names)
     for batch in tqdm(tokens.split(batch_size), desc=description, unit="batch", leave=False):
         batch = batch.to(device)
+        outputs = {}
         with torch.inference_mode():
-            outputs = {
-                name: Forward(*model.run_with_cache(batch, names_filter=names, return_cache_object=False))
-                for name, model in models.items()
-            }
+            for name, model in models.items():
+                with _float32_logits(model.unembed) if float32 else nullcontext():
+                    outputs[name] = Forward(*model.run_with_cache(batch, names_filter=names, return_cache_object=False))
         yield batch, outputs
         outputs.clear()  # or the caller would keep the logits of this batch while those of the next are made
+
+
+def _float32_logits(unembed: Any) -> AbstractContextManager[None]:
+    """As `float32_logits`, of TransformerLens's unembeddings and of plain ones."""
+    if isinstance(unembed, nn.Linear):
+        return float32_logits(unembed, unembed.weight, unembed.bias)
+    return float32_logits(unembed, unembed.W_U.T, unembed.b_U)
 
 
 def predictions(
@@ -61,7 +72,8 @@ def predictions(
     These are in float32, and come a piece of a block at a time: the temporaries of whole batches fit neither a CPU's
     cache nor, with a large vocabulary, its memory.
     """
-    for batch, outputs in forwards(models, tokens, batch_size=batch_size, description="Comparing predictions"):
+    batches = forwards(models, tokens, batch_size=batch_size, description="Comparing predictions", float32=True)
+    for batch, outputs in batches:
         for i, block in enumerate(batch):
             for piece in pieces(len(block) - 1, next(iter(models.values())).cfg.d_vocab):
                 yield (

@@ -52,7 +52,7 @@ def measure_tokens(
     loss = {name: np.empty((len(tokens), tokens.shape[1] - 1)) for name in models}
     for name, model in models.items():  # one after another: logits are large
         end = 0
-        for batch, outputs in forwards({name: model}, tokens, batch_size=batch_size, description=f"Loss of {name}"):
+        for batch, outputs in forwards({name: model}, tokens, (), batch_size, f"Loss of {name}", float32=True):
             end += len(batch)
             logits, targets = outputs[name].logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
             values = [

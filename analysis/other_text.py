@@ -57,7 +57,7 @@ def measure_tokens(
     points = Stream(models[reference]).points
     norm_free = [name for name, model in models.items() if Stream(model).norm is None]
     values: dict[str, list[np.ndarray]] = {name: [] for name in models}
-    for batch, outputs in forwards(models, tokens, points, batch_size, f"Comparing on {text}"):
+    for batch, outputs in forwards(models, tokens, points, batch_size, f"Comparing on {text}", float32=True):
         for i, block in enumerate(batch):
             for piece in pieces(len(block) - 1, models[reference].cfg.d_vocab):
                 log_probs = {name: output.logits[i, piece].float().log_softmax(-1) for name, output in outputs.items()}

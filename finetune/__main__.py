@@ -53,7 +53,7 @@ class Options(Generic[Trains]):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that `arguments` (None: the process's own) name; what the user can mend is said in a line."""
     speak(sys.stdout, sys.stderr)
-    arguments = [_current_flag(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    arguments = _with_values([_current_flag(word) for word in (sys.argv[1:] if arguments is None else arguments)])
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return
@@ -90,6 +90,15 @@ def _current_flag(word: str) -> str:
         return word
     flag, equals, value = word.partition("=")
     return f"--{recipes.current_name(flag.removeprefix('--').replace('-', '_'))}{equals}{value}"
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """Return flags of booleans that may be None with values, as tyro wants them: `--bf16 True` for `--bf16`."""
+    flags = {f"--{field.name}" for field in dataclasses.fields(Recipe) if field.type == bool | None}
+    given = {flag: [flag, "True"] for flag in flags} | {flag.replace("--", "--no-"): [flag, "False"] for flag in flags}
+    followed = zip(arguments, [*arguments[1:], ""], strict=True)
+    words = [[word] if after in ("None", "True", "False") else given.get(word, [word]) for word, after in followed]
+    return [word for expanded in words for word in expanded]
 
 
 def _run(arguments: list[str]) -> None:

@@ -1,12 +1,14 @@
 """How good models are on held-out blocks, and how far from a reference: CE, KL and JSD, in nats/token."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -58,6 +60,24 @@ def mean_and_error(
     return float(mean), float(np.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / weights.sum())
 
 
+@contextlib.contextmanager
+def float32_logits(
+    unembedding: nn.Module, weight: Float[Tensor, "vocab d"], bias: Float[Tensor, " vocab"] | None = None
+) -> Iterator[None]:
+    """Have an unembedding, of a model in whatever dtype, return logits in float32 at least.
+
+    In bfloat16, logits near 65 have steps of 0.5: their rounding costs more than what models are compared by.
+    """
+
+    def product(_: nn.Module, given: tuple[Any, ...], __: Tensor) -> Tensor:
+        return F.linear(given[0].to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    hook = unembedding.register_forward_hook(product) if weight.dtype != wide else contextlib.nullcontext()
+    with hook:
+        yield
+
+
 @torch.inference_mode()
 def measure_tokens(
     models: Mapping[str, PreTrainedModel], blocks: Blocks, reference: str = "original"
@@ -65,7 +85,8 @@ def measure_tokens(
     """Measure each model at every token of `blocks` that has a next one: model -> measure -> float64 values, nats.
 
     Measures are `loss`, and to the model called `reference` `kl`, KL(reference ‖ model), and `jsd`. The models share
-    one device and are put in evaluation mode; log-probabilities are taken in float32.
+    one device and are put in evaluation mode; logits and log-probabilities are taken in float32, whatever the models'
+    dtype.
     """
     models = {reference: models[reference].eval()} | {name: model.eval() for name, model in models.items()}
     device = models[reference].device
@@ -75,7 +96,9 @@ def measure_tokens(
         batch = range(start, min(start + size, len(blocks)))
         input_ids = torch.stack([blocks[i]["input_ids"] for i in batch]).to(device)
         for name, model in models.items():
-            log_probs = model(input_ids, use_cache=False).logits.float().log_softmax(-1)
+            unembedding: Any = model.get_output_embeddings()
+            with float32_logits(unembedding, unembedding.weight, unembedding.bias):
+                log_probs = model(input_ids, use_cache=False).logits.float().log_softmax(-1)
             if name == reference:
                 reference_log_probs = log_probs
             for measure, values in (

@@ -105,6 +105,10 @@ def next_token_loss(
     Sequences that `is_cover` (None: none) are not text: their next tokens say nothing, only `teacher` does. Products
     are taken in `dtype` (None: the residual's), softmax and sums in float32 at least. A `softcap` c makes c · tanh(x/c)
     of each logit x, as Gemma 2 does.
+
+    In a `dtype` narrower than float32 the unembedding has its mean over the vocabulary taken out before it is cast. It
+    adds the same to all logits of a token, which softmax does not see, but rounding does: GPT-2's logits lie near −65,
+    where bfloat16's steps are 0.5. Where there is a soft-cap, which sees it, it is added back in float32.
     """
     ends = [
         end for head in (model, teacher) if head is not None for end in (head.residual[:, :-1].flatten(0, 1), head[1])
@@ -125,8 +129,11 @@ class _NextTokenLoss(torch.autograd.Function):
         softcap: float | None,
         *ends: Tensor,
     ) -> tuple[Tensor, ...]:
-        residual, unembedding, *teacher = (end.to(dtype or ends[0].dtype) for end in ends)
-        wide = torch.promote_types(residual.dtype, torch.float32)
+        dtype = dtype or ends[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        (residual, unembedding, offset), *teacher = (
+            (ends[i].to(dtype), *_centred(ends[i + 1], dtype, wide)) for i in range(0, len(ends), 2)
+        )
         cross_entropy, kl, teacher_cross_entropy, cover_kl = torch.zeros(4, dtype=wide, device=residual.device)
         of_residual, of_unembedding = torch.empty_like(residual), torch.zeros_like(unembedding, dtype=wide)
         pieces = math.ceil(len(targets) * len(unembedding) / _LOGITS_AT_ONCE.get(residual.device.type, 2**24))
@@ -136,7 +143,7 @@ class _NextTokenLoss(torch.autograd.Function):
             target = targets[piece].unsqueeze(-1)
             logits = residual[piece] @ unembedding.T
             if softcap is not None:
-                tanh = (logits.to(wide) / softcap).tanh()
+                tanh = _tanh(logits, residual[piece], offset, softcap)
                 logits = softcap * tanh
             log_probs = F.log_softmax(logits, -1, dtype=wide)
             text = None if is_text is None else is_text[piece].to(wide)
@@ -147,9 +154,10 @@ class _NextTokenLoss(torch.autograd.Function):
                 gradient *= (kl_weight + (1 - kl_weight) * text).unsqueeze(-1)
                 of_target *= text.unsqueeze(-1)
             if teacher:
-                logits = teacher[0][piece] @ teacher[1].T
+                ((teacher_residual, teacher_unembedding, teacher_offset),) = teacher
+                logits = teacher_residual[piece] @ teacher_unembedding.T
                 if softcap is not None:
-                    logits = softcap * (logits.to(wide) / softcap).tanh()
+                    logits = softcap * _tanh(logits, teacher_residual[piece], teacher_offset, softcap)
                 expected = F.log_softmax(logits, -1, dtype=wide)
                 probs = expected.exp()
                 teacher_cross_entropy -= _sum(expected.gather(-1, target).squeeze(-1), text)
@@ -161,8 +169,13 @@ class _NextTokenLoss(torch.autograd.Function):
             gradient.scatter_add_(-1, target, of_target)
             if softcap is not None:
                 gradient *= 1 - tanh.square()
-            gradient = gradient.to(residual.dtype)
+                common = (
+                    gradient.sum(-1, keepdim=True) * offset
+                )  # without a soft-cap each token's gradients add up to 0
+            gradient = gradient.to(dtype)
             of_residual[piece] = gradient @ unembedding
+            if softcap is not None:
+                of_residual[piece] += common
             of_unembedding += gradient.T @ residual[piece]
         ctx.gradients = [
             (gradient / len(targets)).to(end)
@@ -177,6 +190,26 @@ class _NextTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         of_residual, of_unembedding = (gradient * of_total for gradient in ctx.gradients)
         return None, None, None, None, None, of_residual, of_unembedding, None, None
+
+
+def _centred(
+    unembedding: Float[Tensor, "vocab d"], dtype: torch.dtype, wide: torch.dtype
+) -> tuple[Float[Tensor, "vocab d"], Float[Tensor, " d"]]:
+    """Return an unembedding in `dtype`, without its mean over the vocabulary where that is narrow, and the mean."""
+    if dtype == wide:
+        return unembedding.to(dtype), unembedding.new_zeros(unembedding.shape[1], dtype=wide)
+    mean = unembedding.to(wide).mean(0)
+    return (unembedding - mean).to(dtype), mean
+
+
+def _tanh(
+    logits: Float[Tensor, "token vocab"],
+    residual: Float[Tensor, "token d"],
+    offset: Float[Tensor, " d"],
+    softcap: float,
+) -> Float[Tensor, "token vocab"]:
+    """Return the tanh of a soft-cap, with what was taken out of the unembedding."""
+    return ((logits + (residual.to(offset) @ offset).unsqueeze(-1)) / softcap).tanh()
 
 
 def _sum(values: Float[Tensor, " token"], weights: Float[Tensor, " token"] | None) -> Float[Tensor, ""]:

@@ -26,7 +26,7 @@ from finetune import begun_with, blocks, checkpoint, evaluate, families, objecti
 from finetune import recipe as recipes
 from finetune.blocks import BlocksConfig, BlocksForCausalLM
 from finetune.checkpoints import newest_whole, read_log
-from finetune.processes import check_cache, check_processes
+from finetune.processes import check_cache, check_processes, decided
 from finetune.recipe import PretrainRecipe, RecipeError, Text
 from finetune.run_directory import Run, directory_lock, make, new_directory, push, render, write, write_recipe
 from finetune.text import TextSplits, load_text
@@ -59,10 +59,10 @@ def pretrain(
 def start(recipe: PretrainRecipe, out: str | Path | None = None) -> Run:
     """Run `recipe`."""
     directory = new_directory(recipe, out)
-    setup = set_up(recipe)
+    setup = set_up(decided(recipe))
     directory = make(directory, out)
     if PartialState().is_main_process:
-        write_recipe(recipe, directory)
+        write_recipe(setup.recipe, directory)
     PartialState().wait_for_everyone()
     return complete(setup, directory)
 

@@ -1,7 +1,9 @@
 """The processes of a run: how many there are, on which device, and whether they can share a batch."""
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 import torch
@@ -11,10 +13,29 @@ from finetune.errors import NolnError
 from finetune.recipe import RecipeError, Training
 from finetune.text.bins import bin_files
 
+Trains = TypeVar("Trains", bound=Training)
+
 
 def processes(recipe: Training) -> PartialState:
     """Return the processes; without an accelerator they know of each other only if they are told that they are CPUs."""
     return PartialState(cpu=recipe.device == "cpu" or not torch.accelerator.is_available())
+
+
+def decided(recipe: Trains) -> Trains:
+    """Return `recipe` with what it leaves to the machine, as this one decides it: bf16."""
+    if recipe.bf16 is not None:
+        return recipe
+    accelerator = torch.accelerator.current_accelerator(check_available=True) if recipe.device != "cpu" else None
+    return dataclasses.replace(recipe, bf16=has_bf16("cpu" if accelerator is None else accelerator.type))
+
+
+def has_bf16(device: str, instructions: tuple[str, ...] = ("amx_bf16", "avx512_bf16")) -> bool:
+    """Whether a device is made for matrix products in bfloat16: of CPUs, those with any of these instructions."""
+    if device == "cpu":
+        # Older versions of torch do not tell.
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(capabilities.get(name) for name in instructions)
+    return device == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def check_processes(recipe: Training) -> None:

@@ -33,7 +33,7 @@ from finetune.cover import Cover
 from finetune.errors import CheckpointError
 from finetune.in_memory import plain_copy, unwrapped
 from finetune.names import is_local, public_name
-from finetune.processes import check_cache, check_processes
+from finetune.processes import check_cache, check_processes, decided
 from finetune.recipe import Recipe, RecipeError, Text
 from finetune.removal_trainer import RemovalTrainer
 from finetune.run_directory import (
@@ -106,7 +106,8 @@ def start(
         RecipeError, CheckpointError, TextError, DivergedError, FileExistsError: as `remove_norms`.
     """
     directory = new_directory(recipe, out)
-    setup = set_up(recipe, model, tokenizer)
+    setup = set_up(decided(recipe), model, tokenizer)
+    recipe = setup.recipe
     in_memory = model is not None or tokenizer is not None
     directory = make(directory, out)
     if in_memory:

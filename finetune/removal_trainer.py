@@ -27,7 +27,7 @@ from finetune.recipe import Recipe
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import Blocks, StreamedBlocks
-from finetune.training import DivergedError, Record, RunTrainer
+from finetune.training import DivergedError, Record, RunTrainer, cast_matrices
 
 
 class RemovalTrainer(RunTrainer):
@@ -71,7 +71,9 @@ class RemovalTrainer(RunTrainer):
             sites.keep_live_graph()
         self.teacher = teacher
         if teacher is not None:
-            teacher.requires_grad_(False).to(device=self.args.device, dtype=self._dtype)  # type: ignore[call-arg]
+            teacher.requires_grad_(False).to(self.args.device)  # type: ignore[arg-type]
+            if self._dtype is not None:
+                cast_matrices(teacher, self._dtype)
         self._softcap = objective.softcap_of(sites.model)
         self._centred = sites.norms[-1].style.centred
         # The streams between blocks are matched: one block has none.
@@ -85,7 +87,7 @@ class RemovalTrainer(RunTrainer):
         head, teacher = objective.head_of(self.sites.model, own.logits), None
         auxiliary = distance = spread = own.logits.new_zeros(())
         if self.teacher is not None:
-            with self._record.teacher_clock(input_ids.device), torch.no_grad():
+            with self._record.teacher_clock(input_ids.device), torch.no_grad(), self.accelerator.autocast():
                 original = self.teacher.base_model(
                     input_ids=input_ids, use_cache=False, output_hidden_states=self._matches
                 )

@@ -18,7 +18,8 @@ OUT/figure.html     gap to control and JSD to the original against tokens seen
 
 Runs that differ only in how LN is removed share their control: the first of them trains it, and the others wait for it.
 What has a row is not run again, unless it failed for another reason than that it diverged; a run that was cut off is
-resumed. A run is called after all that its recipe says, so that a recipe that changed is run anew.
+resumed. A run is called after all that its recipe says, so that a recipe that changed is run anew, and so is one whose
+products are in bf16 on this machine and were not where it was run before.
 """
 
 import dataclasses
@@ -45,6 +46,7 @@ from finetune import recipe as recipes
 from finetune.checkpoints import read_log
 from finetune.errors import NolnError
 from finetune.names import expanded
+from finetune.processes import decided
 from finetune.recipe import Recipe, RecipeError
 from finetune.resuming import resume
 from finetune.run_directory import directory_lock, write
@@ -111,7 +113,9 @@ def load(path: str | Path, out: str | Path) -> list[Job]:
             raise RecipeError(f"The sweep's run {overrides} has a seed of its own: say it in `seeds`, for all runs.")
         for seed in sweep.seeds:
             recipe = recipes.override(recipes.load(base), overrides | {"seed": seed}, f"sweep's run {overrides}")
-            fields = recipes.changed_fields(dataclasses.replace(recipe, name="", seed=0))
+            fields = recipes.changed_fields(dataclasses.replace(decided(recipe), name="", seed=0))
+            if not fields["bf16"]:  # as it was everywhere when the first names were given
+                del fields["bf16"]
             digest = hashlib.sha256(json.dumps([fields, sweep.texts], sort_keys=True).encode()).hexdigest()
             directory = Path(out).absolute() / "runs" / f"{digest[:8]}-seed{seed}"
             recipe = dataclasses.replace(recipe, also=(*recipe.also, *sweep.texts.values()))

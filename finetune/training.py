@@ -33,10 +33,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from finetune.checkpoint import no_progress_bars
 from finetune.checkpoints import checkpoints, read_log, seal, step_of, to_disk
 from finetune.errors import NolnError
+from finetune.processes import has_bf16
 from finetune.recipe import Training
 from finetune.text import Blocks, StreamedBlocks
 
@@ -168,6 +170,16 @@ def fuse_gelu(model: nn.Module) -> None:
             module.act = nn.GELU(approximate="tanh")
 
 
+def cast_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the weights of a model's products, but for the unembedding's, to what autocast makes of them each time.
+
+    The rest stays as it is: embeddings, norms and the residual stream in float32.
+    """
+    for module in model.base_model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            module.weight.data = module.weight.data.to(dtype)
+
+
 def training_arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArguments:
     """Return what the Trainer is told of `recipe`; `others` are more of its arguments, or others in place of these."""
     arguments = TrainingArguments(
@@ -185,7 +197,8 @@ def training_arguments(recipe: Training, directory: Path, **others: Any) -> Trai
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
         max_grad_norm=recipe.clip,
-        bf16=_has_bf16(PartialState().device.type) if recipe.bf16 is None else recipe.bf16,
+        # None: begun by an earlier version, which took it on CPUs with AMX alone.
+        bf16=has_bf16(PartialState().device.type, ("amx_bf16",)) if recipe.bf16 is None else recipe.bf16,
         torch_compile=recipe.compile,
         activation_checkpointing=recipe.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
@@ -211,14 +224,6 @@ def training_arguments(recipe: Training, directory: Path, **others: Any) -> Trai
         # Several GPUs are used by several processes (torchrun), never by one process's threads.
         arguments._n_gpu = 1
     return arguments
-
-
-def _has_bf16(device: str) -> bool:
-    """Whether a device is made for matrix products in bfloat16: of CPUs, those with AMX."""
-    if device == "cpu":
-        # Older versions of torch do not tell.
-        return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return device == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def in_order(text: Dataset[dict[str, Tensor]], recipe: Training) -> Dataset[dict[str, Tensor]]:

@@ -260,7 +260,8 @@ class Training:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train. auto: the accelerator, if there is one."""
     bf16: bool | None = None
-    """Matrix products in bfloat16, weights in float32. None: on CUDA devices that have it, and CPUs with AMX."""
+    """Matrix products in bfloat16, weights in float32. None: on CUDA devices that have it, and on CPUs with AMX or
+    AVX512-BF16; the recipe in the run directory says what it came to. As flags, --bf16 and --no-bf16."""
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False

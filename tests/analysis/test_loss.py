@@ -2,9 +2,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from contract import TOKENS, assert_keeps_contract, assert_plots_by_model, trio
+from contract import TL4, TOKENS, assert_keeps_contract, assert_plots_by_model, trio
+from models import random_model
 
-from analysis import load_bridge, loss
+from analysis import load_bridge, load_hooked, load_hooked_blocks, loss
+from analysis.batches import forwards
 from finetune.checkpoint import load_tokenizer
 
 DOCUMENTS = np.array([0, 0, 0, 1, 1, 1, 2])[:, None] + np.zeros((7, 11), int)
@@ -13,6 +15,24 @@ DOCUMENTS = np.array([0, 0, 0, 1, 1, 1, 2])[:, None] + np.zeros((7, 11), int)
 @pytest.mark.parametrize("measure", [loss.measure, loss.measure_positions, loss.measure_tokens])
 def test_contract(measure, make_gpt2):
     assert_keeps_contract(measure, make_gpt2)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("load", [load_bridge, load_hooked_blocks] + [load_hooked] * (not TL4))
+def test_bfloat16_models_have_logits_in_float32(load):
+    """What is rounded is what the unembedding reads, not what it returns."""
+    plain = random_model("blocks", block="pre-ln") if load is load_hooked_blocks else random_model("gpt2")
+    model = load(plain, dtype=torch.bfloat16)
+    read = []
+    model.unembed.register_forward_pre_hook(lambda _, given: read.append(given[0].double()))
+    _, outputs = next(forwards({"model": model}, TOKENS, batch_size=len(TOKENS), float32=True))
+    unembed = model.unembed
+    weight = unembed.weight.T if load is load_hooked_blocks else unembed.W_U
+    bias = 0 if load is load_hooked_blocks else unembed.b_U
+    logits = outputs["model"].logits
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), read[0] @ weight.double() + bias, rtol=1e-5, atol=1e-4)
+    assert model(TOKENS).dtype == torch.bfloat16  # as before
 
 
 @torch.no_grad()

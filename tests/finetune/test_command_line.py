@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from finetune import recipe as recipes
 from finetune.__main__ import main
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, Training
 from finetune.run_directory import Run
 
 
@@ -114,6 +114,29 @@ class TestRun:
         used = recipes.load("run/recipe.yaml")
         assert (used.seed, used.lr, used.text.held_out_blocks, used.schedule.gap.final) == (3, 1e-3, 4, 2)
         assert used.steps == 14
+
+    @pytest.mark.parametrize(
+        ("flags", "expected"),
+        [
+            ([], None),
+            (["--bf16"], True),
+            (["--no-bf16"], False),
+            (["--bf16", "True"], True),
+            (["--bf16", "None", "--compile"], None),
+            (["--bf16=False"], False),
+            (["--bf16", "--steps", "20"], True),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["run", "pretrain"])
+    def test_booleans_that_may_be_none_are_flags(
+        self, command: str, flags: list[str], expected: bool | None, monkeypatch: pytest.MonkeyPatch
+    ):
+        module = {"run": "removal", "pretrain": "pretrain"}[command]
+        begun: list[Training] = []
+        monkeypatch.setattr(f"finetune.{module}.start", lambda recipe, out: begun.append(recipe))
+        monkeypatch.setattr("finetune.__main__._report", lambda run: None)
+        call(command, "micro", *flags)
+        assert begun[0].bf16 is expected
 
     def test_default_directory(self, quick: Path):
         call(quick, "--steps", 14)

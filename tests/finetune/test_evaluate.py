@@ -45,6 +45,27 @@ def test_measures_are_scipys(models, blocks):
             np.testing.assert_allclose(found[name][measure], values, rtol=1e-5, atol=1e-6, err_msg=measure)
 
 
+def test_bfloat16_loses_nothing_to_what_is_added_to_all_logits(make_gpt2, blocks):
+    """A direction of the residual that adds −65 to all logits, as GPT-2 has one."""
+
+    def model(offset: float, dtype: torch.dtype):
+        made = make_gpt2(tie_word_embeddings=False)
+        norm, unembedding = made.transformer.ln_f, made.get_output_embeddings()
+        norm.weight.data[0], norm.bias.data[0] = 0, 8
+        unembedding.weight.data[:, 0] += offset / 8
+        for parameter in made.parameters():  # as bfloat16 has it
+            parameter.data = parameter.data.bfloat16().float()
+        return made.to(dtype)
+
+    found = {
+        (offset, dtype): measure_tokens({"original": model(offset, dtype)}, blocks)["original"]["loss"].mean()
+        for offset in (0.0, -64.0)
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    change = found[-64.0, torch.bfloat16] - found[0.0, torch.bfloat16]
+    assert change == pytest.approx(found[-64.0, torch.float32] - found[0.0, torch.float32], abs=1e-3)
+
+
 def test_divergences_of_unlike_distributions_stay_finite():
     p, q = torch.tensor([[0.0, -300.0, -300.0], [-300.0, 0.0, -300.0]]).log_softmax(-1)
     assert kl_divergence(p, q).item() == pytest.approx(300)

@@ -107,6 +107,33 @@ def test_bfloat16_products_have_their_softmax_in_float32(tokens):
     assert narrow.residual.grad.dtype == narrow.unembedding.grad.dtype == torch.float32
 
 
+def offset_heads(offset: float) -> list[Head]:
+    """Two near heads with logits of a spread of 1.5, to all of which a direction of the residual adds `offset`."""
+    generator = torch.Generator().manual_seed(0)
+    residual, unembedding = torch.randn(4, 65, 64, generator=generator), torch.randn(500, 64, generator=generator)
+    residual[..., 0] = 8.0
+    unembedding *= 1.5 / 8
+    unembedding[:, 0] += offset / 8
+    noise = 0.1 * torch.randn(4, 65, 64, generator=generator)
+    return [Head(residual.requires_grad_(), unembedding.requires_grad_()), Head(residual + noise, unembedding)]
+
+
+@pytest.mark.parametrize(("offset", "softcap"), [(-65.0, None), (-25.0, 30.0)])
+def test_bfloat16_loses_nothing_to_what_is_added_to_all_logits(offset, softcap):
+    """GPT-2's lie near −65, where a step of bfloat16 is 0.5."""
+    tokens = torch.randint(0, 500, (4, 65), generator=torch.Generator().manual_seed(1))
+    model, teacher = offset_heads(offset)
+    exact, rounded = (
+        next_token_loss(model, tokens, teacher, 0.5, dtype, None, softcap) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert exact.kl > 0.001
+    assert rounded.cross_entropy.item() == pytest.approx(exact.cross_entropy.item(), abs=1e-3)
+    assert rounded.kl.item() == pytest.approx(exact.kl.item(), abs=1e-3)
+    expected = torch.autograd.grad(exact.total, model)
+    for found, gradient in zip(torch.autograd.grad(rounded.total, model), expected, strict=True):
+        assert (found - gradient).abs().max() < 0.02 * gradient.abs().max()
+
+
 def test_end_of_text_is_a_target_like_any_other():
     head = Head(torch.zeros(1, 3, 2), torch.ones(4, 2))
     assert next_token_loss(head, torch.tensor([[0, 0, 0]])).total.item() == pytest.approx(math.log(4))

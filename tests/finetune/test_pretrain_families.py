@@ -84,7 +84,7 @@ def test_killed_and_resumed_equals_uninterrupted(family: str, recipe: PretrainRe
 def test_what_was_trained_loses_its_norms(recipe: PretrainRecipe, text: Path, tmp_path: Path):
     model = pretrain(of_family(recipe, "llama"), out=tmp_path / "pretrained").directory / "model"
     removal = replace(
-        recipes.load("micro").scaled(20), control=False, batch=4, micro_batch=4, cover=0.0, text=recipe.text
+        recipes.load("micro").scaled(20), bf16=False, control=False, batch=4, micro_batch=4, cover=0.0, text=recipe.text
     )
     run = remove_norms(model, recipe=removal, out=tmp_path / "run")
     assert isinstance(removal, Recipe)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from helpers import kill_at, run_forked
 
@@ -128,6 +129,19 @@ def test_a_run_is_another_where_its_recipe_is(file: Path, tmp_path: Path):
         names.append([job.name for job in sweep.load(tmp_path / "sweep.yaml", "out")])
     assert names[0] == names[1]
     assert not {*names[0]} & {*names[2]}
+
+
+def test_a_run_is_another_where_this_machine_takes_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a recipe leaves to the machine is in its name, and float32 is called as ever."""
+
+    def name(bf16: bool | None, capable: bool) -> str:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
+        content = {"recipe": "micro", "set": {"bf16": bf16, "device": "cpu"}}
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+        return sweep.load(tmp_path / "sweep.yaml", "out")[0].name
+
+    assert name(None, False) == name(False, True) == name(False, False)
+    assert name(None, True) == name(True, False) != name(None, False)
 
 
 def few(file: Path, directory: Path) -> Path:

@@ -24,6 +24,7 @@ from torch._dynamo.utils import counters
 from transformers import GPT2LMHeadModel, TrainingArguments
 
 from finetune import recipe as recipes
+from finetune import removal
 from finetune.objective import NextTokenLoss, next_token_loss
 from finetune.recipe import Recipe, Text
 from finetune.removal import fit, set_up
@@ -251,24 +252,53 @@ class TestSameWeights:
         assert losses(tmp_path) != losses(run.directory)
         np.testing.assert_allclose(losses(tmp_path), losses(run.directory), rtol=5e-3)
 
-    @pytest.mark.parametrize(
-        ("given", "amx", "expected"), [(None, True, True), (None, False, False), (False, True, False)]
-    )
-    def test_bf16_where_the_processor_is_made_for_it(
-        self,
-        short: Recipe,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        given: bool | None,
-        amx: bool,
-        expected: bool,
-    ):
-        """AVX512-BF16 alone does not count."""
-        capabilities = {"amx_bf16": amx, "avx512_bf16": True}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-        PartialState(cpu=True)
+    def test_bf16_teacher_is_the_model_itself(self, short: Recipe, tmp_path: Path):
+        """Rounded where the model is: while every norm is live there is nothing to learn from it."""
+        fitted(replace(short, bf16=True, kl_weight=1.0, match_weight=1.0), tmp_path)
 
-        assert training_arguments(replace(short, bf16=given), tmp_path).bf16 is expected
+        first = read_log(tmp_path)[0]
+        assert first["kl"] < 1e-6
+        assert first["distance"] < 1e-6
+        assert first["loss"] == pytest.approx(first["teacher_loss"], abs=1e-5)
+
+
+AMX, AVX512, NEITHER = ({"amx_bf16": amx, "avx512_bf16": avx} for amx, avx in ((1, 1), (0, 1), (0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("given", "capabilities", "expected"),
+    [(None, AMX, True), (None, AVX512, True), (None, NEITHER, False), (False, AMX, False), (True, NEITHER, True)],
+)
+def test_bf16_is_chosen_where_the_processor_is_made_for_it(
+    short: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: bool | None,
+    capabilities: dict[str, int],
+    expected: bool,
+):
+    """And the choice is the run's, wherever it goes on or is replayed."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(removal, "complete", lambda setup, directory: setup.recipe)
+    recipe = removal.start(replace(short, bf16=given), tmp_path / "run")
+
+    assert recipe.bf16 is expected
+    assert recipes.load(tmp_path / "run/recipe.yaml").bf16 is expected
+    assert training_arguments(recipe, tmp_path).bf16 is expected
+
+
+@pytest.mark.parametrize(("capabilities", "expected"), [(AMX, True), (AVX512, False)])
+def test_a_run_that_did_not_say_goes_on_as_it_began(
+    short: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capabilities: dict[str, int],
+    expected: bool,
+):
+    """Earlier versions wrote `bf16: null`, and took it where there was AMX."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    PartialState(cpu=True)
+    assert training_arguments(replace(short, bf16=None), tmp_path).bf16 is expected
 
 
 def free_port() -> str:
