@@ -4,9 +4,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 
-MODELS = {name: ROOT / name for name in ("micro", "micro-control", "micro-ln-free")}
-"""Short names of models: the original, and the control and the LN-free model that the recipe `micro` makes of it with
-seed 0. A name that is not here is a local directory or a Hub id."""
+MODELS = {
+    name: ROOT / name
+    for name in ("micro", "micro-control", "micro-ln-free", "micro-llama", "micro-llama-ln-free")
+}
+"""Short names of models: a GPT-2 and a Llama, and what the recipes of their names make of them with seed 0. A name that
+is not here is a local directory or a Hub id."""
 
 TEXTS = {
     name: ROOT / "text" / f"{name}.jsonl.xz"

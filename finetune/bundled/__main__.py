@@ -1,4 +1,6 @@
-"""`python -m finetune.bundled RUN`: bundle a run of `micro`, its control and its LN-free model, in place of those here.
+"""`python -m finetune.bundled RUN`: bundle the models of a run, in place of those here that are called after its recipe.
+
+A run of `micro` gives `micro-control` and `micro-ln-free`, one of `pretrain micro-llama` gives `micro-llama`, and so on.
 
 Matrices are stored in float16. Vectors stay in float32: the weights of an LN-free model's norms hold 1e6 over a std.
 """
@@ -10,11 +12,22 @@ from pathlib import Path
 
 from finetune import checkpoint
 from finetune.bundled import MODELS, ROOT
+from finetune.errors import NolnError
+from finetune.run_directory import recipe_of
 
 
 def bundle(run: Path) -> None:
-    """Write the control and the LN-free model of the run directory `run` into the package."""
-    for name, source in {"micro-control": run / "control", "micro-ln-free": run / "ln_free"}.items():
+    """Write the models of the run directory `run` that `MODELS` names into the package.
+
+    Raises:
+        NolnError: none of its models has a name there.
+    """
+    name = recipe_of(run).name
+    sources = {name: run / "model", f"{name}-control": run / "control", f"{name}-ln-free": run / "ln_free"}
+    sources = {name: source for name, source in sources.items() if name in MODELS and source.is_dir()}
+    if not sources:
+        raise NolnError(f"{run} holds no model of {', '.join(MODELS)}: its recipe is {name}.")
+    for name, source in sources.items():
         model = checkpoint.load(source)
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -32,5 +45,5 @@ def bundle(run: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m finetune.bundled", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("run", type=Path, help="the directory of a complete run of the recipe micro")
+    parser.add_argument("run", type=Path, help="the directory of a complete run of a recipe whose models are bundled")
     bundle(parser.parse_args().run)

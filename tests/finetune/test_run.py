@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from finetune import checkpoint, folding, remove_layernorm, remove_norms, resume, run_directory
 from finetune import recipe as recipes
 from finetune.bundled.__main__ import bundle
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, NolnError
 from finetune.processes import check_processes
 from finetune.recipe import Recipe, Text
 from finetune.removal import model_card, names_of, set_up
@@ -414,9 +414,9 @@ def test_a_model_of_one_layer_is_fitted_to_the_original(recipe: Recipe, tokenize
 def test_bundling_takes_the_place_of_what_is_bundled_only_when_it_is_whole(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    names = ("micro-control", "micro-ln-free")
+    names = ("tiny-control", "tiny-ln-free")
     monkeypatch.setattr("finetune.bundled.__main__.ROOT", tmp_path)
-    monkeypatch.setattr("finetune.bundled.__main__.MODELS", {name: tmp_path / name for name in names})
+    monkeypatch.setattr("finetune.bundled.__main__.MODELS", {name: tmp_path / name for name in (*names, "other")})
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "old").touch()
@@ -424,7 +424,7 @@ def test_bundling_takes_the_place_of_what_is_bundled_only_when_it_is_whole(
     (without_card / "control/README.md").unlink()
     with pytest.raises(FileNotFoundError):
         bundle(without_card)
-    assert (tmp_path / "micro-control/old").exists()
+    assert (tmp_path / "tiny-control/old").exists()
 
     bundle(run.directory)
 
@@ -436,6 +436,13 @@ def test_bundling_takes_the_place_of_what_is_bundled_only_when_it_is_whole(
         assert bundled.dtype == torch.float32
         for ours, theirs in zip(bundled.parameters(), run.load(made).parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_is_not_bundled_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("finetune.bundled.__main__.MODELS", {"tiny": Path("micro"), "micro-ln-free": Path("micro")})
+    with pytest.raises(NolnError, match=r"holds no model of tiny, micro-ln-free: its recipe is tiny\."):
+        bundle(run.directory)
 
 
 class TestDirectory:
