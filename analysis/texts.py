@@ -1,6 +1,5 @@
 """Texts that models are compared on: blocks packed as in training, spread evenly over each text."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,9 +7,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from finetune.bundled import resolve_text
 from finetune.recipe import Text
 from finetune.text import LONGEST_CONTEXT, TextError, load_blocks
+from finetune.text.sources import path_of
 
 
 class Sample(NamedTuple):
@@ -46,7 +45,7 @@ def read_text(
     context = context or min(model.cfg.n_ctx, LONGEST_CONTEXT)
     if not 2 <= context <= model.cfg.n_ctx:
         raise TextError(f"The context is {context}, but the model takes 2 to {model.cfg.n_ctx} tokens: name another.")
-    wanted, from_hub = max(1, tokens // context), not Path(resolve_text(name)).expanduser().exists()
+    wanted, from_hub = max(1, tokens // context), not path_of(name).exists()
     text = Text(name, streaming=from_hub, prefix=prefix)
     packed = load_blocks(text, model.tokenizer, context, model.cfg.d_vocab, most=wanted if from_hub else None)
     chosen = np.linspace(0, len(packed) - 1, min(len(packed), wanted)).astype(int)

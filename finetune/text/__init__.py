@@ -9,6 +9,8 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from os.path import realpath
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
@@ -17,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from finetune.recipe import Text
 from finetune.text.bins import bin_files
 from finetune.text.packing import Blocks, StreamedBlocks, check_ids, stride
-from finetune.text.sources import TextError, documents_of, open_source, path_of
-from finetune.text.tokenise import Part, encode, read_tokens, tokens_of
+from finetune.text.sources import TextError, documents_of, is_saved, local_files, open_sources, path_of
+from finetune.text.tokenise import Encoder, Part, read_tokens, tokens_of
 
 __all__ = [
     "LONGEST_CONTEXT",
@@ -54,20 +56,19 @@ def load_text(
 ) -> TextSplits:
     """Read, tokenise and pack what `text` names into blocks of `context` tokens with ids below `vocab_size`.
 
-    Held out are `text.held_out`; or else nanoGPT's val.bin; or else `text.held_out_fraction` of the documents,
-    spread evenly through the source; or, where that gives none and for a .bin file, the same fraction of the
-    tokens, but at least one block, at the end. A stream holds out its first documents. Of what is held out the
-    first `text.held_out_blocks` blocks are returned. Empty documents are passed over. `seed` orders a stream;
-    other blocks come in the order of the source.
+    Held out are `text.held_out`; or else nanoGPT's val.bin, or the files that a directory calls validation or else
+    test; or else `text.held_out_fraction` of the documents, spread evenly through the source; or, where that gives
+    none and for a .bin file, the same fraction of the tokens, but at least one block, at the end. A stream holds out
+    its first documents. Of what is held out the first `text.held_out_blocks` blocks are returned. Empty documents are
+    passed over. `seed` orders a stream; other blocks come in the order of the source.
 
     Raises:
         TextError: the source is missing, corrupt, of an unknown kind, without a column of text, or shorter than
-            a block; or a token is beyond the vocabulary.
+            a block; or a token is beyond the vocabulary; or the tokenizer does not know half of the text.
     """
     if text.held_out is not None:
-        train_path = (bin_files(text.source) or [path_of(text.source)])[0].resolve()
-        held_out_path = (bin_files(text.held_out) or [path_of(text.held_out)])[-1].resolve()
-        if train_path in (held_out_path, *held_out_path.parents) or held_out_path in train_path.parents:
+        files = _files(text.source, 0), _files(text.held_out, -1)
+        if any(not others.isdisjoint([file, *file.parents]) for some, others in (files, files[::-1]) for file in some):
             raise TextError(
                 f"text.held_out, {text.held_out}, and text.source, {text.source}, share text: name other files."
             )
@@ -78,7 +79,7 @@ def load_text(
     read = partial(tokens_of, text=text, tokenizer=tokenizer, vocab_size=vocab_size)
     fraction = text.held_out_fraction
     if text.held_out is not None:
-        parts = [read(text.source)[0], read(text.held_out)[-1]]
+        parts = [read(text.source, part=0)[0], read(text.held_out, part=-1)[-1]]
     elif len(parts := read(text.source, fraction=fraction)) == 1:
         tokens, ends = parts[0]
         cut = max(0, len(tokens) - max(taken, int(len(tokens) * fraction)))
@@ -106,7 +107,8 @@ def load_blocks(
     """Read, tokenise and pack `text.source` as `load_text` does, with nothing held out.
 
     All of it, or its first blocks: `most` at the most, which are all that is read where `text.streaming`.
-    Of a directory of nanoGPT's it is val.bin, where there is one. Of the source `random-tokens` it is `random_blocks`.
+    Of a directory it is val.bin of nanoGPT's, or the files that it calls validation or test, where there are any. Of
+    the source `random-tokens` it is `random_blocks`.
 
     Raises:
         TextError: as `load_text` does.
@@ -116,10 +118,12 @@ def load_blocks(
     if text.source == RANDOM_TOKENS:
         return random_blocks(tokenizer, context, vocab_size, _RANDOM_BLOCKS if most is None else most, prefix)
     if text.streaming and most is not None and not bin_files(text.source):
-        documents = documents_of(*open_source(text.source, text), text.source)
-        part: Part = read_tokens(documents, tokenizer, most * taken)[1:]
+        documents = documents_of(*open_sources(text.source, text)[-1].stream(), text.source)
+        encoder = Encoder(tokenizer, text.source)
+        part: Part = read_tokens(documents, encoder, most * taken)[1:]
+        encoder.check()
     else:
-        part = tokens_of(text.source, replace(text, streaming=False), tokenizer, vocab_size)[-1]
+        part = tokens_of(text.source, replace(text, streaming=False), tokenizer, vocab_size, part=-1)[-1]
     tokens, ends = part
     _check_length(len(tokens), taken, text.source)
     check_ids(tokens.max(), vocab_size, text.source)
@@ -159,25 +163,42 @@ def prefix_of(text: Text, tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, seed: int) -> TextSplits:
     """Hold out the first documents, enough for the blocks wanted, and stream the rest."""
-    source, column = open_source(text.source, text)
-    documents = documents_of(source, column, text.source)
-    first = documents if text.held_out is None else documents_of(*open_source(text.held_out, text), text.held_out)
+    sources = open_sources(text.source, text)
+    source, column = sources[0].stream()
+    documents = first = documents_of(source, column, text.source)
+    if text.held_out is not None:
+        sources = open_sources(text.held_out, text)
+    if text.held_out is not None or len(sources) == 2:
+        first = documents_of(*sources[-1].stream(), sources[-1].name)
 
     prefix = prefix_of(text, tokenizer)
     taken = stride(context, prefix)
     stop = text.held_out_blocks * taken
-    held_out, tokens, ends = read_tokens(first, tokenizer, stop)
+    encoder = Encoder(tokenizer, text.held_out or text.source)
+    held_out, tokens, ends = read_tokens(first, encoder, stop)
+    encoder.check()
     _check_length(len(tokens), taken, text.held_out or text.source, "to hold out")
     check_ids(tokens.max(), vocab_size, text.held_out or text.source)
 
-    left = 0
+    left, encoder = 0, Encoder(tokenizer, text.source)
     while left < taken and (document := next(documents, None)) is not None:
-        left += sum(len(ids) for ids, _ in encode([document], tokenizer)) if document not in held_out else 0
+        left += sum(len(ids) for ids, _ in encoder.encode([(document, True)])) if document not in held_out else 0
+    encoder.check()
     _check_length(left, taken, text.source, "to train on")
 
     name, left_out = text.source, frozenset(held_out)
     stream = StreamedBlocks(source, column, left_out, tokenizer, context, vocab_size, name, seed, prefix)
     return TextSplits(stream, Blocks(tokens[:stop], context, tokenizer.eos_token_id, ends, prefix))
+
+
+def _files(name: str, part: int) -> set[Path]:
+    """Return the files, or the directory, that the first or the last part of a source is."""
+    path = path_of(name)
+    if bins := bin_files(name):
+        found = [bins[part]]
+    else:
+        found = local_files(name)[part] if path.exists() and not is_saved(path) else [path]
+    return {Path(realpath(file)) for file in found}
 
 
 def _check_length(tokens: int, context: int, name: str, purpose: str = "") -> None:

@@ -10,9 +10,10 @@ from jaxtyping import Int, UInt
 from transformers import PreTrainedTokenizerBase
 
 from finetune.text.sources import TextError, documents_of
-from finetune.text.tokenise import encode
+from finetune.text.tokenise import Encoder
 
 SHUFFLE_DOCUMENTS = 10_000  # what streaming shuffles among
+_ENOUGH_TOKENS = 1 << 20  # of a stream, to say how many of them are unknown
 _CHUNK = 4096  # blocks that are looked at in one go
 
 
@@ -104,29 +105,40 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         self.context, self.vocab_size, self.name, self.prefix = context, vocab_size, name, prefix
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield blocks `{"input_ids": Int64[context]}`; raise TextError at an id beyond the vocabulary."""
+        """Yield blocks `{"input_ids": Int64[context]}`.
+
+        Raises:
+            TextError: an id is beyond the vocabulary, or the tokenizer does not know half of the text.
+        """
         tokens: list[int] = []
         taken = stride(self.context, self.prefix)
-        for ids, _ in encode(self._documents(), self.tokenizer):
-            check_ids(max(ids, default=0), self.vocab_size, self.name)
-            tokens += ids
-            full = len(tokens) // taken * taken
-            for start in range(0, full, taken):
-                block = np.array(tokens[start : start + taken])
-                yield {"input_ids": torch.from_numpy(with_prefix(block, self.prefix))}
-            del tokens[:full]
-
-    def _documents(self) -> Iterator[str]:
+        encoder, is_checked = Encoder(self.tokenizer, self.name), False
         for epoch in itertools.count():
             self.source.set_epoch(epoch)
             epoch_is_empty = True
-            for document in documents_of(self.source, self.column, self.name):
-                # Left out by its text, not its place: workers and shuffled files see other places.
-                if document not in self.held_out:
-                    epoch_is_empty = False
-                    yield document
+            # Each epoch by itself: a small source would be read many times over before it fills a tokenizer's batch.
+            for ids, _ in encoder.encode((document, True) for document in self._documents()):
+                epoch_is_empty = False
+                check_ids(max(ids, default=0), self.vocab_size, self.name)
+                tokens += ids
+                full = len(tokens) // taken * taken
+                for start in range(0, full, taken):
+                    block = np.array(tokens[start : start + taken])
+                    yield {"input_ids": torch.from_numpy(with_prefix(block, self.prefix))}
+                del tokens[:full]
+                if not is_checked and encoder.unknown.tokens > _ENOUGH_TOKENS:
+                    encoder.check()
+                    is_checked = True
+            if not is_checked:
+                encoder.check()
+                is_checked = True
             if epoch_is_empty:  # a worker without a file
                 return
+
+    def _documents(self) -> Iterator[str]:
+        # Left out by its text, not its place: workers and shuffled files see other places.
+        documents = documents_of(self.source, self.column, self.name)
+        return (document for document in documents if document not in self.held_out)
 
 
 def check_ids(largest: int, vocab_size: int, name: str) -> None:

@@ -5,62 +5,73 @@ import itertools
 import json
 import math
 import re
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import datasets
 import numpy as np
 from datasets.utils import tqdm
 from filelock import FileLock
 from jaxtyping import Int, UInt
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 from finetune.recipe import Text
 from finetune.text.bins import bin_files, read_bin
-from finetune.text.sources import TextError, documents_of, open_source
+from finetune.text.sources import Passage, Source, TextError, open_sources
 
 BATCH_CHARACTERS = 1_000_000  # a call of the tokenizer
 PIECE_CHARACTERS = 100_000  # longer documents are tokenised in pieces, in parallel
+_CACHE_VERSION = 2
+_FEW_UNKNOWN, _MANY_UNKNOWN = 0.01, 0.5  # of all tokens: from the one on it is said, above the other it is refused
 
 Part = tuple[UInt[np.ndarray, " token"], Int[np.ndarray, " document"] | None]
 """Tokens, and the positions before which documents end (None: unknown but for their end-of-text tokens)."""
 
 
 def tokens_of(
-    name: str, text: Text, tokenizer: PreTrainedTokenizerBase, vocab_size: int, fraction: float = 0.0
+    name: str,
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    fraction: float = 0.0,
+    part: int | None = None,
 ) -> list[Part]:
-    """Return all tokens of a source, in two parts if whole documents or a val.bin are held out."""
+    """Return all tokens of a source, in two parts if whole documents, or files, are held out; of files only `part`."""
     if files := bin_files(name):
         dtype = text.token_dtype if text.token_dtype != "auto" else "uint16" if vocab_size <= 2**16 else "uint32"
         return [(read_bin(file, np.dtype(dtype), vocab_size), None) for file in files]
-    return _tokenise_once(*open_source(name, text), name, tokenizer, fraction)
+    sources = open_sources(name, text) if part is None else [open_sources(name, text)[part]]
+    fraction = fraction if len(sources) == 1 else 0.0
+    return [tokens for source in sources for tokens in _tokenise_once(source, tokenizer, fraction)]
 
 
 def read_tokens(
-    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, most: int
+    documents: Iterator[str], encoder: "Encoder", most: int
 ) -> tuple[list[str], UInt[np.ndarray, " token"], Int[np.ndarray, " document"]]:
     """Read on until there are `most` tokens; return the documents read, all their tokens, and where each ends."""
     read, tokens, ends = [], array("q"), array("q")
     while len(tokens) < most and (document := next(documents, None)) is not None:
         read.append(document)
-        tokens.extend(itertools.chain.from_iterable(ids for ids, _ in encode([document], tokenizer)))
+        tokens.extend(itertools.chain.from_iterable(ids for ids, _ in encoder.encode([(document, True)])))
         ends.append(len(tokens))
     return read, np.array(tokens, np.uint32), np.array(ends, np.int64)
 
 
-def _tokenise_once(
-    data: datasets.Dataset, column: str, name: str, tokenizer: PreTrainedTokenizerBase, fraction: float
-) -> list[Part]:
+def _tokenise_once(source: Source, tokenizer: PreTrainedTokenizerBase, fraction: float) -> list[Part]:
     """Return the training part and, if any document is held out, the held-out one, tokenised once for all.
 
     They are in a directory of the `datasets` cache: one process writes it while others wait, and it gets its
     name when it is complete.
     """
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
-    key = repr((data._fingerprint, fraction, tokenizer.eos_token_id, _fingerprint_of(tokenizer)))
+    key = repr((source.fingerprint, fraction, tokenizer.eos_token_id, _fingerprint_of(tokenizer), _CACHE_VERSION))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "noln"
     directory = cache / hashlib.sha256(key.encode()).hexdigest()
     try:
@@ -70,13 +81,14 @@ def _tokenise_once(
                 with TemporaryDirectory(dir=cache) as temporary:
                     unfinished = Path(temporary) / "tokens"
                     unfinished.mkdir()
-                    documents = tqdm(
-                        documents_of(data, column, name), f"tokenising {name}", len(data), unit=" documents"
-                    )
-                    _write_tokens(encode(documents, tokenizer), unfinished, dtype, fraction)
+                    passages = tqdm(source.passages(), f"tokenising {source.name}", unit=" documents")
+                    encoder = Encoder(tokenizer, source.name)
+                    _write_tokens(encoder.encode(passages), unfinished, dtype, fraction)
+                    (unfinished / "unknown.json").write_text(json.dumps(asdict(encoder.unknown)))
                     unfinished.rename(directory)
+        Unknown(**json.loads((directory / "unknown.json").read_text())).check(tokenizer, source.name)
     except OSError as error:
-        raise TextError(f"{name}: its tokens cannot be written to {cache}: {error}.") from error
+        raise TextError(f"{source.name}: its tokens cannot be written to {cache}: {error}.") from error
     parts: list[Part] = [
         (_memory_map(directory / f"{part}.bin", dtype), _memory_map(directory / f"{part}-ends.bin", np.dtype(np.int64)))
         for part in ("train", "held_out")
@@ -101,47 +113,122 @@ def _write_tokens(encoded: Iterable[tuple[list[int], bool]], directory: Path, dt
         (directory / f"{name}-ends.bin").write_bytes(positions)
 
 
-def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], bool]]:
-    """Yield the ids of each document, in one or several pieces, and whether a piece is its last."""
-    eot = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for batch in _batches(_pieces(documents, _can_be_cut(tokenizer))):
-        encoded = tokenizer(
-            [piece for piece, _ in batch],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
+class Encoder:
+    """Turns documents into ids, and counts how much of them the tokenizer does not know."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        """`name` is what messages call the text."""
+        self.tokenizer, self.name = tokenizer, name
+        self.unknown = Unknown()
+        state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
+        self._can_be_cut = state is not None and _can_be_cut(state)
+        self._drops = state is not None and _drops_characters(state)
+
+    def encode(self, passages: Iterable[Passage]) -> Iterator[tuple[list[int], bool]]:
+        """Yield the ids of each document, in one or several pieces, and whether a piece is its last.
+
+        Raises:
+            TextError: the tokenizer fails.
+        """
+        eot = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        for batch in _batches(_pieces(passages, self._can_be_cut)):
+            pieces = [piece for piece, _ in batch]
+            try:
+                encoded = self.tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            except Exception as error:
+                raise TextError(f"{self.name}: the tokenizer fails on it: {error}") from error
+            for i, (ids, (piece, last)) in enumerate(zip(encoded["input_ids"], batch, strict=True)):
+                dropped = _dropped(piece, encoded.encodings[i].offsets) if self._drops else 0
+                self.unknown.add(piece, ids, self.tokenizer, dropped)
+                yield ids + eot if last else ids, last
+
+    def check(self) -> None:
+        """Check how much of what was encoded the tokenizer knows; warn where that is not all but a little.
+
+        Raises:
+            TextError: it is less than a half.
+        """
+        self.unknown.check(self.tokenizer, self.name)
+
+
+@dataclass
+class Unknown:
+    """How much of a text a tokenizer does not know."""
+
+    tokens: int = 0
+    """Tokens of the text, and characters of it that no token stands for."""
+    unknown: int = 0
+    """Those of them that stand for something unknown, or are no token."""
+    example: str = ""
+    """The first words of the first piece that holds one."""
+
+    def add(self, piece: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, dropped: int) -> None:
+        """Take in the ids of a piece of text, of which so many characters were dropped."""
+        unknown = dropped
+        if tokenizer.unk_token_id is not None and (found := ids.count(tokenizer.unk_token_id)):
+            unknown += max(0, found - piece.count(tokenizer.unk_token))  # said by the text itself: GPT-2's end-of-text
+        self.tokens += len(ids) + dropped
+        self.unknown += unknown
+        if unknown and not self.example:
+            self.example = " ".join(piece[:200].split())[:40]
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        """Do what `Encoder.check` does."""
+        part = self.unknown / max(1, self.tokens)
+        if part < _FEW_UNKNOWN:
+            return
+        what = f"{tokenizer.unk_token!r}" if tokenizer.unk_token is not None else "left out"
+        problem = (
+            f"{name}: the tokenizer does not know {part:.0%} of it ({what}), as in {self.example!r}: it may be in "
+            "another script or case than what the tokenizer was made for."
         )
-        for ids, (_, last) in zip(encoded["input_ids"], batch, strict=True):
-            yield ids + eot if last else ids, last
+        if part > _MANY_UNKNOWN:
+            raise TextError(f"{problem} Give another text, or another model.")
+        warnings.warn(problem, stacklevel=2)
 
 
-def _can_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _can_be_cut(state: dict[str, Any]) -> bool:
     """Return whether a tokenizer is sure to part two tokens before a line break that follows a visible character.
 
     GPT-2's pattern is: of its alternatives only white space takes a line break, and none takes a visible character with
     it; nothing is normalised, prepended or added that holds a line break. Other patterns take them together.
     """
-    if not tokenizer.is_fast:
-        return False
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
     before = state["pre_tokenizer"] or {}
     is_gpt2s = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before["add_prefix_space"]
     return is_gpt2s and not state["normalizer"] and not any("\n" in added["content"] for added in state["added_tokens"])
 
 
-def _pieces(documents: Iterable[str], can_be_cut: bool) -> Iterator[tuple[str, bool]]:
+def _drops_characters(state: dict[str, Any]) -> bool:
+    """Return whether a tokenizer leaves out characters that it does not have, with no unknown token in their place."""
+    model = state["model"]
+    if model["type"] != "BPE" or model.get("unk_token") or model.get("byte_fallback"):
+        return False
+    has_bytes = '"ByteLevel"' in json.dumps([state["pre_tokenizer"], state["normalizer"]])
+    return not (has_bytes and all(byte in model["vocab"] for byte in ByteLevel.alphabet()))
+
+
+def _dropped(piece: str, offsets: list[tuple[int, int]]) -> int:
+    """Return how many visible characters of a piece are in no token."""
+    covered = bytearray(len(piece))
+    for start, end in offsets:
+        covered[start:end] = b"\1" * (end - start)
+    return sum(not there and not character.isspace() for there, character in zip(covered, piece, strict=True))
+
+
+def _pieces(passages: Iterable[Passage], can_be_cut: bool) -> Iterator[Passage]:
     """Yield documents, long ones cut before line breaks if they can be, and whether a piece is its document's last."""
     cut = re.compile(r"(?<=\S)\n")
-    for document in documents:
+    for passage, last in passages:
         start = 0
-        while can_be_cut and (place := cut.search(document, start + PIECE_CHARACTERS)):
-            yield document[start : place.start()], False
+        while can_be_cut and (place := cut.search(passage, start + PIECE_CHARACTERS)):
+            yield passage[start : place.start()], False
             start = place.start()
-        yield document[start:], True
+        yield passage[start:], last
 
 
-def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    batch, characters = [], 0
+def _batches(pieces: Iterable[Passage]) -> Iterator[list[Passage]]:
+    batch: list[Passage] = []
+    characters = 0
     for piece in pieces:
         batch.append(piece)
         characters += len(piece[0])
@@ -155,7 +242,10 @@ def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
 def _fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Everything in a tokenizer that ids depend on."""
     if not tokenizer.is_fast:
-        return repr((type(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
+        with TemporaryDirectory() as saved:
+            tokenizer.save_pretrained(saved)
+            files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(saved).iterdir()}
+        return repr((type(tokenizer), sorted(files.items())))
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps({**state, "truncation": None, "padding": None})  # what the last call left there
 
