@@ -29,7 +29,7 @@ from analysis.conversion import centre_writing, normalization, to_hooked, to_nat
 from analysis.hooked_blocks import HookedBlocks
 from analysis.strings import TL4, taking_texts, with_padding
 from finetune.blocks import BlocksForCausalLM
-from finetune.checkpoint import load, load_tokenizer
+from finetune.checkpoint import load, load_tokenizer, tokenizer_of
 from finetune.errors import CheckpointError, NoTokenizerError
 from finetune.families import family_of
 from finetune.folding import NormState, norm_state, to_identity, to_unit_gain
@@ -56,7 +56,7 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 def load_hooked(
     model: Model,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
@@ -87,7 +87,7 @@ def load_hooked(
 
 def load_bridge(
     model: Model,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
@@ -107,7 +107,7 @@ def load_bridge(
 
 def load_hooked_blocks(
     model: str | Path | BlocksForCausalLM,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
@@ -156,7 +156,7 @@ def load_transformers(
 
 def load_nnsight(
     model: Model,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     hooked: bool = False,
     revision: str | None = None,
@@ -189,7 +189,7 @@ def load_trio(
     original: Model,
     control: Model | None,
     ln_free: Model,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     revision: str | None = None,
     tool: Tool | None = None,
@@ -303,11 +303,11 @@ def _read(model: Model, revision: str | None) -> tuple[PreTrainedModel, NormStat
 
 
 def _tokenizer(
-    model: Model, tokenizer: PreTrainedTokenizerBase | None, revision: str | None
+    model: Model, tokenizer: str | Path | PreTrainedTokenizerBase | None, revision: str | None
 ) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer given, else that of the checkpoint or of its base, else None."""
     if tokenizer is not None or isinstance(model, nn.Module):
-        return tokenizer
+        return tokenizer_of(tokenizer)
     try:
         return load_tokenizer(model, revision)
     except NoTokenizerError:

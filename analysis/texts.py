@@ -1,5 +1,7 @@
 """Texts that models are compared on: blocks packed as in training, spread evenly over each text."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from finetune.recipe import Text
 from finetune.text import LONGEST_CONTEXT, TextError, load_blocks
+from finetune.text.in_memory import Documents, write_documents
 from finetune.text.sources import path_of
 
 
@@ -22,14 +25,15 @@ class Sample(NamedTuple):
 
 
 def read_text(
-    name: str, model: Any, tokens: int = 8_192, *, context: int | None = None, prefix: str | None = None
+    name: str | Documents, model: Any, tokens: int = 8_192, *, context: int | None = None, prefix: str | None = None
 ) -> Sample:
     """Pack a text for `model` as in training and take blocks spread evenly over it.
 
     Of a Hub data set, which may be larger than the disk, no more is read than the first blocks.
 
     Args:
-        name: a source as in a recipe: a bundled name, a file, a directory, or a Hub data set.
+        name: a source as in a recipe: a bundled name, a file, a directory, or a Hub data set; or documents in memory,
+            strings or a data set of `datasets`.
         model: what `load_hooked` or `load_bridge` returns, with a tokenizer.
         tokens: how many to take, at most, in whole blocks.
         context: tokens of a block. None: as many as the model takes, at most 1,024.
@@ -40,6 +44,11 @@ def read_text(
         TextError: the model has no tokenizer or fewer positions than `context`, the tokenizer does not have `prefix`,
             or the text cannot be read, is shorter than a block, or has tokens beyond the vocabulary.
     """
+    if not isinstance(name, str):
+        with TemporaryDirectory() as directory:
+            write_documents(name, file := Path(directory) / "text.jsonl")
+            sample = read_text(str(file), model, tokens, context=context, prefix=prefix)
+        return sample._replace(description=sample.description.replace(str(file), "text in memory", 1))
     if model.tokenizer is None:
         raise TextError("The original model has no tokenizer beside it: put its tokenizer.json there.")
     context = context or min(model.cfg.n_ctx, LONGEST_CONTEXT)

@@ -3,6 +3,7 @@
 Only safetensors are read, and no remote code is run. What a checkpoint is checked for, `folding` says.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -28,9 +30,10 @@ from finetune.folding import convert, linear_maps, norm_state, to_identity  # no
 
 _CONFIG_FILES = ["config.json", "generation_config.json"]
 _WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+_VOCABULARIES = ["tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json"]
 _TOKENIZER_FILES = [
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("merges.txt", *_VOCABULARIES),
 ]
 
 
@@ -132,12 +135,41 @@ def load_tokenizer(name_or_path: str | Path, revision: str | None = None) -> Pre
         CheckpointError: nothing there.
     """
     directory = _local(name_or_path, revision, _CONFIG_FILES + _TOKENIZER_FILES)
-    if not any((directory / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+    if not (any(any(directory.glob(file)) for file in _VOCABULARIES) or _needs_no_vocabulary(directory)):
         if published := names.PUBLISHED.get(str(name_or_path)):
             return load_tokenizer(published.base)
         raise NoTokenizerError(f"{name_or_path} has no tokenizer: load that of the model it was made from.")
     with model_files.reading(f"The tokenizer of {name_or_path}", "Copy its files anew from where the model is from."):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def tokenizer_of(tokenizer: str | Path | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that is given, which may be named; None for None.
+
+    Raises:
+        NoTokenizerError, CheckpointError: as `load_tokenizer`, or it is something else.
+    """
+    if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    if isinstance(tokenizer, str | Path):
+        return load_tokenizer(tokenizer)
+    remedy = (
+        "PreTrainedTokenizerFast(tokenizer_object=...) makes one of a Tokenizer" if hasattr(tokenizer, "to_str") else ""
+    )
+    raise CheckpointError(
+        f"The tokenizer is a {type(tokenizer).__name__}: pass a name, a directory, or a tokenizer of transformers"
+        f"{remedy and f' ({remedy})'}."
+    )
+
+
+def _needs_no_vocabulary(directory: Path) -> bool:
+    """Return whether a tokenizer is of a class that has a vocabulary without a file, as ByT5's, of bytes."""
+    try:
+        name = json.loads((directory / "tokenizer_config.json").read_bytes())["tokenizer_class"]
+        kind = getattr(transformers, name)
+    except Exception:  # whatever is in the file, or missing for what it names
+        return False
+    return isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase) and not kind.vocab_files_names
 
 
 @contextmanager

@@ -10,7 +10,7 @@ RUN/results.csv    the same on all of it
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,22 @@ from finetune.processes import check_cache, check_processes, decided
 from finetune.recipe import PretrainRecipe, RecipeError, Text
 from finetune.run_directory import Run, directory_lock, make, new_directory, push, render, write, write_recipe
 from finetune.text import TextSplits, load_text
+from finetune.text.in_memory import Documents, in_file, of_file, take_in
 from finetune.training import Record, RunTrainer, fuse_gelu
 
 _WATCHED_TOKENS = 2048
 
 
 def pretrain(
-    recipe: str | Path | PretrainRecipe, text: str | Path | Text | None = None, out: str | Path | None = None
+    recipe: str | Path | PretrainRecipe,
+    text: str | Path | Text | Documents | None = None,
+    out: str | Path | None = None,
 ) -> Run:
     """Train a model from random weights, and return what the command writes.
 
     Args:
         recipe: a shipped name, a YAML file, or a recipe.
-        text: a source, or a whole `Text`. None: the recipe's.
+        text: a source, a whole `Text`, or documents in memory, as for `remove_norms`. None: the recipe's.
         out: the run directory. None: runs/RECIPE-TIME.
 
     Raises:
@@ -51,16 +54,18 @@ def pretrain(
         DivergedError: the loss exploded; the last good checkpoint is in the run directory.
         FileExistsError: `out` exists.
     """
-    return start(
-        recipes.with_text(recipe if isinstance(recipe, PretrainRecipe) else recipes.load_pretraining(recipe), text), out
-    )
+    documents, text = (None, text) if isinstance(text, str | Path | Text | None) else (text, None)
+    recipe = recipe if isinstance(recipe, PretrainRecipe) else recipes.load_pretraining(recipe)
+    return start(recipes.with_text(recipe, text), out, documents)
 
 
-def start(recipe: PretrainRecipe, out: str | Path | None = None) -> Run:
-    """Run `recipe`."""
+def start(recipe: PretrainRecipe, out: str | Path | None = None, documents: Documents | None = None) -> Run:
+    """Run `recipe`, with documents in memory in place of its text, if they are given."""
     directory = new_directory(recipe, out)
-    setup = set_up(decided(recipe))
-    directory = make(directory, out)
+    with in_file(documents, directory) as file:
+        setup = set_up(decided(of_file(recipe, file)))
+        directory = make(directory, out)
+        setup = replace(setup, recipe=of_file(setup.recipe, take_in(file, directory)))
     if PartialState().is_main_process:
         write_recipe(setup.recipe, directory)
     PartialState().wait_for_everyone()

@@ -50,6 +50,7 @@ from finetune.run_directory import (
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import LONGEST_CONTEXT, RANDOM_TOKENS, Blocks, TextSplits, load_blocks, load_text, token_ids
+from finetune.text.in_memory import Documents, in_file, of_file, take_in
 from finetune.text.sources import path_of
 from finetune.training import fuse_gelu
 
@@ -65,8 +66,8 @@ _LARGEST_FROZEN_STD = 1e4
 
 def remove_norms(
     model: str | Path | nn.Module | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    text: str | Path | Text | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    text: str | Path | Text | Documents | None = None,
     recipe: str | Path | Recipe = "micro",
     out: str | Path | None = None,
 ) -> Run:
@@ -75,8 +76,9 @@ def remove_norms(
     Args:
         model: a bundled name, a directory, a Hub name, or a model in memory, compiled and wrapped or not, which stays
             as it is. None: the recipe's.
-        tokenizer: needed with a model in memory; otherwise the one beside the model is taken.
-        text: a source, or a whole `Text`. None: the recipe's.
+        tokenizer: a name, a directory, or one in memory; needed with a model in memory. None: the one beside the model.
+        text: a source; a whole `Text`; or documents in memory: strings, or a data set of `datasets`, which are written
+            into the run directory, so that the run can be resumed and replayed. None: the recipe's.
         recipe: a shipped name, a YAML file, or a recipe.
         out: the run directory. None: runs/RECIPE-TIME.
 
@@ -85,10 +87,12 @@ def remove_norms(
         DivergedError: the loss exploded; the last good checkpoint is in the run directory.
         FileExistsError: `out` exists.
     """
+    documents, text = (None, text) if isinstance(text, str | Path | Text | None) else (text, None)
     recipe = recipes.with_text(recipe if isinstance(recipe, Recipe) else recipes.load(recipe), text)
     if isinstance(model, str | Path):
         recipe, model = dataclasses.replace(recipe, model=str(model), revision=None), None
-    return start(recipe, out, None if model is None else unwrapped(model), tokenizer)
+    model = None if model is None else unwrapped(model)
+    return start(recipe, out, model, checkpoint.tokenizer_of(tokenizer), documents)
 
 
 remove_layernorm = remove_norms  # the former name
@@ -99,21 +103,23 @@ def start(
     out: str | Path | None = None,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    documents: Documents | None = None,
 ) -> Run:
-    """Run `recipe`, with the model and tokenizer in memory in place of those that it names, if they are given.
+    """Run `recipe`, with the model, tokenizer and text in memory in place of those that it names, if they are given.
 
     Raises:
         RecipeError, CheckpointError, TextError, DivergedError, FileExistsError: as `remove_norms`.
     """
     directory = new_directory(recipe, out)
-    setup = set_up(decided(recipe), model, tokenizer)
-    recipe = setup.recipe
     in_memory = model is not None or tokenizer is not None
-    directory = make(directory, out)
-    if in_memory:
+    with in_file(documents, directory) as file:
+        setup = set_up(decided(of_file(recipe, file)), model, tokenizer)
+        directory = make(directory, out)
         # A run is replayed and resumed from files alone.
+        recipe = of_file(setup.recipe, take_in(file, directory))
+    if in_memory:
         recipe = dataclasses.replace(recipe, model=str(directory / "original"), revision=None)
-        setup = dataclasses.replace(setup, recipe=recipe)
+    setup = dataclasses.replace(setup, recipe=recipe)
     if PartialState().is_main_process:
         if in_memory:
             checkpoint.save(setup.model, directory / "original", setup.tokenizer)

@@ -34,6 +34,7 @@ from finetune.errors import NolnError
 from finetune.names import expanded, is_local, public_name
 from finetune.processes import processes
 from finetune.recipe import PretrainRecipe, Recipe, Training
+from finetune.text.in_memory import FILE as TEXT
 
 Trains = TypeVar("Trains", bound=Training)
 
@@ -66,10 +67,12 @@ def recipe_of(directory: Path) -> Recipe | PretrainRecipe:
         RecipeError: `directory` is no run directory, or its recipe cannot be read.
     """
     recipe = recipes.load_run(directory)
-    # What was a model in memory moves with the run directory.
-    original = directory / "original"
+    # What was a model or text in memory moves with the run directory.
+    original, text = directory / "original", directory / TEXT
     if isinstance(recipe, Recipe) and original.is_dir():
-        return dataclasses.replace(recipe, model=str(original))
+        recipe = dataclasses.replace(recipe, model=str(original))
+    if text.is_file():
+        recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, source=str(text)))
     return recipe
 
 

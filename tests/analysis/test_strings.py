@@ -7,7 +7,8 @@ import pytest
 import torch
 from models import random_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers_of_forms import FORMS, LINES
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import analysis
 from finetune.blocks import BlocksForCausalLM, block_config
@@ -174,3 +175,17 @@ def test_special_tokens_beyond_the_vocabulary_are_not_used():
     loaded = analysis.load_bridge(model, tokenizer)
     assert loaded([TEXT, LONGER]).shape[-1] == size
     assert loaded.generate([TEXT, LONGER], max_new_tokens=2, do_sample=False, verbose=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tokenizers_of_every_form(form, tmp_path):
+    """Read by name, and a text becomes the tokens that training would make of it."""
+    directory = FORMS[form](tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    for load in LOAD.values():
+        model = load(random_model(vocab_size=len(tokenizer)), str(directory))
+        tokens = model.to_tokens(LINES[0], prepend_bos=False)
+        assert tokens[0].tolist() == tokenizer.encode(LINES[0], add_special_tokens=False)[: model.cfg.n_ctx]
+        assert model.to_tokens([LINES[0], "It"]).shape == model.to_tokens(LINES[0])[[0, 0]].shape
+        assert model(LINES[1]).shape[-1] == len(tokenizer)
+        assert isinstance(model.generate("It was", max_new_tokens=2, verbose=False), str)

@@ -68,3 +68,17 @@ def read_documents(name: str) -> list[tuple[int, str]]:
 def test_a_model_without_a_tokenizer_is_refused(make_gpt2):
     with pytest.raises(TextError, match="no tokenizer"):
         read_text("books-validation", load_bridge(make_gpt2()))
+
+
+def test_documents_in_memory_and_a_home_directory(micro, tmp_path, monkeypatch):
+    documents = [f"Document {i} is about {i} things, and ends here." for i in range(200)]
+    data = datasets.Dataset.from_dict({"text": documents})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = read_text("~/a.jsonl", micro, 512)
+    for given in (documents, iter(documents), data):
+        sample = read_text(given, micro, 512)
+        assert sample.tokens.equal(expected.tokens)
+        assert sample.description == expected.description.replace("~/a.jsonl", "text in memory")
+    with pytest.raises(TextError, match="is empty"):
+        read_text([], micro)
