@@ -25,7 +25,7 @@ test-tl4: $(VENV_TL4)/installed
 
 # Ten times as many examples of the fuzzing tests as in the suite.
 fuzz: $(VENV)/installed
-	$(BIN)/python -m pytest --hypothesis-profile fuzz tests/finetune/test_fuzz.py
+	$(BIN)/python -m pytest --hypothesis-profile fuzz tests/finetune/test_fuzz.py tests/finetune/test_fuzz_files.py
 
 # Kills runs at 30 random moments and resumes them: a few minutes, and no part of the tests.
 kill-test: $(VENV)/installed
