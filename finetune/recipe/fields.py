@@ -76,15 +76,16 @@ class Text:
     .gz and .xz too), a directory (of such files, a saved `datasets` directory, or nanoGPT's train.bin and val.bin),
     or the name of a data set on the Hub."""
     held_out: str | None = None
-    """A second source to measure the loss on, never trained on. None: a part of `source` is held out."""
+    """A second source to measure the loss on, never trained on. None: of a directory the files that it calls validation
+    or test, and otherwise a part of `source`, are held out."""
     held_out_fraction: float = 0.01
-    """The part of `source` that is held out where `held_out` is None, as a fraction of its documents."""
+    """The part of `source` that is held out where nothing else is, as a fraction of its documents."""
     held_out_blocks: int = 240
     """How many held-out blocks the losses are measured on, at most."""
     train_blocks: int | None = None
     """Train on so many blocks, spread evenly through the source, again and again. None: on all."""
     column: str | None = None
-    """The column that holds the text. None: it is found."""
+    """The column that holds the text. None: the one called text, or the only one of strings."""
     subset: str | None = None
     """The configuration of a Hub data set."""
     split: str = "train"

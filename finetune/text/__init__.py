@@ -1,6 +1,7 @@
 """Any text source -> packed blocks of token ids.
 
-1. `sources` reads the documents: a column of a Hub data set, of local files or of a saved `datasets` directory.
+1. `sources` finds the documents: a column of a Hub data set, of local `files` or of a saved `datasets` directory.
+   `columns` says which. Documents in memory become a file first (`in_memory`).
 2. `tokenise` tokenises each, nothing prepended, and puts the end-of-text token after it (nothing, if a tokenizer has
    none), and writes the ids one after another to a flat file in the `datasets` cache, those held out to a second one.
    nanoGPT's .bin files are such files already. With `text.streaming` this happens during training instead.

@@ -3,7 +3,6 @@
 pyarrow, fsspec and Python's own codecs read them, a piece at a time, whatever their size.
 """
 
-import itertools
 import json
 import os
 import re
@@ -134,20 +133,17 @@ def parts(path: Path, characters: int) -> Iterator[str]:
     It is a line break if there is one: there GPT-2's tokenizer parts two tokens in any case.
     """
     with _open_text(path) as file:
-        rest = ""
-        for read in itertools.count():
-            chunk = file.read(characters - len(rest))
-            if not chunk:
-                break
-            _check_expansion(path, read * characters)
+        rest, read = "", 0
+        while chunk := file.read(characters - len(rest)):
+            read += len(chunk)
+            _check_expansion(path, read)
             text = rest + chunk
-            rest = ""
-            if len(text) == characters:
-                cut = _last_cut(text, "\n") or _last_cut(text, " ") or len(text)
-                text, rest = text[:cut], text[cut:]
-                yield text
-            else:
+            if len(text) < characters:
                 rest = text
+                continue
+            cut = _last_cut(text, "\n") or _last_cut(text, " ") or len(text)
+            yield text[:cut]
+            rest = text[cut:]
         if rest:
             yield rest
 

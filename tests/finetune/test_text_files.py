@@ -18,7 +18,7 @@ import pytest
 
 from finetune.errors import NolnError
 from finetune.recipe import Text
-from finetune.text import TextError, files, load_blocks, load_text, tokenise
+from finetune.text import TextError, files, load_blocks, load_text, packing, tokenise
 
 DOCUMENTS = [f"Document {i} tells of {i * 37} things.\n\n" + "It goes on. " * (5 + i % 7) for i in range(60)]
 HELD_OUT = [f"Apart {i}: nothing of this may be learnt, by no means." for i in range(40)]
@@ -229,6 +229,20 @@ def test_a_small_stream_is_refused_at_once(count, tmp_path, tokenizer):
         with pytest.raises(TextError, match="0 tokens to train on"):
             load_text(Text(str(tmp_path / name), streaming=True), tokenizer, 16, 4096)
     assert time.perf_counter() - start < 20
+
+
+def test_a_small_stream_is_read_once_before_its_first_block(tmp_path, tokenizer, monkeypatch):
+    """And not as often as would fill a batch of the tokenizer."""
+    read = []
+    documents_of = packing.documents_of
+    monkeypatch.setattr(packing, "documents_of", lambda *source: read.append(source) or documents_of(*source))
+    for write, name in ((jsonl, "a.jsonl"), (parquet, "a.parquet"), (txt, "a.txt")):
+        write(tmp_path / name, DOCUMENTS[:4] if write != txt else DOCUMENTS)
+        monkeypatch.setattr(files, "PASSAGE_CHARACTERS", 200)
+        stream = load_text(Text(str(tmp_path / name), streaming=True, held_out_blocks=1), tokenizer, 16, 4096).train
+        read.clear()
+        assert next(iter(stream))["input_ids"].shape == (16,)
+        assert len(read) == 1
 
 
 @pytest.mark.parametrize("pack", [gzip, bz2, lzma])
