@@ -7,7 +7,7 @@ from jaxtyping import UInt
 
 from finetune.text.sources import TextError, path_of
 
-HELD_OUT = ("val.bin", "valid.bin", "validation.bin", "dev.bin", "test.bin")
+HELD_OUT = ("val.bin", "valid.bin", "validation.bin", "dev.bin", "test.bin", "eval.bin")
 """What the file beside train.bin may be called that is held out; the first that is there counts."""
 _SAMPLE = 1 << 16  # bytes, at the beginning, in the middle and at the end of a file
 _HEADER = (

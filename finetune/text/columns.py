@@ -13,6 +13,7 @@ _NOT_TEXT = re.compile(
     r"license|file_?name|path)",
     re.IGNORECASE,
 )
+_SHORT = 200  # characters: longer values are text, whatever they are called
 _TURNS = re.compile(r"messages?|conversations?|dialogu?e?s?|turns|chats?", re.IGNORECASE)
 _OF_A_TURN = {"text", "content", "value"}
 
@@ -79,7 +80,7 @@ def _doubt(column: str, rows: list[Mapping[str, Any]]) -> str | None:
     for key, characters in nested.items():
         if characters >= sum(map(len, values)) or _TURNS.fullmatch(key) or any(_is_turns(row.get(key)) for row in rows):
             return f"{key!r}, which is nested, looks like the text"
-    if _NOT_TEXT.fullmatch(column):
+    if _NOT_TEXT.fullmatch(column) and sum(map(len, values)) < _SHORT * len(values):
         return "is called what is not text"
     if values and all(re.fullmatch(r"https?://\S+", value) for value in values):
         return "holds addresses"

@@ -91,7 +91,7 @@ def test_ids_that_only_look_odd_are_read(tmp_path, tokenizer):
     refuse(tmp_path / "text.bin", tokenizer, 4096, "beyond the model's vocabulary")
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "test"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "test", "eval"])
 def test_the_file_beside_train_is_held_out(name, tmp_path, tokenizer):
     WORDS[:10_000].astype(np.uint16).tofile(tmp_path / "train.bin")
     WORDS[10_000:].astype(np.uint16).tofile(tmp_path / f"{name}.bin")

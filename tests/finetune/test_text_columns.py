@@ -63,6 +63,11 @@ def test_a_lone_column_that_may_not_be_the_text(name, row, doubt, tmp_path, toke
     load_blocks(Text(source, column=column), tokenizer, 16, 4096)  # who says so means it
 
 
+def test_long_values_are_text_whatever_they_are_called(tmp_path, tokenizer):
+    source = jsonl(tmp_path / "a.jsonl", [{"source": line * 5} for line in LINES])
+    assert len(load_blocks(Text(source), tokenizer, 16, 4096))
+
+
 def test_a_file_that_is_one_object(tmp_path, tokenizer):
     for indent in (None, 2):
         content = {"version": "release 1.0 " * 400, "data": [{"text": line} for line in LINES]}

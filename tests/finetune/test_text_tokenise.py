@@ -92,6 +92,8 @@ def test_tokenizers_of_every_form(form, tmp_path, monkeypatch):
     assert blocks.blocks.ravel().tolist() == expected[: blocks.blocks.size]
     streamed = load_blocks(Text(source, streaming=True), tokenizer, 16, len(tokenizer), most=9)
     assert (streamed.blocks == blocks.blocks[:9]).all()
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode(LINES[0]) == tokenizer.encode(LINES[0])
     monkeypatch.setattr(tokenise.Encoder, "encode", None)  # it is in the cache
     again = load_text(text, load_tokenizer(tmp_path / "tokenizer"), 16, len(tokenizer))
     assert (again.train.blocks == splits.train.blocks).all()
