@@ -306,12 +306,12 @@ def measure_prompt(
         if target is None:
             after = prompt[position + 1 :]
             target = int(after[0] if len(after) else logits[0, position].argmax())
-        at = {hook: activation[0, [position]] for hook, activation in cache.items()}
+        at = {hook: x[0, [position]] for hook, x in cache.items() if not hook.endswith("hook_pattern")}
         for side in (logit_side(stream, target, centre_unembedding), *sides):
             wanted = np.ones(len(side.names), bool) if readers is None else _named(side.names, readers)
             if not wanted.any():
                 continue
-            names, units = side.names[wanted], torch.from_numpy(wanted)
+            names, units = side.names[wanted], torch.tensor(wanted)
             W, b = side.W[:, units], side.b[units]
             for component in stream.components_at(side.point):
                 for each in (component, *components[component]):

@@ -43,7 +43,7 @@ class Written:
     """What a component writes to the residual stream, in float64 and centred as the norm that reads it centres.
 
     It is activations times weights, of heads and neurons, and of the others a vector. All that is asked of it is linear
-    in the activations, which `at` chooses the tokens of: no vector of a head or neuron is made.
+    in the activations: a vector of a head or neuron is made only by `vectors`.
     """
 
     def __init__(
@@ -78,6 +78,10 @@ class Written:
         if self._W is None:
             return self._a.square().sum(-1)
         return torch.einsum("...ci,cij,...cj->...c", self._a, self._W @ self._W.mT, self._a)
+
+    def vectors(self) -> Float[Tensor, "*token part d_model"]:
+        """Return the vectors of the parts themselves, which are many."""
+        return self._a if self._W is None else torch.einsum("...ci,cij->...cj", self._a, self._W)
 
     def into(self, R: Float[Tensor, "d_model unit"]) -> Float[Tensor, "#part d_in unit"]:
         """Return the weights from activations to what `R` reads of each part: no prompt changes them."""
