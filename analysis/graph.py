@@ -1,19 +1,19 @@
 """The circuit behind one logit of a prompt: a graph whose edges add up, checked by taking them out.
 
 Attention patterns and the gates of MLPs are held as they are at the prompt. What is left of a model without norms is
-linear from the embeddings to the logit, and each of its edges is exact (Elhage et al. 2021; the attribution graphs of
-Ameisen et al. 2025, "Circuit Tracing", hold norms too).
+linear from embeddings to logit, and each of its edges exact (Elhage et al. 2021; the attribution graphs of Ameisen et
+al. 2025, "Circuit Tracing", hold the norms too).
 
 1. A node is a component at a position: a token or position embedding, a head, the bias of an attention, an MLP or, if
    asked for, its neurons that matter most, the MLP then being the rest. What reads the logit is the root.
-2. A node reads through weights, W_V of a head at each position that it attends to, or W_in of an MLP;
-   and it counts by what it does to the logit: G · W_O or G · W_out, where G is the direction in which everything after
-   it, through all paths, reads the stream. The gate of a neuron is its activation over its pre-activation, or what
-   multiplies the latter in a gated MLP.
-3. The flow of an edge is c · r / σ(x): c is what the source wrote, r the direction in which the target reads, both as in
-   2, and σ the norm's scale, 1 without a norm. Flows are in logits. Those into a node, with its bias, add up to its
+2. A node reads through weights, W_V of a head at each position that it attends to, or W_in of an MLP, and counts by
+   what it does to the logit: G · W_O or G · W_out, where G is the direction in which everything after it, through all
+   paths, reads the stream. The gate of a neuron is its activation over its pre-activation or, in a gated MLP, over what
+   its activation function is multiplied by.
+3. The flow of an edge is c · r / σ(x), with c what the source wrote, r the direction in which the target reads as in 2,
+   and σ the norm's scale, 1 without a norm. Flows are in logits. Those into a node, with its bias, add up to its
    value, which is its own effect on the logit through all paths, and those into the root to the logit.
-4. The direct effect of an edge is what the target loses along r when c is taken out of the stream in front of it and the
+4. The direct effect of an edge is what the target loses along r when c is taken out of the stream before it and the
    norm, if there is one, is applied afresh: the flow itself in a model without norms.
 5. The influence of the root is 1; that of a node is shared out to its sources by the size of their flows. The graph
    keeps the most influential nodes up to a share of all influence, then the most influential edges between them.
@@ -52,6 +52,8 @@ from analysis.stream import Component, Reader, Stream
 ROOT = "logit"
 TOP = (1, 2, 5, 10, 20)
 """How many of the largest are taken out together."""
+_EDGES = 0.95
+"""The share of the influence of all edges between the nodes kept that the edges kept have."""
 _ROWS = 32
 """Interventions in one forward."""
 
@@ -69,7 +71,7 @@ class Consumer(NamedTuple):
 
 
 class Held:
-    """A model at one prompt, with patterns, gates and scales of norms as they are there: what writes, and what reads."""
+    """A model at one prompt, with patterns, gates and norms as they are there: what writes, and what reads."""
 
     def __init__(
         self,
@@ -289,7 +291,8 @@ def build(
         target: a token, or two for how far the logit of the first is above that of the second. None: the token that
             the model finds likeliest.
         name: of the model.
-        share: of the influence of all nodes, to be kept; then, of the influence of all edges between those.
+        share: of the influence of all nodes, to be kept. Of that of the edges between these 95 % is kept, or all if the
+            share is 1.
         most: nodes to be kept at most: `Graph.share` says what they come to.
         neurons: of each MLP and position, to be nodes by themselves.
         centre_unembedding: whether W_U is taken less its mean over the vocabulary. It cancels out in a difference.
@@ -328,7 +331,7 @@ def build(
     edges = pd.DataFrame(rows, columns=["row", "position", "to_row", "to_position", "flow", "influence"])
     edges = edges.sort_values("influence", ascending=False, kind="stable")
     before = edges["influence"].cumsum() - edges["influence"]
-    edges = _leading_to_root(edges[before < share * edges["influence"].sum()])
+    edges = _leading_to_root(edges[before < (_EDGES if share < 1 else 1) * edges["influence"].sum()], len(prompt) - 1)
     consumers = {consumer.row: consumer for consumer in held.consumers}
     edges["direct_effect"] = [
         held.direct_effect(consumers[edge.to_row], edge.to_position, edge.row, edge.position)
@@ -370,10 +373,10 @@ def _size(flows: Float[Tensor, "node source seen"]) -> Float[Tensor, "node 1 1"]
     return flows.abs().sum((1, 2), keepdim=True)
 
 
-def _leading_to_root(edges: pd.DataFrame) -> pd.DataFrame:
+def _leading_to_root(edges: pd.DataFrame, last: int) -> pd.DataFrame:
     """Return the edges from which edges lead on to the root."""
     while True:
-        targets = set(zip(edges["row"], edges["position"], strict=True)) | {(-1, edges["to_position"].max())}
+        targets = set(zip(edges["row"], edges["position"], strict=True)) | {(-1, last)}
         has_sources = [key in targets for key in zip(edges["to_row"], edges["to_position"], strict=True)]
         if all(has_sources):
             return edges.copy()
@@ -554,7 +557,9 @@ def _fall(held: Held, removals: Sequence[Removal], hold: bool) -> Float[np.ndarr
                 post[i, position] -= loss * held.units(row, position)
             return post
 
-        hooks |= {point: [*hooks.get(point, []), keep(point)] for point in dict.fromkeys((values.point, into_mlp.point))}
+        hooks |= {
+            point: [*hooks.get(point, []), keep(point)] for point in dict.fromkeys((values.point, into_mlp.point))
+        }
         hooks |= {hook: [keep(hook)] for hook in (values.hook, into_mlp.hook)}
         hooks |= {values.hook.replace("hook_v", "hook_z"): [attend], stream.neurons[layer].hook: [gate]}
 
@@ -610,7 +615,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 @figures.of_text
 def plot_interventions(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: by how much the logit falls over what the graph says; on the grey line as it says."""
+    """Plot what `measure` returns: how much the logit falls over what the graph says; on the grey line the same."""
     figure = make_subplots(
         1, 2, shared_yaxes=True, column_titles=["Patterns and gates held", "Nothing held"], horizontal_spacing=0.04
     )
@@ -646,7 +651,7 @@ def plot_interventions(frame: pd.DataFrame) -> go.Figure:
 def plot(graph: Graph) -> go.Figure:
     """Plot a graph: positions across, layers up, the logit on top.
 
-    Dots are nodes, their size the value; lines are edges, their width the flow; blue raises the logit, orange lowers it.
+    Dots are nodes, their size the value; lines are edges, their width the flow; blue raises the logit, orange lowers.
     What a node is worth, how much of what flows into it is shown, and by how much direct effects differ, is shown when
     one points at it.
     """

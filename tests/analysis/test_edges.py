@@ -162,7 +162,7 @@ def check(models, model, frozen):
             np.testing.assert_allclose(sums[tool] + biases, whole, atol=1e-4 * whole.abs().max())
             for point_label in {*frame.index.get_level_values(0)} - {*labels, "bias", "reader"}:
                 # A HookedTransformer has zeros where a family has no biases.
-                others = frame.loc[point_label, "contribution"]
+                others = frame.loc[point_label]["contribution"]
                 assert (others.reindex(whole.index).fillna(0) == 0).all(), point_label
 
 
