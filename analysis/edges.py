@@ -245,9 +245,9 @@ def measure_edges(
                         total.add(component, contribution, effect)
                         residue[0, at] -= contribution.sum(0)
                         residue[1, at] -= effect.sum(0)
-                rest = {"bias": [reading.b.expand_as(reader)] * 2, "reader": [reader] * 2, "residue": residue}
-                for kind, values in rest.items():
-                    total.add(Component(kind, None, ""), *(value.unsqueeze(0) for value in values))
+                total.add(Component("bias", None, ""), *[reading.b.expand_as(reader).unsqueeze(0)] * 2)
+                total.add(Component("reader", None, ""), *[reader.unsqueeze(0)] * 2)
+                total.add(Component("residue", None, ""), *residue.unsqueeze(1))
         frames += [total.frame().assign(model=name) for total in (of_logit, *sums)]
     edges = pd.concat(frames, ignore_index=True)
     is_part = ~edges["component"].isin(_NO_PART)
@@ -295,12 +295,9 @@ def measure_prompt(
     for name, model in models.items():
         stream = Stream(model)
         sides = _sides(stream)
-        components = {
-            component: (stream.neurons[component.layer],) if neurons and component.kind == "mlp" else ()
-            for component in stream.components
-        }
+        of_mlp = {("mlp", each.layer): each for each in stream.neurons} if neurons else {}
         hooks = [hook for side in sides for hook in (side.point, *side.hooks)] + [stream.final]
-        hooks += [hook for pair in components.items() for written in (pair[0], *pair[1]) for hook in written.hooks]
+        hooks += [hook for written in (*stream.components, *of_mlp.values()) for hook in written.hooks]
         hooks += [hook for heads in stream.heads * sources for hook in _attention_hooks(heads)]
         logits, cache = run(model, prompt, hooks)
         if target is None:
@@ -314,7 +311,8 @@ def measure_prompt(
             names, units = side.names[wanted], torch.tensor(wanted)
             W, b = side.W[:, units], side.b[units]
             for component in stream.components_at(side.point):
-                for each in (component, *components[component]):
+                its_neurons = of_mlp.get((component.kind, component.layer))
+                for each in (component,) if its_neurons is None else (component, its_neurons):
                     by_source = sources and each.kind == "head"
                     of = _by_source(each, position, cache) if by_source else at
                     reading = Reading(stream, W, b, at[side.point].expand(position + 1 if by_source else 1, -1))

@@ -210,7 +210,7 @@ class Held:
             direction += pattern.T @ self.consumers[-1].direction
         return direction / self._scale(reader.point)
 
-    def sources(self, consumer: Consumer) -> Float[Tensor, " row"]:
+    def sources(self, consumer: Consumer) -> Int[Tensor, " row"]:
         """Return which rows a consumer reads."""
         point = self.stream.final if consumer.reader is None else consumer.reader.point
         there = self.stream.components_at(point)
@@ -341,8 +341,8 @@ def build(
     names = {
         (row, position): node for node, row, position in nodes[["node", "row", "position"]].itertuples(index=False)
     }
-    for end, row, position in (("source", "row", "position"), ("target", "to_row", "to_position")):
-        edges[end] = [names[key] for key in zip(edges[row], edges[position], strict=True)]
+    for end, place_of in {"source": ["row", "position"], "target": ["to_row", "to_position"]}.items():
+        edges[end] = [names[key] for key in edges[place_of].itertuples(index=False, name=None)]
     edges = edges[["source", "target", "flow", "direct_effect", "influence"]]
     is_there = nodes["row"] >= 0
     return Graph(
@@ -522,7 +522,7 @@ def _fall(held: Held, removals: Sequence[Removal], hold: bool) -> Float[np.ndarr
             deltas[position] = delta + deltas.get(position, torch.zeros_like(delta))
     consumers = {consumer.row: consumer for consumer in held.consumers}
 
-    def losses(layer: int | None, kind: str) -> Iterator[tuple[int, int, int, Tensor]]:
+    def losses(layer: int, kind: str) -> Iterator[tuple[int, int, int, Tensor]]:
         """Yield (batch row, writer's row, position, what its reader loses) of the edges into some layer's nodes."""
         for (i, row, position), deltas in by_consumer.items():
             reader = consumers[row].reader
@@ -536,7 +536,7 @@ def _fall(held: Held, removals: Sequence[Removal], hold: bool) -> Float[np.ndarr
             if kind == "mlp":
                 yield i, row, position, (read[0] - read[1])[0] @ W[:, 0]
                 continue
-            head = row - next(r for r, c in enumerate(held.components) if c is stream.heads[layer])
+            head = row - next(r for r, c in enumerate(held.components) if c == stream.heads[layer])
             values = (read[0] - read[1]) @ W[:, head * W.shape[1] // model.cfg.n_heads]
             yield i, head, position, held.pattern[layer][0, head, position, places] @ values
 
@@ -791,8 +791,7 @@ def to_circuit_tracer(graph: Graph) -> dict[str, Any]:
         else:
             # Heads first, then the MLP, then its neurons.
             heads = held.model.cfg.n_heads
-            feature = {"head": node.head, "mlp": heads}.get(node.component)
-            feature = int(heads + 1 + node.neuron if feature is None else feature)
+            feature = int({"head": node.head, "mlp": heads}.get(node.component, heads + 1 + node.neuron))
         name = f"{layer}_{node.label if feature < 0 else feature}_{node.position}"
         ids[node.node] = name
         nodes.append(

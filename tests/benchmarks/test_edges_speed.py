@@ -101,10 +101,8 @@ def test_the_numbers_are_those_of_forwards():
         assert difference < 1e-4
 
 
-def test_all_edges_of_a_context_in_seconds():
-    found = alone(__file__, "edges")
-    assert found["seconds"] < 10
-    assert found["MiB"] < 2048
+def test_all_edges_of_a_context_in_little_memory():
+    assert alone(__file__, "edges")["MiB"] < 2048
 
 
 def one(what: str) -> dict[str, float]:
