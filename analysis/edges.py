@@ -319,13 +319,11 @@ def measure_prompt(
                     effects = [found[1:] for found in reading.effects(Written(stream, each, of.__getitem__))]
                     both = [torch.cat(values, dim=1) for values in zip(*effects, strict=True)]
                     frames.append(_rows(names, each, *both).assign(model=name))
-            value = (
-                torch.cat([at[hook].flatten(1) for hook in side.hooks], dim=1)[:, units]
-                if side.hooks
-                else (
-                    target_logit(stream.uncapped(logits, cache[stream.final])[0, position], target, centre_unembedding)
-                ).view(1, 1)
-            )
+            if side.hooks:
+                value = torch.cat([at[hook].flatten(1) for hook in side.hooks], dim=1)[:, units]
+            else:
+                uncapped = stream.uncapped(logits, cache[stream.final])[:, position]
+                value = target_logit(uncapped, target, centre_unembedding).view(1, 1)
             for kind, values in {"bias": b.view(1, 1, -1), "reader": value.unsqueeze(0)}.items():
                 frames.append(_rows(names, Component(kind, None, ""), *[values.double()] * 2).assign(model=name))
     if not frames:

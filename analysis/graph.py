@@ -73,6 +73,7 @@ class Consumer(NamedTuple):
 class Held:
     """A model at one prompt, with patterns, gates and norms as they are there: what writes, and what reads."""
 
+    @torch.inference_mode()
     def __init__(
         self,
         model: Any,
@@ -235,7 +236,7 @@ class Held:
         of_layer = [
             r for r, c in enumerate(self.components) if c.kind == "neuron" and c.layer == self.components[row].layer
         ]
-        alone = torch.zeros(self.model.cfg.d_mlp, dtype=self.model.cfg.dtype)
+        alone = torch.zeros_like(self.gate[0][0, 0])
         for neuron in of_layer if self.components[row].kind == "mlp" else [row]:
             alone[int(self.labels[neuron][position].split("N")[-1])] = 1
         return 1 - alone if self.components[row].kind == "mlp" else alone
@@ -364,7 +365,7 @@ def _into(
     """Return the positions at which a consumer has influence, that influence, and the flows into it."""
     if consumer.row < 0:
         positions = torch.tensor([len(held.prompt) - 1])
-        return positions, torch.ones(1, dtype=torch.float64), held.flows(consumer, positions)
+        return positions, held.values.new_ones(1), held.flows(consumer, positions)
     positions = influence[consumer.row].nonzero()[:, 0]
     return positions, influence[consumer.row, positions], held.flows(consumer, positions)
 
@@ -449,7 +450,8 @@ def intervene(graph: Graph, top: Sequence[int] = TOP) -> pd.DataFrame:
     rows = []
     for start in range(0, len(removals), _ROWS):
         some = removals[start : start + _ROWS]
-        held, free = (_fall(graph.held, some, hold) for hold in (True, False))
+        held = _fall(graph.held, some, hold=True)
+        free = _fall(graph.held, some, hold=False) if any(removal.nodes for removal in some) else held
         for removal, with_gates, without in zip(some, held, free, strict=True):
             rows.append(
                 {
@@ -509,7 +511,7 @@ def _fall(held: Held, removals: Sequence[Removal], hold: bool) -> Float[np.ndarr
             component = held.components[row]
             name = {"head": "attn", "b_O": "attn", "mlp": "mlp", "neuron": "mlp"}.get(component.kind)
             where = f"blocks.{component.layer}.hook_{name}_out" if name else "hook_embed"  # positions are added to it
-            delta = taken.setdefault(where, torch.zeros(*tokens.shape, model.cfg.d_model, dtype=torch.float64))
+            delta = taken.setdefault(where, held.vectors.new_zeros(*tokens.shape, model.cfg.d_model))
             delta[i, position] += held.vectors[row, position]
     for where, delta in taken.items():
         hooks.setdefault(where, []).append(lambda x, hook, delta=delta: x - delta.to(x))

@@ -59,7 +59,7 @@ def make(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Card]:
     if ("edges", "model") in tables:
         measured = tables["edges", "model"].set_index(["model", "kind"])
         before, after = (measured.loc[model, "nmae"].dropna() for model in ("original", "ln_free"))
-        cards.append(exact_edges(before, after, measured.loc["ln_free", "residue_relative"].max()))
+        cards.append(exact_edges(before, after, measured.loc["ln_free", "residue_relative"].max(skipna=False)))
     if ("faithfulness", "model") in tables:
         jsd = tables["faithfulness", "model"].set_index("model")["jsd"]
         cards.append(same_model(jsd["ln_free"], jsd.get("control")))
