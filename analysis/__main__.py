@@ -1,4 +1,4 @@
-"""The command line: `python -m analysis report [FLAGS]`."""
+"""The command line: `python -m analysis report [FLAGS]`, `python -m analysis graph PROMPT [FLAGS]`."""
 
 import signal
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from analysis.report.options import Options
+from analysis.report.options import GraphOptions, Options
 from finetune.__main__ import speak
 from finetune.errors import NolnError
 
@@ -15,7 +15,9 @@ Compare an LN-free model with what it was made from.
 
   python -m analysis report [FLAGS]   all analyses of the newest complete run in runs/, or of named models, on one page
 
-  python -m analysis report --help    every flag with its default
+  python -m analysis graph PROMPT     what makes the logit of the next token, as a graph, checked by taking parts out
+
+  python -m analysis report --help    every flag with its default; so does python -m analysis graph --help
 """
 
 
@@ -47,7 +49,15 @@ def _report(arguments: list[str]) -> None:
     print(f"The report is {page}; its tables and figures lie beside it.")
 
 
-COMMANDS = {"report": _report}
+def _graph(arguments: list[str]) -> None:
+    options = tyro.cli(GraphOptions, args=arguments, prog="python -m analysis graph")
+
+    from analysis import graph_page
+
+    print(f"The graph is {graph_page.run(options)}; its tables, GraphML and JSON lie beside it.")
+
+
+COMMANDS = {"report": _report, "graph": _graph}
 
 if __name__ == "__main__":
     main()

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from analysis import figures, palette
 from analysis.batches import forwards, pieces
 from analysis.readout import Readout, hook_names
-from analysis.stream import Stream
+from analysis.stream import Component, Stream
 
 _BARS = 24
 """Components that the figure of a prompt shows."""
@@ -210,7 +210,7 @@ def measure_prompt(
     """
     frames = []
     for name, model in models.items():
-        texts = np.array([_text(model, token) for token in prompt], dtype=object)
+        texts = np.array([token_text(model, token) for token in prompt], dtype=object)
         for batch, outputs in forwards({name: model}, prompt.unsqueeze(0), hook_names(model, neurons)):
             logits, cache = outputs[name]
             readout = Readout(model, batch, cache, pair, centre_unembedding)
@@ -327,13 +327,13 @@ def plot_lens(frame: pd.DataFrame) -> go.Figure:
     return figures.lines(frame, "layer", quantities).update_xaxes(title="Blocks before", row=len(quantities))
 
 
-def _text(model: Any, token: int | Tensor) -> str:
+def token_text(model: Any, token: int | Tensor) -> str:
     """Return the text of a token in quotes, or its id where the model has no tokenizer."""
     return repr(model.tokenizer.decode([int(token)])) if model.tokenizer is not None else str(int(token))
 
 
 def _target(model: Any, pair: tuple[int, int] | None) -> str:
-    return "next token" if pair is None else " − ".join(_text(model, token) for token in pair)
+    return "next token" if pair is None else " − ".join(token_text(model, token) for token in pair)
 
 
 def _labels(
@@ -346,7 +346,6 @@ def _labels(
     count: int,
 ) -> pd.DataFrame:
     """Return the columns that say what `count` components of one kind and layer are, and what they act on."""
-    place = {"head": f"L{layer}H", "neuron": f"L{layer}N", "mlp": f"L{layer} MLP", "b_O": f"L{layer} b_O"}
     numbers = {kind: range(count) if component == kind else [None] * count for kind in ("head", "neuron")}
     return pd.DataFrame(
         {
@@ -354,7 +353,7 @@ def _labels(
             "target": _target(model, pair),
             "unembedding": "centred" if centre_unembedding else "as it is",
             "component": component,
-            "label": [place.get(component, component) + str(i) * (component in numbers) for i in range(count)],
+            "label": [Component(component, layer, "").label(i) for i in range(count)],
             "layer": pd.array([layer] * count, "Int64"),
             **{kind: pd.array(list(number), "Int64") for kind, number in numbers.items()},
         }

@@ -20,7 +20,8 @@ the model soft-caps its logits, as Gemma 2 does, that is the logit before: what 
 Activations have the model's dtype; from the final residual stream on everything is float64.
 """
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,60 @@ class Effects(NamedTuple):
 
     dla: Float[Tensor, "batch pos component"]
     direct_effect: Float[Tensor, "batch pos component"]
+
+
+class Written:
+    """What a component writes to the residual stream, in float64 and centred as the norm that reads it centres.
+
+    It is activations times weights, of heads and neurons, and of the others a vector. All that is asked of it is linear
+    in the activations: a vector of a head or neuron is made only by `vectors`.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        component: Component,
+        cached: Callable[[str], Float[Tensor, "*token width"] | Float[Tensor, "*token part width"]],
+    ) -> None:
+        """Take what `component` wrote from the activations that `cached` returns by name, of any tokens."""
+        gain = stream.skip_gain(component)
+        self._W: Float[Tensor, "part d_in d_model"] | None = None
+        if component.kind in ("head", "neuron"):
+            self._a = cached(component.hook).double()
+            W = stream.weight(component) * gain
+            if component.kind == "neuron":
+                self._a, W = self._a.unsqueeze(-1), W.unsqueeze(1)
+            self._W = stream.centre(W.double())
+        else:
+            vectors = cached(component.hook) if component.hook else stream.weight(component)
+            self._a = stream.centre((vectors * gain).double()).unsqueeze(-2)
+        if component.scale:
+            self._a = self._a / cached(component.scale).double().unsqueeze(-1)
+
+    def dot(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token part"]:
+        """Return the dot products of each part with vectors."""
+        if self._W is None:
+            return torch.linalg.vecdot(self._a, x.unsqueeze(-2))
+        return torch.linalg.vecdot(self._a, (x @ self._W.flatten(0, 1).T).unflatten(-1, self._W.shape[:2]))
+
+    def square(self) -> Float[Tensor, "*token part"]:
+        """Return the squared norm of each part."""
+        if self._W is None:
+            return self._a.square().sum(-1)
+        return torch.einsum("...ci,cij,...cj->...c", self._a, self._W @ self._W.mT, self._a)
+
+    def vectors(self) -> Float[Tensor, "*token part d_model"]:
+        """Return the vectors of the parts themselves, which are many."""
+        return self._a if self._W is None else torch.einsum("...ci,cij->...cj", self._a, self._W)
+
+    def into(self, R: Float[Tensor, "d_model unit"]) -> Float[Tensor, "#part d_in unit"]:
+        """Return the weights from activations to what `R` reads of each part: no prompt changes them."""
+        return R.unsqueeze(0) if self._W is None else self._W @ R
+
+    def through(self, into: Float[Tensor, "#part d_in unit"], at: slice) -> Float[Tensor, "part _ unit"]:
+        """Return what is read of each part at some tokens, of which there is one axis, by the weights of `into`."""
+        a = self._a[at] if self._a.ndim > 2 else self._a[None]  # a bias is the same at all tokens
+        return a.transpose(0, 1) @ into
 
 
 class Readout:
@@ -58,23 +113,12 @@ class Readout:
         """
         self._stream, self._cache = Stream(model), cache
         self._stream.require_folded_norm()
-        self._pair, self._centre_unembedding = pair, centre_unembedding
         self._targets = tokens[:, 1:] if pair is None else torch.full_like(tokens, pair[0])
+        self._base = functools.partial(target_base, pair=pair, centre_unembedding=centre_unembedding)
         self.w = self._centred(model.W_U.T[self._targets].double() - self._base(model.W_U))
         self.b = model.b_U[self._targets].double() - self._base(model.b_U)
         self.r = self._centred(self.cached(self._stream.final))
         self._rw, self._rr = (torch.linalg.vecdot(self.r, x).unsqueeze(-1) for x in (self.w, self.r))
-
-    def _base(self, by_token: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:
-        """Return what the target's entry counts from: the other token's, the mean over the vocabulary, or zero."""
-        if self._pair is not None:
-            return by_token[..., self._pair[1]].double()
-        if not self._centre_unembedding:
-            return torch.zeros_like(by_token[..., 0], dtype=torch.float64)
-        rows = by_token.flatten(0, -2) if by_token.ndim > 1 else by_token[None]
-        # On a CPU the mean makes a copy in float64 of all that it is taken of.
-        means = [rows[piece].mean(-1, dtype=torch.float64) for piece in pieces(len(rows), rows.shape[-1])]
-        return torch.cat(means).view(by_token.shape[:-1])
 
     def cached(self, name: str) -> Float[Tensor, "batch pos *shape"]:
         """Return an activation at the tokens that have a target."""
@@ -104,49 +148,20 @@ class Readout:
         self,
         cw: Float[Tensor, "batch pos component"],
         cr: Float[Tensor, "batch pos component"],
-        cc: Float[Tensor, "*token component"],
+        cc: Float[Tensor, "*#token component"],
     ) -> Effects:
         """Return the effects of components from their dot products with w, with r and with themselves."""
         scale = self._stream.scale(self._rr)
         without = (self._rw - cw) / self._stream.scale(self._rr - 2 * cr + cc)
         return Effects(cw / scale, self._rw / scale - without)
 
-    def _vector(self, c: Float[Tensor, "*token d_model"]) -> Effects:
-        """Return the effects of one component whose vectors are at hand."""
-        c = self._centred(c)
-        cw, cr, cc = (torch.linalg.vecdot(c, x).unsqueeze(-1) for x in (self.w, self.r, c))
-        return self._effects(cw, cr, cc)
-
-    def _written(
-        self,
-        activations: Float[Tensor, "batch pos component d_in"],
-        weights: Float[Tensor, "component d_in d_model"],
-        scale: str,
-    ) -> Effects:
-        """Return the effects of components that write `activations` to the residual stream through `weights`.
-
-        Divided by the activation `scale`, if it is one.
-        """
-        a, W = activations.double(), self._centred(weights)
-        if scale:
-            a = a / self.cached(scale).double().unsqueeze(-1)
-        cw, cr = (torch.linalg.vecdot(a, (x @ W.flatten(0, 1).T).view_as(a)) for x in (self.w, self.r))
-        cc = torch.einsum("bpci,cij,bpcj->bpc", a, W @ W.mT, a)
-        return self._effects(cw, cr, cc)
-
     def effects(self, component: Component) -> Effects:
         """Return the effects of a component, of heads and neurons one by one.
 
         The attention's bias is none of the heads', the MLP's none of the neurons'.
         """
-        gain = self._stream.skip_gain(component)
-        if component.kind == "head":
-            return self._written(self.cached(component.hook), self._stream.weight(component) * gain, component.scale)
-        if component.kind == "neuron":
-            weights = self._stream.weight(component) * gain
-            return self._written(self.cached(component.hook).unsqueeze(-1), weights.unsqueeze(1), component.scale)
-        vectors = self.cached(component.hook) if component.hook else self._stream.weight(component)
-        return self._vector(vectors * gain / (self.cached(component.scale) if component.scale else 1))
+        written = Written(self._stream, component, self.cached)
+        return self._effects(written.dot(self.w), written.dot(self.r), written.square())
 
     def components(
         self, logits: Float[Tensor, "batch all_pos vocab"], neurons: bool = False
@@ -167,6 +182,20 @@ class Readout:
         logit = self.logit(self._stream.uncapped(logits, self._cache[self._stream.final]))
         yield "logit", None, Effects(logit.unsqueeze(-1), logit.unsqueeze(-1))
         yield "residue", None, Effects((logit - dla).unsqueeze(-1), (logit - direct_effect).unsqueeze(-1))
+
+
+def target_base(
+    by_token: Float[Tensor, "*shape vocab"], pair: tuple[int, int] | None, centre_unembedding: bool
+) -> Float[Tensor, "*shape"]:
+    """Return what the target's entry counts from: the other token's, the mean over the vocabulary, or zero."""
+    if pair is not None:
+        return by_token[..., pair[1]].double()
+    if not centre_unembedding:
+        return torch.zeros_like(by_token[..., 0], dtype=torch.float64)
+    rows = by_token.flatten(0, -2) if by_token.ndim > 1 else by_token[None]
+    # On a CPU the mean makes a copy in float64 of all that it is taken of.
+    means = [rows[piece].mean(-1, dtype=torch.float64) for piece in pieces(len(rows), rows.shape[-1])]
+    return torch.cat(means).view(by_token.shape[:-1])
 
 
 def hook_names(model: Any, neurons: bool = False) -> list[str]:

@@ -1,4 +1,4 @@
-"""The residual stream of a loaded model: what is written to it, where it can be seen, and the final norm that reads it.
+"""The residual stream of a loaded model: what is written to it, where it can be seen, and what reads it.
 
 This is the only place that knows which parts a model has, so that another family is a matter of this file. What not
 every model has is looked up in it: a position embedding (a rotary one writes nothing), biases of attention, a point
@@ -8,8 +8,12 @@ the logits. Names of activations are TransformerLens's hook names.
 Where a live norm lies between a head or neuron and the stream (Gemma 2), what counts is what reaches the stream: the
 head's share of what the norm returns, at the scale by which the norm divides the whole. So components add up to the
 stream. Logits are meant before soft-capping, where they are a sum: `cap` makes of them what the model returns.
+
+Queries, keys, values and the pre-activations of MLPs read the stream as the logits do: through a norm, if there is one,
+whose weights are folded, so that it only centres and divides, and then by weights and a bias.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analysis.hooked_blocks import HookedBlocks
+from finetune.errors import NolnError
 
 _PLACES = {"pre": "before block", "mid": "after the attention of block", "post": "after block"}
 
@@ -39,6 +44,33 @@ class Component(NamedTuple):
     def hooks(self) -> tuple[str, ...]:
         """The activations that say what it writes."""
         return tuple(name for name in (self.hook, self.scale) if name)
+
+    def label(self, part: int) -> str:
+        """Return the name of one of its parts: "L2H3", "L2N17", "L2 MLP", "L2 b_O", "embed"."""
+        if self.kind in ("head", "neuron"):
+            return f"L{self.layer}{self.kind[0].upper()}{part}"
+        name = self.kind.upper() if self.kind == "mlp" else self.kind
+        return name if self.layer is None else f"L{self.layer} {name}"
+
+
+class Reader(NamedTuple):
+    """Something linear inside a block that reads the residual stream, through a norm if the model has any."""
+
+    kind: str
+    """`query`, `key`, `value` or `mlp`: the pre-activations, of gated MLPs also what their activations multiply."""
+    part: str
+    """What the weights are called: `Q`, `K`, `V`, `in` or `gate`."""
+    layer: int
+    point: str
+    """The point of the residual stream that it reads."""
+    hook: str
+    """The activation that it computes."""
+
+    def label(self, head: int) -> str:
+        """Return the name of one of its heads, or of the MLP: "L2H3 query", "L2 MLP", "L2 MLP gate"."""
+        if self.kind == "mlp":
+            return f"L{self.layer} MLP" + (" gate" if self.part == "gate" else "")
+        return f"L{self.layer}H{head} {self.kind}"
 
 
 @dataclass(frozen=True)
@@ -109,6 +141,92 @@ class Stream:
             return 1
         layer = -1 if component.layer is None else component.layer
         return self.model.skip_gain(layer, attention=component.kind in ("head", "b_O"))
+
+    @cached_property
+    def readers(self) -> tuple[Reader, ...]:
+        """What reads the residual stream inside the blocks, in order.
+
+        Raises:
+            NolnError: a model of `finetune.blocks`.
+        """
+        if isinstance(self.model, HookedBlocks):
+            raise NolnError(
+                "What the blocks of finetune.blocks read goes through norms that are not folded, and on the way from a "
+                "component to a reader lie skips with gains: their readers are not known here. Use logit_attribution, "
+                "or pre-train `pre-ln`, which is saved as a GPT-2."
+            )
+        readers = []
+        for layer, before in enumerate(self.before_blocks):
+            for kind in ("query", "key", "value"):
+                readers.append(Reader(kind, kind[0].upper(), layer, before, f"blocks.{layer}.attn.hook_{kind[0]}"))
+            middle = before.replace("_pre", "_mid")
+            point = middle if middle in self.points else before
+            is_gated = getattr(self.model.blocks[layer].mlp, "W_gate", None) is not None
+            hooks = {"gate": "hook_pre", "in": "hook_pre_linear"} if is_gated else {"in": "hook_pre"}
+            readers += [Reader("mlp", part, layer, point, f"blocks.{layer}.mlp.{hook}") for part, hook in hooks.items()]
+        return tuple(readers)
+
+    def read_weights(self, reader: Reader) -> tuple[Float[Tensor, "d_model head unit"], Float[Tensor, "head unit"]]:
+        """Return the weight and bias by which a reader reads, the norm folded in; of an MLP, which has no heads, one.
+
+        With grouped queries there are fewer heads of keys and values than of queries.
+        """
+        block = self.model.blocks[reader.layer]
+        if reader.kind == "mlp":
+            W = getattr(block.mlp, f"W_{reader.part}").unsqueeze(0)
+            b = getattr(block.mlp, f"b_{reader.part}", None)
+        else:
+            # A HookedTransformer repeats keys and values for the heads that share them, but keeps them once.
+            grouped = "_" if hasattr(block.attn, f"_W_{reader.part}") else ""
+            W, b = (getattr(block.attn, f"{grouped}{x}_{reader.part}") for x in "Wb")
+        b = W.new_zeros(len(W), W.shape[-1]) if b is None else b.view(len(W), -1)
+        return W.movedim(0, 1), b
+
+    def score_scale(self, layer: int) -> float:
+        """Return what multiplies the products of a layer's queries and keys."""
+        attn = self.model.blocks[layer].attn
+        if hasattr(attn, "attn_scale"):
+            return 1 / attn.attn_scale
+        module = attn.original_component
+        return 1 / module.scale if hasattr(module, "scale") else getattr(module, "scaling", 1.0)
+
+    def rotary_hooks(self, layer: int) -> tuple[str, ...]:
+        """Return the activations that say by which angles a layer's queries and keys are turned, if any do."""
+        hooks = (f"blocks.{layer}.attn.hook_{function}" for function in ("cos", "sin"))
+        return tuple(hook for hook in hooks if hook in self.model.hook_dict)
+
+    def rotate(
+        self, layer: int, x: Float[Tensor, "*shape d_head"], position: int, cache: Mapping[str, Tensor]
+    ) -> Float[Tensor, "*shape d_head"]:
+        """Return queries or keys at a position as they are turned there; as they are, in a model that turns none.
+
+        Raises:
+            NolnError: norms of queries and keys, after which a score is not a sum any more.
+        """
+        attn = self.model.blocks[layer].attn
+        if getattr(attn, "q_norm", None) is not None:
+            raise NolnError("Norms of queries and keys lie between what reads the stream and the attention scores.")
+        if hooks := self.rotary_hooks(layer):
+            cos, sin = (cache[hook][0, position] for hook in hooks)
+        elif hasattr(attn, "rotary_cos"):
+            cos, sin = attn.rotary_cos[position], attn.rotary_sin[position]
+        else:
+            return x
+        turned, kept = x[..., : len(cos)], x[..., len(cos) :]
+        one, other = turned.chunk(2, dim=-1)
+        return torch.cat([turned * cos + torch.cat([-other, one], dim=-1) * sin, kept], dim=-1)
+
+    def components_at(self, point: str) -> tuple[Component, ...]:
+        """Return the components that add up to a point of the residual stream."""
+        number, where = label(point).split()
+        layer = int(number)
+        return tuple(
+            component
+            for component in self.components
+            if component.layer is None
+            or component.layer < layer + (where == "post")
+            or (component.layer == layer and where == "mid" and component.kind in ("head", "b_O"))
+        )
 
     @property
     def before_blocks(self) -> tuple[str, ...]:

@@ -26,8 +26,8 @@ def code_cells(path: Path) -> list[Any]:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def test_there_are_six_and_those_of_the_sweeps():
-    assert len(NOTEBOOKS) == 6
+def test_there_are_seven_and_those_of_the_sweeps():
+    assert len(NOTEBOOKS) == 7
     assert {path.stem for path in SWEEPS} == {"best", "cover", "data", "objective", "order", "pace", "removed_vs_never"}
 
 

@@ -16,6 +16,7 @@ from analysis.stream import place
 from finetune.evaluate import mean_and_error
 
 _B25 = "Baroni et al. 2025, arXiv 2507.02559"
+_READERS = {"logit": "the logit", "query": "queries", "key": "keys", "value": "values", "mlp": "MLPs"}
 _H24 = "Heimersheim 2024, arXiv 2409.13710"
 
 
@@ -55,6 +56,10 @@ def make(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Card]:
         measured = tables["logit_attribution", "model"].set_index("model")
         nmae, residue = measured["nmae"], measured["residue_relative"]
         cards.append(exact_attribution(nmae["original"], nmae["ln_free"], residue["ln_free"]))
+    if ("edges", "model") in tables:
+        measured = tables["edges", "model"].set_index(["model", "kind"])
+        before, after = (measured.loc[model, "nmae"].dropna() for model in ("original", "ln_free"))
+        cards.append(exact_edges(before, after, measured.loc["ln_free", "residue_relative"].max(skipna=False)))
     if ("faithfulness", "model") in tables:
         jsd = tables["faithfulness", "model"].set_index("model")["jsd"]
         cards.append(same_model(jsd["ln_free"], jsd.get("control")))
@@ -226,6 +231,30 @@ def exact_attribution(before: float, after: float, residue: float) -> Card:
         "% NMAE, mean over heads",
         sentence,
         f"49.07 % → 0.00 %; control 57.85 % ({_B25}).",
+    )
+
+
+def exact_edges(before: pd.Series, after: pd.Series, residue: float) -> Card:
+    """Answer from the NMAE of contributions by kind of reader in the original and in the LN-free model, percent.
+
+    And from `residue`, by how much of the largest reader the LN-free model's contributions miss a reader in sum.
+    """
+    if after.max() > 0.1 or not residue < 0.01:
+        sentence = "Not in the LN-free model, where each should be: its norms are not entirely gone."
+    elif before.max() < 1:
+        sentence = "Yes, but they nearly were before: what the original’s parts read of each other is hardly off."
+    else:
+        worst, best = (_READERS[kind] for kind in (before.idxmax(), before.idxmin()))
+        sentence = (
+            f"Yes: taken out, a head changes what reads it by what it contributes. In the original norms are in the "
+            f"way, of {worst} the most and of {best} the least."
+        )
+    return Card(
+        "Is every edge exact?",
+        f"{before.min():.0f}–{before.max():.0f} → {after.max():.2f}",
+        "% NMAE, mean over heads, from the best to the worst kind of reader",
+        sentence,
+        f"of the logit alone: 49.07 % → 0.00 %; control 57.85 % ({_B25}).",
     )
 
 

@@ -1,7 +1,9 @@
-"""What a report can be asked for: the flags of the command line, and the keyword arguments of `run` and `write`."""
+"""What can be asked for: the flags of the command line, of a report also the keyword arguments of `run` and `write`."""
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from tyro.conf import Positional
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,33 @@ class Options:
     benchmark: tuple[str, ...] = ()
     """Tasks of EleutherAI's lm-evaluation-harness, such as hellaswag: NAME, on its data on the Hub, or NAME=FILE.jsonl,
     a file with the fields of those data in their place; needs the extra `eval`. Empty: none."""
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """Draw what makes a logit after a prompt, check it by taking parts out, and write one page and the graphs."""
+
+    prompt: Positional[str]
+    """The text; the logit is that of what comes next."""
+    target: str | None = None
+    """The token whose logit it is, such as " the". None: the one that the original finds likeliest."""
+    against: str | None = None
+    """Another token: the logit is then how far that of the target is above its own. None: above the mean of all."""
+    original: str = "micro"
+    """The model that lost its norms: a short name, a directory, or a Hub id."""
+    ln_free: str = "micro-ln-free"
+    """The LN-free model."""
+    control: str | None = None
+    """The model fine-tuned in the same way with its norms. None: none."""
+    revision: str | None = None
+    """The revision of an original on the Hub."""
+    share: float = 0.8
+    """The share of all influence that the nodes shown are to have."""
+    most: int = 60
+    """Nodes at most; the page says what share they have."""
+    neurons: int = 0
+    """Neurons of each MLP and position to be nodes by themselves."""
+    prefix: str | None = None
+    """A token before the prompt: "bos", or a token by its text. None: none."""
+    out: Path | None = None
+    """The directory to write. None: graphs/TIME."""

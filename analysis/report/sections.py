@@ -12,6 +12,7 @@ from analysis import (
     attention,
     benchmarks,
     confidence_neurons,
+    edges,
     faithfulness,
     logit_attribution,
     loss,
@@ -25,6 +26,8 @@ from analysis.texts import Sample
 
 PROMPT_TOKENS = 24
 """Tokens in the prompt whose logits are attributed: the first of the text."""
+EDGE_TOKENS = 1_024
+"""Tokens on which all edges are measured: whole blocks, at least one."""
 WORST = 6
 """Of the worst tokens, how many of each model and text."""
 
@@ -135,6 +138,14 @@ def _logit_attribution(inputs: Inputs) -> dict[str, pd.DataFrame]:
         "prompt": logit_attribution.largest_first(logit_attribution.measure_prompt(inputs.models, prompt)),
         "lens": inputs.on_first_text(logit_attribution.measure_lens),
     }
+
+
+def _edges(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    """Measure all edges on a few blocks: there are thousands at every token."""
+    tokens = next(iter(inputs.samples.values())).tokens
+    tokens = tokens[: max(1, EDGE_TOKENS // tokens.shape[1])]
+    edge = edges.measure_edges(inputs.models, tokens, batch_size=inputs.batch_size)
+    return {"model": edges.summarise(edge), "layer": edges.summarise_layers(edge), "edge": edge}
 
 
 def _faithfulness(inputs: Inputs) -> dict[str, pd.DataFrame]:
@@ -261,6 +272,21 @@ ANALYSES = (
             ),
             Table("lens", "Logit lens", logit_attribution.plot_lens, "logit_attribution.measure_lens(models, tokens)"),
         ),
+    ),
+    Analysis(
+        edges,
+        "Inside the model",
+        "The logit is not all that is read off the residual stream: so are queries, keys, values and what MLPs "
+        "activate. How well the contribution of each component to each of these tells by how much it changes when the "
+        "component is taken out of the stream in front of it. Without norms contributions are exact, for any prompt, "
+        "whatever else is taken out.",
+        _edges,
+        (
+            Table("model", "NMAE by kind of reader", edges.plot, "edges.measure(models, some)", note=edges.describe),
+            Table("layer", "NMAE by layer of the reader", edges.plot_layers, "edges.measure_layers(models, some)"),
+            Table("edge", "All edges", None, "edges.measure_edges(models, some)"),
+        ),
+        (f"some = tokens[: max(1, {EDGE_TOKENS} // tokens.shape[1])]",),
     ),
     Analysis(
         faithfulness,

@@ -174,6 +174,30 @@ def test_attribution(before, after, residue, said):
 
 
 @pytest.mark.parametrize(
+    ("before", "after", "residue", "said"),
+    [
+        (49, 0.0, 1e-6, "of the logit the most and of queries the least"),
+        (0.9, 0, 1e-6, "nearly were"),
+        (49, 3, 1e-6, "not entirely gone"),
+        (49, 0, 1.4, "not entirely gone"),
+        (49, 0, math.nan, "not entirely gone"),
+    ],
+)
+def test_edges(before, after, residue, said):
+    frame = pd.DataFrame(
+        {
+            "model": ["original"] * 3 + ["ln_free"] * 3,
+            "kind": ["logit", "query", "key"] * 2,
+            "nmae": [before, before / 3, math.nan, 0, after, math.nan],
+            "residue_relative": [0.9, 0.9, 0.9, 0, residue, 0],
+        }
+    )
+    card = cards.make({("edges", "model"): frame})[0]
+    assert said in card.sentence
+    assert card.number == f"{before / 3:.0f}–{before:.0f} → {after:.2f}"
+
+
+@pytest.mark.parametrize(
     ("ln_free", "control", "said"),
     [(0.04, 0.02, "2.0 times"), (0.022, 0.02, "hardly"), (0.01, 0.02, "No farther"), (0.04, None, "unknown")],
 )

@@ -1,0 +1,542 @@
+"""What every component writes into everything that reads the residual stream: the edges of a model, and how exact.
+
+DLA looks at one reader, the unembedding. Queries, keys, values and the pre-activations of MLPs read the stream in the
+same way: x ↦ N(x) · w + b, with N the norm in front, weights w and b that no prompt changes, and x the sum of what
+components wrote before (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
+
+1. The contribution of a component c to a reader is its share at the scale of the full x: c · w / σ(x), c centred where
+   N centres. Contributions and b add up to the reader, with a norm too; but then σ(x) holds for this one x.
+2. The direct effect is what the reader loses when c is taken out of the stream in front of it and the norm, if there is
+   one, is applied afresh: reader(x) − reader(x − c). No other reader sees that, and nothing else is run again.
+3. NMAE = 100 · mean|contribution − direct effect| / mean|direct effect|, the means over tokens and the units of a
+   reader (the width of a head, the neurons of an MLP). Of the logit it is the NMAE of DLA (Baroni et al. 2025, arXiv
+   2507.02559). Without norms it is 0 %: edges are exact whatever else one takes out, and the same for every prompt.
+4. No vector x − c is made and no forward run for an edge: as for the logit (`analysis.readout`), c·w, c·x and c·c are
+   all that it takes. Of a head, c = z W_O: the weights W_O w from head to reader are multiplied once, then come the z.
+5. An attention score is a product of two readers, and so a double sum: `measure_scores`.
+
+Where a live norm lies between a head or MLP and the stream (Gemma 2), its scale is kept, as in `analysis.readout`. Of a
+gated MLP both what is activated and what it multiplies are readers. Activations have the model's dtype; from the
+residual stream on everything is float64.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from analysis import figures, palette
+from analysis.batches import Forward, forwards, pieces
+from analysis.readout import Readout, Written, hook_names, target_base
+from analysis.stream import Component, Stream
+
+KINDS = {"logit": "Logit", "query": "Queries", "key": "Keys", "value": "Values", "mlp": "MLPs"}
+"""Kinds of readers, with their titles in figures."""
+Target = int | tuple[int, int]
+"""A token, or two: how far the logit of the first is above that of the second."""
+
+_LOGIT = pd.DataFrame({"kind": ["logit"], "reader": ["logit"], "unit": [0]}).assign(
+    reader_layer=pd.array([None], "Int64"), reader_head=pd.array([None], "Int64")
+)
+_NO_PART = ["bias", "reader", "residue"]
+_SUMS = ["contribution_abs", "direct_effect_abs", "error_abs"]
+_MAXIMA = ["contribution_max", "direct_effect_max"]
+
+
+class Reading:
+    """What reads one point of the residual stream of some tokens, in float64."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        W: Float[Tensor, "d_model unit"],
+        b: Float[Tensor, " unit"],
+        x: Float[Tensor, "token d_model"],
+    ) -> None:
+        """Take the weight and bias of what reads, and the residual vectors that it reads."""
+        self._stream = stream
+        self._x = stream.centre(x.double())
+        self._xx = self._x.square().sum(-1, keepdim=True)
+        self._W, self.b = W.double(), b.double()
+        self._xw, self._scale = self._x @ self._W, stream.scale(self._xx)
+
+    def effects(
+        self, written: Written
+    ) -> Iterator[tuple[slice, Float[Tensor, "part token unit"], Float[Tensor, "part token unit"]]]:
+        """Yield contributions and direct effects of the parts of a component, a piece of the tokens at a time."""
+        into = written.into(self._W)
+        without = self._stream.scale(self._xx - 2 * written.dot(self._x) + written.square())
+        for at in pieces(len(self._x), len(into) * len(self.b)):
+            cw, scale, xw = written.through(into, at), self._scale[at], self._xw[at]
+            yield at, cw / scale, xw / scale - (xw - cw) / without[at].T.unsqueeze(-1)
+
+
+def measure(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    batch_size: int = 8,
+    pair: tuple[int, int] | None = None,
+    centre_unembedding: bool = True,
+) -> pd.DataFrame:
+    """Summarise by kind of reader how far contributions are from direct effects, in each model.
+
+    Arguments and errors are those of `measure_edges`, columns those of `summarise`.
+    """
+    return summarise(
+        measure_edges(models, tokens, batch_size=batch_size, pair=pair, centre_unembedding=centre_unembedding)
+    )
+
+
+def summarise(edges: pd.DataFrame) -> pd.DataFrame:
+    """Summarise what `measure_edges` returns, a row a model and kind of reader.
+
+    Columns: model; kind, one of logit, query, key, value, mlp; nmae, the mean over the edges from heads of their NMAE,
+    %, as `logit_attribution` has it of the logit, NaN where the kind reads no head (in a model of one layer); nmae_all,
+    the mean over the edges from all components, %; nmae_pooled, 100 · Σ mean|contribution − direct effect| / Σ
+    mean|direct effect| over these, %; residue_relative, the largest |reader − sum of contributions| of a token and
+    unit over the largest |reader|, the most of any reader, without unit, and effect_residue_relative, the same with
+    direct effects in place of contributions; edges, how many; tokens.
+    """
+    return _summarise(edges, ["model", "kind"])
+
+
+def measure_layers(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8) -> pd.DataFrame:
+    """Measure what `measure` does by layer of the reader: `summarise_layers` of `measure_edges`."""
+    return summarise_layers(measure_edges(models, tokens, batch_size=batch_size))
+
+
+def summarise_layers(edges: pd.DataFrame) -> pd.DataFrame:
+    """Summarise what `measure_edges` returns, a row a model, kind of reader and layer of the reader.
+
+    Columns: reader_layer, missing for the logit, and those of `summarise`.
+    """
+    return _summarise(edges, ["model", "kind", "reader_layer"])
+
+
+def _summarise(edges: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    rows = []
+    for values, frame in edges.groupby(keys, sort=False, dropna=False):
+        parts = frame[~frame["component"].isin(_NO_PART)]
+        of_reader, residue = (
+            frame[frame["component"] == name].set_index("reader")[_MAXIMA] for name in ("reader", "residue")
+        )
+        relative = (residue / of_reader).max()
+        rows.append(
+            {
+                **dict(zip(keys, values, strict=True)),
+                "nmae": parts.loc[parts["component"] == "head", "nmae"].mean(),
+                "nmae_all": parts["nmae"].mean(),
+                "nmae_pooled": 100 * parts["error_abs"].sum() / parts["direct_effect_abs"].sum(),
+                "residue_relative": relative["contribution_max"],
+                "effect_residue_relative": relative["direct_effect_max"],
+                "edges": len(parts),
+                "tokens": frame["tokens"].iloc[0],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def describe(frame: pd.DataFrame) -> str:
+    """Say by how much contributions and direct effects miss the readers, from what `measure` returns."""
+    most = frame.groupby("model", sort=False)[["residue_relative", "effect_residue_relative"]].max()
+    residues = [
+        f"{row.Index}: {row.residue_relative:.2g} by contribution, {row.effect_residue_relative:.2g} by direct effect"
+        for row in most.itertuples()
+    ]
+    return f"Sum over components less the reader, most of any, share of the largest: {'; '.join(residues)}."
+
+
+@figures.of_text
+def plot(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure` returns: the NMAE of each kind of reader and model."""
+    figure = go.Figure()
+    for name, rows in frame.groupby("model", sort=False):
+        figure.add_bar(
+            name=name,
+            legendgroup=name,
+            x=rows["kind"].map(KINDS),
+            y=rows["nmae"],
+            marker_color=palette.colour(name),
+            texttemplate="%{y:.3g}",
+            textposition="outside",
+        )
+    figure.update_xaxes(title="What reads the heads")
+    return figure.update_yaxes(title="NMAE of contributions (%)")
+
+
+@figures.of_text
+def plot_layers(frame: pd.DataFrame) -> go.Figure:
+    """Plot what `measure_layers` returns: NMAE over all components by layer of the reader, a panel a kind."""
+    kinds = [kind for kind in KINDS if kind != "logit"]
+    figure = make_subplots(1, len(kinds), shared_yaxes=True, column_titles=[KINDS[kind] for kind in kinds])
+    for (name, kind), rows in frame[frame["kind"] != "logit"].groupby(["model", "kind"], sort=False):
+        figure.add_scatter(
+            name=name,
+            legendgroup=name,
+            showlegend=kind == kinds[0],
+            x=rows["reader_layer"],
+            y=rows["nmae_all"],
+            line={"color": palette.colour(name)},
+            row=1,
+            col=kinds.index(kind) + 1,
+        )
+    figure.update_xaxes(title="Layer", dtick=max(1, int(frame["reader_layer"].max()) // 6))
+    return figure.update_yaxes(title="NMAE of contributions,<br>all components (%)", col=1)
+
+
+@torch.inference_mode()
+def measure_edges(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    batch_size: int = 8,
+    pair: tuple[int, int] | None = None,
+    centre_unembedding: bool = True,
+) -> pd.DataFrame:
+    """Measure the contribution and the direct effect of every component to every reader, over all tokens.
+
+    Args:
+        models: by name, all on one device.
+        tokens: blocks as in training.
+        batch_size: blocks at a time; no result depends on it.
+        pair: two token ids: the logit is how far that of the first is above that of the second, at every position.
+            None: that of the next token.
+        centre_unembedding: whether W_U is taken less its mean over the vocabulary. It cancels out in a pair.
+
+    Returns a row a model, reader and component. Columns: model; kind; reader, such as "L2H3 query", "L2 MLP", "logit";
+    reader_layer and reader_head where it has them; component, one of embed, pos_embed, head, b_O, mlp (its bias in
+    it), bias (the reader's own), reader (the sum to be reached) and residue (what the others leave over); label, such
+    as L2H3; layer and head where it has them; over tokens and units of the reader, in its own units, contribution_abs,
+    the mean |contribution|, direct_effect_abs, that of the direct effect, and error_abs, that of their difference;
+    contribution_max and direct_effect_max, the largest, of reader and residue alone; nmae, %; tokens, how many.
+
+    Raises:
+        NolnError: a model of `finetune.blocks`.
+        ValueError: a final norm whose weights are not folded into the unembedding.
+    """
+    frames = []
+    for name, model in models.items():
+        stream = Stream(model)
+        sides = _sides(stream)
+        sums, of_logit = [_Sums(side.names) for side in sides], _Sums(_LOGIT)
+        hooks = dict.fromkeys([*hook_names(model), *(hook for side in sides for hook in (side.point, *side.hooks))])
+        for batch, outputs in forwards({name: model}, tokens, list(hooks), batch_size, f"Edges of {name}"):
+            logits, cache = outputs[name]
+            readout = Readout(model, batch, cache, pair, centre_unembedding)
+            for kind, layer, effects in readout.components(logits):
+                kind = {"b_U": "bias", "logit": "reader"}.get(kind, kind)
+                of_logit.add(Component(kind, layer, ""), *(values.flatten(0, 1).T.unsqueeze(-1) for values in effects))
+            flat = {hook: activation.flatten(0, 1) for hook, activation in cache.items()}
+            written = {component: Written(stream, component, flat.__getitem__) for component in stream.components}
+            for side, total in zip(sides, sums, strict=True):
+                reading = Reading(stream, side.W, side.b, flat[side.point])
+                reader = torch.cat([flat[hook].flatten(1) for hook in side.hooks], dim=1).double()
+                residue = torch.stack([reader - reading.b] * 2)
+                for component in stream.components_at(side.point):
+                    for at, contribution, effect in reading.effects(written[component]):
+                        total.add(component, contribution, effect)
+                        residue[0, at] -= contribution.sum(0)
+                        residue[1, at] -= effect.sum(0)
+                total.add(Component("bias", None, ""), *[reading.b.expand_as(reader).unsqueeze(0)] * 2)
+                total.add(Component("reader", None, ""), *[reader.unsqueeze(0)] * 2)
+                total.add(Component("residue", None, ""), *residue.unsqueeze(1))
+        frames += [total.frame().assign(model=name) for total in (of_logit, *sums)]
+    edges = pd.concat(frames, ignore_index=True)
+    is_part = ~edges["component"].isin(_NO_PART)
+    edges["nmae"] = (100 * edges["error_abs"] / edges["direct_effect_abs"]).where(is_part)
+    return edges[["model", *edges.columns.drop(["model", "tokens"]), "tokens"]]
+
+
+@torch.inference_mode()
+def measure_prompt(
+    models: Mapping[str, Any],
+    prompt: Int[Tensor, " pos"],
+    readers: Sequence[str] | None = None,
+    *,
+    position: int = -1,
+    target: Target | None = None,
+    centre_unembedding: bool = True,
+    neurons: bool = False,
+    sources: bool = False,
+) -> pd.DataFrame:
+    """Measure contribution and direct effect of every component to readers at one position of a prompt, unit by unit.
+
+    Args:
+        models: by name.
+        prompt: token ids.
+        readers: names such as "logit", "L2H3 query", "L2 MLP", "L2N17" for one of its neurons, and, of gated MLPs,
+            "L2 MLP gate" and "L2N17 gate". None: all.
+        position: where the readers are.
+        target: of the logit: a token, or two for the difference. None: the token after `position` or, at the end, the
+            one that the first model finds likeliest.
+        centre_unembedding: whether W_U is taken less its mean over the vocabulary. It cancels out in a difference.
+        neurons: also measure every neuron of every MLP before the reader. They are parts of their MLP.
+        sources: split heads by the positions that they attend to. The direct effect is that of one such part.
+
+    Returns a row a model, reader, unit and component. Columns: model; kind, reader, reader_layer and reader_head, as in
+    `measure_edges`; unit, which one of the head's width or of the MLP's neurons; component, label, layer and head, as
+    there, with neuron, and, where `sources`, source, the position; contribution and direct_effect, in units of the
+    reader. The rows `bias` and `reader` hold the reader's own bias and what it is: the sum of all, neurons apart.
+
+    Raises:
+        ValueError: no reader of such a name, or what `measure_edges` raises.
+        NolnError: as `measure_edges` does.
+    """
+    position = range(len(prompt))[position]
+    frames: list[pd.DataFrame] = []
+    for name, model in models.items():
+        stream = Stream(model)
+        sides = _sides(stream)
+        of_mlp = {("mlp", each.layer): each for each in stream.neurons} if neurons else {}
+        hooks = [hook for side in sides for hook in (side.point, *side.hooks)] + [stream.final]
+        hooks += [hook for written in (*stream.components, *of_mlp.values()) for hook in written.hooks]
+        hooks += [hook for heads in stream.heads * sources for hook in _attention_hooks(heads)]
+        logits, cache = run(model, prompt, hooks)
+        if target is None:
+            after = prompt[position + 1 :]
+            target = int(after[0] if len(after) else logits[0, position].argmax())
+        at = {hook: x[0, [position]] for hook, x in cache.items() if not hook.endswith("hook_pattern")}
+        for side in (logit_side(stream, target, centre_unembedding), *sides):
+            wanted = np.ones(len(side.names), bool) if readers is None else _named(side.names, readers)
+            if not wanted.any():
+                continue
+            names, units = side.names[wanted], torch.tensor(wanted)
+            W, b = side.W[:, units], side.b[units]
+            for component in stream.components_at(side.point):
+                its_neurons = of_mlp.get((component.kind, component.layer))
+                for each in (component,) if its_neurons is None else (component, its_neurons):
+                    by_source = sources and each.kind == "head"
+                    of = _by_source(each, position, cache) if by_source else at
+                    reading = Reading(stream, W, b, at[side.point].expand(position + 1 if by_source else 1, -1))
+                    effects = [found[1:] for found in reading.effects(Written(stream, each, of.__getitem__))]
+                    both = [torch.cat(values, dim=1) for values in zip(*effects, strict=True)]
+                    frames.append(_rows(names, each, *both).assign(model=name))
+            if side.hooks:
+                value = torch.cat([at[hook].flatten(1) for hook in side.hooks], dim=1)[:, units]
+            else:
+                uncapped = stream.uncapped(logits, cache[stream.final])[:, position]
+                value = target_logit(uncapped, target, centre_unembedding).view(1, 1)
+            for kind, values in {"bias": b.view(1, 1, -1), "reader": value.unsqueeze(0)}.items():
+                frames.append(_rows(names, Component(kind, None, ""), *[values.double()] * 2).assign(model=name))
+    if not frames:
+        raise ValueError(
+            f"No reader is called {', '.join(readers or ())}: names are such as L0H0 query, L0N0 or logit."
+        )
+    frame = pd.concat(frames, ignore_index=True)
+    return frame[["model", *frame.columns.drop("model" if sources else ["model", "source"])]]
+
+
+@torch.inference_mode()
+def measure_scores(
+    models: Mapping[str, Any], prompt: Int[Tensor, " pos"], layer: int, head: int, *, key: int, query: int = -1
+) -> pd.DataFrame:
+    """Measure what an attention score is the sum of: which pairs of components make a head look where it looks.
+
+    1. The query is Σ_c c · W_Q / σ(x) + b_Q over the components c at its position, and so is the key at its own.
+    2. Rotary embeddings, where there are any, turn both, term by term, by angles of their positions.
+    3. The score is the product of the two sums, times the head's scale: Σ_c Σ_c′ over all pairs, the biases b_Q and
+       b_K among them. It is the score before soft-capping, which Gemma 2 does, and before the softmax over keys.
+
+    With norms this holds at the σ of both positions; without, the product of two components is the same wherever and
+    beside whatever else they occur.
+
+    Args:
+        models: by name.
+        prompt: token ids.
+        layer: of the head.
+        head: its number in the layer; heads with grouped queries share keys.
+        key: the position that is looked at, not after `query`.
+        query: the position that looks.
+
+    Returns a row a model and pair. Columns: model; layer; head; query and key, positions; query_label and key_label,
+    components such as L0H3, embed or b_Q; contribution, in units of the score, of which the sum is the score.
+
+    Raises:
+        ValueError: a key after the query.
+        NolnError: as `measure_edges` does, or norms of queries and keys, after which a score is not a sum any more.
+    """
+    query, key = (range(len(prompt))[position] for position in (query, key))
+    if key > query:
+        raise ValueError(f"The key, position {key}, comes after the query, position {query}, which cannot see it.")
+    frames = []
+    for name, model in models.items():
+        stream = Stream(model)
+        of_query, of_key = (r for r in stream.readers if r.layer == layer and r.kind in ("query", "key"))
+        hooks = [hook for component in stream.components_at(of_query.point) for hook in component.hooks]
+        hooks += [of_query.point, *stream.rotary_hooks(layer)]
+        cache = run(model, prompt, hooks).cache
+        sides = []
+        for reader, position in ((of_query, query), (of_key, key)):
+            at = {hook: activation[0, [position]] for hook, activation in cache.items() if hook in hooks}
+            W, b = stream.read_weights(reader)
+            group = head * len(b) // model.cfg.n_heads
+            reading = Reading(stream, W[:, group], b[group], at[reader.point])
+            labels, terms = [f"b_{reader.part}"], [reading.b.unsqueeze(0)]
+            for component in stream.components_at(reader.point):
+                for _, contribution, _ in reading.effects(Written(stream, component, at.__getitem__)):
+                    labels += [component.label(i) for i in range(len(contribution))]
+                    terms.append(contribution[:, 0])
+            sides.append((labels, stream.rotate(layer, torch.cat(terms), position, cache)))
+        (query_labels, q), (key_labels, k) = sides
+        frame = pd.MultiIndex.from_product([query_labels, key_labels], names=["query_label", "key_label"])
+        frame = frame.to_frame(index=False)
+        frame["contribution"] = (q @ k.T * stream.score_scale(layer)).flatten().cpu().numpy()
+        place = {"model": name, "layer": layer, "head": head, "query": query, "key": key}
+        frames.append(pd.DataFrame({**place, **frame}))
+    return pd.concat(frames, ignore_index=True)
+
+
+class _Sums:
+    """Sums over tokens, and over the units of each reader, of what components do to what reads one point."""
+
+    def __init__(self, names: pd.DataFrame) -> None:
+        """Take the reader, among others, of each unit."""
+        self._readers = names.drop(columns="unit").drop_duplicates("reader").reset_index(drop=True)
+        self._units = names.groupby("reader", sort=False)["unit"].size().tolist()
+        self._group = torch.arange(len(self._units)).repeat_interleave(torch.tensor(self._units))
+        self._totals: dict[Component, dict[str, Any]] = {}
+
+    def add(
+        self,
+        component: Component,
+        contribution: Float[Tensor, "part token unit"],
+        effect: Float[Tensor, "part token unit"],
+    ) -> None:
+        group = self._group.to(effect.device)
+        zeros = effect.new_zeros(len(effect), len(self._units))
+        values = {"contribution": contribution.abs(), "direct_effect": effect.abs()}
+        sums = {"tokens": effect.shape[1]} | {
+            column: zeros.index_add(1, group, value.sum(1))
+            for column, value in zip(_SUMS, (*values.values(), (contribution - effect).abs()), strict=True)
+        }
+        total = self._totals.setdefault(component, {})
+        total |= {column: value + total.get(column, 0) for column, value in sums.items()}
+        if component.kind in ("reader", "residue"):
+            for column, value in zip(_MAXIMA, values.values(), strict=True):
+                most = torch.stack([units.amax(1) for units in value.amax(1).split(self._units, dim=1)], dim=1)
+                total[column] = most.maximum(total.get(column, most))
+
+    def frame(self) -> pd.DataFrame:
+        """Return a row a component, each head by itself, and reader."""
+        frames = []
+        for component, total in self._totals.items():
+            tokens = total.pop("tokens")
+            parts, readers = next(iter(total.values())).shape
+            part = np.repeat(range(parts), readers)
+            frame = pd.concat([self._readers] * parts, ignore_index=True)
+            frame["component"] = component.kind
+            frame["label"] = [component.label(i) for i in part]
+            frame["layer"] = pd.array([component.layer] * len(frame), "Int64")
+            frame["head"] = pd.array(part if component.kind == "head" else [None] * len(frame), "Int64")
+            for column, values in total.items():
+                values = values.flatten().cpu().numpy()
+                frame[column] = values if column in _MAXIMA else values / np.tile(tokens * np.array(self._units), parts)
+            frames.append(frame.assign(tokens=tokens))
+        return pd.concat(frames, ignore_index=True).reindex(
+            columns=[*frames[0].columns.drop("tokens"), *_MAXIMA, "tokens"]
+        )
+
+
+def run(model: Any, prompt: Int[Tensor, " pos"], hooks: Iterable[str]) -> Forward:
+    """Return what a model makes of one prompt: a batch of one."""
+    tokens, names = prompt.unsqueeze(0).to(model.cfg.device), list(dict.fromkeys(hooks))
+    return Forward(*model.run_with_cache(tokens, names_filter=names, return_cache_object=False))
+
+
+class Side(NamedTuple):
+    """What reads one point of the stream: the units of all readers there, side by side."""
+
+    point: str
+    names: pd.DataFrame
+    """What each unit is: kind; reader; reader_layer; reader_head, missing of MLPs; unit, which of the head or MLP."""
+    W: Float[Tensor, "d_model unit"]
+    b: Float[Tensor, " unit"]
+    hooks: tuple[str, ...]
+    """The activations that are the units; of the logit none."""
+
+
+def _sides(stream: Stream) -> list[Side]:
+    """Return what reads the stream inside the blocks, point by point."""
+    sides = []
+    for point, group in itertools.groupby(stream.readers, lambda reader: reader.point):
+        readers, names, weights, biases = list(group), [], [], []
+        for reader in readers:
+            W, b = stream.read_weights(reader)
+            head, unit = np.indices(b.shape).reshape(2, -1)
+            frame = pd.DataFrame({"kind": reader.kind, "reader": [reader.label(i) for i in head]})
+            frame["reader_layer"] = pd.array([reader.layer] * len(frame), "Int64")
+            frame["reader_head"] = pd.array([None] * len(frame) if reader.kind == "mlp" else head, "Int64")
+            names.append(frame.assign(unit=unit))
+            weights.append(W.flatten(1))
+            biases.append(b.flatten())
+        hooks = tuple(reader.hook for reader in readers)
+        sides.append(Side(point, pd.concat(names), torch.cat(weights, dim=1), torch.cat(biases), hooks))
+    return sides
+
+
+def logit_side(stream: Stream, target: Target, centre_unembedding: bool = True) -> Side:
+    """Return what reads the logit of a target off the final stream.
+
+    Raises:
+        ValueError: a final norm whose weights are not folded into the unembedding.
+    """
+    stream.require_folded_norm()
+    W, b = (target_logit(x, target, centre_unembedding) for x in (stream.model.W_U, stream.model.b_U))
+    return Side(stream.final, _LOGIT, W.unsqueeze(1), b.view(1), ())
+
+
+def target_logit(
+    by_token: Float[Tensor, "*shape vocab"], target: Target, centre_unembedding: bool = True
+) -> Float[Tensor, "*shape"]:
+    """Return the entry of a target, less that of the other token or, if `centre_unembedding`, the mean of all."""
+    pair = target if isinstance(target, tuple) else None
+    first = target[0] if isinstance(target, tuple) else target
+    return by_token[..., first].double() - target_base(by_token, pair, centre_unembedding)
+
+
+def _named(names: pd.DataFrame, readers: Sequence[str]) -> np.ndarray:
+    """Return which units belong to readers of these names, or are neurons that are called so."""
+    neuron = names["reader"].str.replace(" MLP", "N") + names["unit"].astype(str)
+    gate = names["reader"].str.replace(" MLP gate", "N") + names["unit"].astype(str) + " gate"
+    return (names["reader"].isin(readers) | neuron.isin(readers) | gate.isin(readers)).to_numpy()
+
+
+def _attention_hooks(heads: Component) -> tuple[str, str]:
+    """Return the activations from which the sources of a layer's heads are read: pattern and values."""
+    return tuple(heads.hook.replace("hook_z", hook) for hook in ("hook_pattern", "hook_v"))  # type: ignore[return-value]
+
+
+def _by_source(heads: Component, position: int, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the activations of heads at a position as if each source before it were a token."""
+    pattern, values = (cache[hook][0] for hook in _attention_hooks(heads))
+    attention, values = pattern[:, position, : position + 1].T.unsqueeze(-1), values[: position + 1]
+    values = values.repeat_interleave(attention.shape[1] // values.shape[1], dim=1)
+    scale = {heads.scale: cache[heads.scale][0, [position]].expand(position + 1, 1)} if heads.scale else {}
+    return {heads.hook: attention * values} | scale
+
+
+def _rows(
+    names: pd.DataFrame,
+    component: Component,
+    contribution: Float[Tensor, "part source unit"],
+    effect: Float[Tensor, "part source unit"],
+) -> pd.DataFrame:
+    """Return a row a part, source, of which there is one where parts are not split, and unit."""
+    part, source, unit = np.indices(effect.shape).reshape(3, -1)
+    frame = names.iloc[unit].reset_index(drop=True)
+    frame["component"] = component.kind
+    frame["label"] = np.array([component.label(i) for i in range(len(effect))], dtype=object)[part]
+    frame["layer"] = pd.array([component.layer] * len(frame), "Int64")
+    for kind, number in {"head": part, "neuron": part, "source": source}.items():
+        is_known = effect.shape[1] > 1 if kind == "source" else component.kind == kind
+        frame[kind] = pd.array(number if is_known else [None] * len(frame), "Int64")
+    frame["contribution"], frame["direct_effect"] = (x.flatten().cpu().numpy() for x in (contribution, effect))
+    return frame
