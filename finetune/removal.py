@@ -2,6 +2,7 @@
 
 RUN/recipe.yaml    what was run, replayable; with versions, git state and command
 RUN/replay.yaml    of an adaptive schedule: the recipe with the steps that it came to
+RUN/original/      of a model in memory or a GGUF file: the model, as a directory
 RUN/log.jsonl      one line a step of each fit
 RUN/checkpoints/   to resume from
 RUN/control/       fine-tuned the same way with LayerNorm kept
@@ -73,8 +74,8 @@ def remove_norms(
     """Fine-tune the norms out of a model, beside a control that keeps them, and return what the command writes.
 
     Args:
-        model: a bundled name, a directory, a Hub name, or a model in memory, compiled and wrapped or not, which stays
-            as it is. None: the recipe's.
+        model: a bundled name, a directory, a GGUF file, a Hub name, or a model in memory, compiled and wrapped or not,
+            which stays as it is. None: the recipe's.
         tokenizer: needed with a model in memory; otherwise the one beside the model is taken.
         text: a source, or a whole `Text`. None: the recipe's.
         recipe: a shipped name, a YAML file, or a recipe.
@@ -107,14 +108,14 @@ def start(
     """
     directory = new_directory(recipe, out)
     setup = set_up(recipe, model, tokenizer)
-    in_memory = model is not None or tokenizer is not None
+    # A run is replayed and resumed from files alone, and a model that was dequantised is kept as it was.
+    kept = model is not None or tokenizer is not None or checkpoint.gguf_of(recipe.model) is not None
     directory = make(directory, out)
-    if in_memory:
-        # A run is replayed and resumed from files alone.
+    if kept:
         recipe = dataclasses.replace(recipe, model=str(directory / "original"), revision=None)
         setup = dataclasses.replace(setup, recipe=recipe)
     if PartialState().is_main_process:
-        if in_memory:
+        if kept:
             checkpoint.save(setup.model, directory / "original", setup.tokenizer)
         write_recipe(recipe, directory)
     PartialState().wait_for_everyone()

@@ -66,7 +66,7 @@ def recipe_of(directory: Path) -> Recipe | PretrainRecipe:
         RecipeError: `directory` is no run directory, or its recipe cannot be read.
     """
     recipe = recipes.load_run(directory)
-    # What was a model in memory moves with the run directory.
+    # What was a model in memory or a GGUF file moves with the run directory.
     original = directory / "original"
     if isinstance(recipe, Recipe) and original.is_dir():
         return dataclasses.replace(recipe, model=str(original))
