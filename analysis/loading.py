@@ -37,7 +37,7 @@ from finetune.in_memory import unwrapped
 from finetune.names import PUBLISHED
 
 Model = str | Path | nn.Module
-"""A short name, a directory, a Hub id, or a model in memory, compiled and wrapped or not."""
+"""A short name, a directory, a GGUF file, a Hub id, or a model in memory, compiled and wrapped or not."""
 Tool = Literal["hooked", "bridge"]
 
 _SHAPES = {
@@ -70,7 +70,7 @@ def load_hooked(
     `load_bridge` takes as many as the model.
 
     Args:
-        model: a short name (`PUBLISHED`, or a bundled one), a directory, a Hub id, or a model in memory.
+        model: a short name (`PUBLISHED`, or a bundled one), a directory, a GGUF file, a Hub id, or a model in memory.
         tokenizer: that of the checkpoint or of its base where None; a model in memory has none of its own.
         revision: branch, tag or commit of a Hub id.
         dtype: of the weights; that of a model in memory, float32 otherwise.

@@ -1,6 +1,6 @@
 """Reading and writing models: names, the Hub, configs, weights, tokenizers. Nothing here knows what a norm is.
 
-Only safetensors are read, and no remote code is run. What a checkpoint is checked for, `folding` says.
+Only safetensors and GGUF are read, and no remote code is run. What a checkpoint is checked for, `folding` says.
 """
 
 import json
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from finetune import families, folding, model_files, names
+from finetune import families, folding, gguf_file, model_files, names
 from finetune.blocks import BlocksConfig, BlocksForCausalLM
 from finetune.errors import CheckpointError, NoTokenizerError
 from finetune.folding import convert, linear_maps, norm_state, to_identity  # noqa: F401  their former home
@@ -68,11 +68,13 @@ def save(
 
 
 def load_config(name_or_path: str | Path, revision: str | None = None) -> PreTrainedConfig:
-    """Read the config of a model: a short name, a directory or a Hub id; no weights are fetched.
+    """Read the config of a model: a short name, a directory, a GGUF file or a Hub id; no weights are fetched.
 
     Raises:
         CheckpointError: nothing there, unreadable, or another architecture than those of `families` and `blocks`.
     """
+    if file := gguf_of(name_or_path, revision):
+        return gguf_file.load_config(file)
     directory = _local(name_or_path, revision, _CONFIG_FILES)
     config = model_files.read_json(directory / "config.json", name_or_path)
     model_type = config.get("model_type")
@@ -96,22 +98,26 @@ def load_config(name_or_path: str | Path, revision: str | None = None) -> PreTra
 def load(name_or_path: str | Path, revision: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a model of a known family, LN-free or not, or one of `finetune.blocks`, on the CPU, for evaluation.
 
-    It is named by a short name (`finetune.names`), a directory or a Hub id.
+    It is named by a short name (`finetune.names`), a directory, a GGUF file or a Hub id.
 
-    Only safetensors are read, and no remote code is run. From a directory nothing is looked up. The weights
+    Only safetensors and GGUF are read, and no remote code is run. From a directory nothing is looked up. The weights
     are float32 unless `dtype` says otherwise, whatever the files hold.
 
     Raises:
         CheckpointError: nothing there, files missing or corrupt, another architecture, or what
             `folding.norm_state` raises.
     """
+    if file := gguf_of(name_or_path, revision):
+        with no_progress_bars(), _quiet():
+            model = gguf_file.load(file, dtype)
+        folding.norm_state(model)
+        return model
     config = load_config(name_or_path, revision)
     blocks = isinstance(config, BlocksConfig)
     kind: Any = BlocksForCausalLM if blocks else families.family_of(config, str(name_or_path)).model_class
     directory = _local(name_or_path, revision, _CONFIG_FILES + _WEIGHT_FILES)
     shapes = {} if blocks else model_files.shapes_of(config, kind, name_or_path)
     model_files.check_weights(directory, name_or_path, kind, shapes)
-    model: PreTrainedModel
     info: dict[str, Any]
     remedy = "Copy the files anew from where the model is from."
     with model_files.reading(f"The weights of {name_or_path}", remedy), no_progress_bars(), _quiet():
@@ -128,12 +134,14 @@ def load(name_or_path: str | Path, revision: str | None = None, dtype: torch.dty
 
 
 def load_tokenizer(name_or_path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model; for a published model without one, that of its base.
+    """Load the tokenizer that lies beside a model or in its GGUF file; for a published model without, its base's.
 
     Raises:
         NoTokenizerError: no tokenizer in it.
         CheckpointError: nothing there.
     """
+    if file := gguf_of(name_or_path, revision):
+        return gguf_file.load_tokenizer(file)
     directory = _local(name_or_path, revision, _CONFIG_FILES + _TOKENIZER_FILES)
     if not (any(any(directory.glob(file)) for file in _VOCABULARIES) or _needs_no_vocabulary(directory)):
         if published := names.PUBLISHED.get(str(name_or_path)):
@@ -172,6 +180,20 @@ def _needs_no_vocabulary(directory: Path) -> bool:
     return isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase) and not kind.vocab_files_names
 
 
+def gguf_of(name_or_path: str | Path, revision: str | None = None) -> Path | None:
+    """Return the GGUF file that a name stands for, or None if it stands for something else.
+
+    Raises:
+        CheckpointError: a revision of a file.
+    """
+    path = names.expanded(names.resolve(name_or_path)[0])
+    if not gguf_file.is_gguf(path):
+        return None
+    if revision is not None:
+        raise CheckpointError(f"{name_or_path} is a file, which has no revision {revision}.")
+    return path
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide transformers' own table of what does not fit, which is said in a line."""
@@ -203,7 +225,7 @@ def _local(name_or_path: str | Path, revision: str | None, files: list[str]) -> 
             raise CheckpointError(f"{name_or_path} is a directory, which has no revision {revision}.")
         return directory
     if directory.exists():
-        raise CheckpointError(f"{name_or_path} is a file: name the directory of a model.")
+        raise CheckpointError(f"{name_or_path} is a file: name the directory of a model, or a GGUF file.")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -2,6 +2,7 @@
 
 RUN/recipe.yaml    what was run, replayable; with versions, git state and command
 RUN/replay.yaml    of an adaptive schedule: the recipe with the steps that it came to
+RUN/original/      of a model in memory or a GGUF file: the model, as a directory
 RUN/log.jsonl      one line a step of each fit
 RUN/checkpoints/   to resume from
 RUN/control/       fine-tuned the same way with LayerNorm kept
@@ -74,8 +75,8 @@ def remove_norms(
     """Fine-tune the norms out of a model, beside a control that keeps them, and return what the command writes.
 
     Args:
-        model: a bundled name, a directory, a Hub name, or a model in memory, compiled and wrapped or not, which stays
-            as it is. None: the recipe's.
+        model: a bundled name, a directory, a GGUF file, a Hub name, or a model in memory, compiled and wrapped or not,
+            which stays as it is. None: the recipe's.
         tokenizer: a name, a directory, or one in memory; needed with a model in memory. None: the one beside the model.
         text: a source; a whole `Text`; or documents in memory: strings, or a data set of `datasets`, which are written
             into the run directory, so that the run can be resumed and replayed. None: the recipe's.
@@ -111,17 +112,17 @@ def start(
         RecipeError, CheckpointError, TextError, DivergedError, FileExistsError: as `remove_norms`.
     """
     directory = new_directory(recipe, out)
-    in_memory = model is not None or tokenizer is not None
     with in_file(documents, directory) as file:
         setup = set_up(decided(of_file(recipe, file)), model, tokenizer)
         directory = make(directory, out)
-        # A run is replayed and resumed from files alone.
+        # A run is replayed and resumed from files alone, and a model that was dequantised is kept as it was.
         recipe = of_file(setup.recipe, take_in(file, directory))
-    if in_memory:
+    kept = model is not None or tokenizer is not None or checkpoint.gguf_of(recipe.model) is not None
+    if kept:
         recipe = dataclasses.replace(recipe, model=str(directory / "original"), revision=None)
     setup = dataclasses.replace(setup, recipe=recipe)
     if PartialState().is_main_process:
-        if in_memory:
+        if kept:
             checkpoint.save(setup.model, directory / "original", setup.tokenizer)
         write_recipe(recipe, directory)
     PartialState().wait_for_everyone()

@@ -67,7 +67,7 @@ def recipe_of(directory: Path) -> Recipe | PretrainRecipe:
         RecipeError: `directory` is no run directory, or its recipe cannot be read.
     """
     recipe = recipes.load_run(directory)
-    # What was a model or text in memory moves with the run directory.
+    # What was a model or text in memory, or a GGUF file, moves with the run directory.
     original, text = directory / "original", directory / TEXT
     if isinstance(recipe, Recipe) and original.is_dir():
         recipe = dataclasses.replace(recipe, model=str(original))

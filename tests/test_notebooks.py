@@ -1,5 +1,6 @@
 """Every notebook runs from a clean kernel on what ships with the package, and what is stored of it is small."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -109,3 +110,27 @@ def test_a_table_is_that_of_its_sweep(path: Path):
     assert table["run"].tolist() == [job.name for job in jobs]
     documents = pd.read_csv(path.with_name("documents.csv"))
     assert {*documents["run"]} == {*table["run"]}
+
+
+def test_the_mixture_for_smollm2_is_the_same_again_and_holds_out_each_kind(tmp_path: Path):
+    script = runpy.run_path(str(FOLDER / "sweeps/smollm2/text.py"))
+    characters = {"train": 30_000, "held-out": 20_000}
+    made = []
+    for name in ("first", "second"):
+        script["write"](tmp_path / name, characters)
+        made.append(
+            {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.json*")}
+        )
+    assert made[0] == made[1]
+    kinds = {kind: set() for kind in ("books", "docs", "code", "peps")}
+    for part, most in characters.items():
+        for kind, seen in kinds.items():
+            lines = (tmp_path / f"first/{part}/{kind}.jsonl").read_text().splitlines()
+            documents = {json.loads(line)["text"] for line in lines}
+            assert len(documents) == len(lines) > 1
+            assert most / 2 < sum(map(len, documents)) <= most
+            assert not documents & seen
+            seen |= documents
+    assert all("def " in document or "import" in document for document in kinds["code"])
+    assert script["docstrings"]('"""A."""\nx = "no"\nclass C:\n    def f(self):\n        """B."""\n') == "A.\n\nB."
+    assert script["docstrings"]("no (") == ""

@@ -335,7 +335,7 @@ class Recipe(Training):
     context: int | None = None
     """The length of a sequence, in tokens. None: as many as the model has positions, at most 1,024."""
     model: str = "micro"
-    """The model to take the LNs from: a bundled name (micro), a local directory, or a name on the Hub."""
+    """The model to take the LNs from: a bundled name (micro), a local directory, a GGUF file, or a name on the Hub."""
     revision: str | None = None
     """The revision of a model on the Hub."""
     kl_weight: float = 0.0

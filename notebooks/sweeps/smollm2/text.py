@@ -1,0 +1,134 @@
+"""A mixture of text that is at hand without a network: books, documentation, source code and PEPs.
+
+`python notebooks/sweeps/smollm2/text.py OUT` writes
+
+OUT/train/KIND.jsonl     to train on: the recipe's text is the directory OUT/train
+OUT/held-out/KIND.jsonl  to measure on, of the same kind: of other books, packages and PEPs
+OUT/contents.json        the packages with their versions, and of each file its documents, characters and digest
+
+Kinds are books (bundled), docs (descriptions, manuals and docstrings of the installed packages), code (their source)
+and peps (bundled). A package is held out whole. The same packages make the same files.
+"""
+
+import argparse
+import ast
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import lzma
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from finetune.bundled import TEXTS
+
+CHARACTERS = {"train": 4_000_000, "held-out": 200_000}
+"""Of each kind, at most: a million tokens, and fifty thousand."""
+LONGEST, SHORTEST = 10_000, 400
+"""Characters of a document: longer ones end at a line, shorter ones are left out."""
+PACKAGES_HELD_OUT = PEPS_HELD_OUT = 5
+"""One in so many."""
+
+
+def bundled(name: str) -> list[str]:
+    """Return the documents of a bundled text."""
+    with lzma.open(TEXTS[name], "rt", encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def digest(text: str) -> str:
+    """Return what text is ordered by: any order will do that depends on the text alone."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def docstrings(source: str) -> str:
+    """Return all docstrings of a module, in order."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the module's own
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError):
+            return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node)]
+    found.sort(key=lambda node: getattr(node, "lineno", 0))
+    return "\n\n".join(ast.get_docstring(node) or "" for node in found)
+
+
+def read(path: Path) -> str:
+    """Return a file's text, or nothing where it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def documents_of(package: importlib.metadata.Distribution, kind: str) -> Iterator[str]:
+    """Yield the documents of one kind (docs, code) of a package."""
+    files = {str(file): Path(str(file.locate())) for file in package.files or () if ".." not in file.parts}
+    names = sorted(files, key=digest)
+    sources = (read(files[name]) for name in names if name.endswith(".py"))
+    if kind == "code":
+        yield from sources
+        return
+    yield package.metadata.get_payload() or ""
+    yield from (read(files[name]) for name in names if name.endswith((".md", ".rst")))
+    yield from map(docstrings, sources)
+
+
+def take_turns(streams: Iterable[Iterator[str]]) -> Iterator[str]:
+    """Yield the first document of each stream, then the second of each, and so on."""
+    for row in itertools.zip_longest(*streams):
+        yield from (document for document in row if document)
+
+
+def choose(documents: Iterable[str], characters: int) -> list[str]:
+    """Return the first documents, none twice, that `characters` suffice for."""
+    chosen: dict[str, None] = {}
+    left = characters
+    for document in documents:
+        if len(document) > LONGEST:
+            document = document[: document.rfind("\n", SHORTEST, LONGEST) + 1] or document[:LONGEST]
+        if SHORTEST <= len(document) <= left and document not in chosen:
+            chosen[document] = None
+            left -= len(document)
+        if left < SHORTEST:
+            break
+    return list(chosen)
+
+
+def mixture(part: str, packages: list[importlib.metadata.Distribution]) -> Iterator[tuple[str, Iterator[str]]]:
+    """Yield each kind of text and its documents, of a part (train, held-out)."""
+    held_out = part == "held-out"
+    own = [p for p in packages if (int(digest(p.metadata["Name"]), 16) % PACKAGES_HELD_OUT == 0) == held_out]
+    yield "books", iter(sorted(bundled("books-report" if held_out else "books-train"), key=digest))
+    for kind in ("docs", "code"):
+        yield kind, take_turns([documents_of(package, kind) for package in own])
+    yield "peps", (pep for i, pep in enumerate(bundled("shifted-peps")) if (i % PEPS_HELD_OUT == 0) == held_out)
+
+
+def write(out: Path, characters: dict[str, int] = CHARACTERS) -> None:
+    """Write all files into a new directory."""
+    out.mkdir(parents=True)
+    by_name = {p.metadata["Name"]: p for p in importlib.metadata.distributions() if p.metadata["Name"] != "noln"}
+    packages = [by_name[name] for name in sorted(by_name)]
+    contents: dict = {"packages": {name: by_name[name].version for name in sorted(by_name)}, "files": {}}
+    for part, most in characters.items():
+        (out / part).mkdir()
+        for kind, documents in mixture(part, packages):
+            chosen = choose(documents, most)
+            lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chosen)
+            (out / part / f"{kind}.jsonl").write_text(lines, encoding="utf-8")
+            contents["files"][f"{part}/{kind}.jsonl"] = {
+                "documents": len(chosen),
+                "characters": sum(map(len, chosen)),
+                "sha256": digest(lines),
+            }
+    (out / "contents.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the directory to make")
+    write(parser.parse_args().out)
