@@ -5,8 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 
 MODELS = {
-    name: ROOT / name
-    for name in ("micro", "micro-control", "micro-ln-free", "micro-llama", "micro-llama-ln-free")
+    name: ROOT / name for name in ("micro", "micro-control", "micro-ln-free", "micro-llama", "micro-llama-ln-free")
 }
 """Short names of models: a GPT-2 and a Llama, and what the recipes of their names make of them with seed 0. A name that
 is not here is a local directory or a Hub id."""

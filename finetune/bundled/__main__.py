@@ -1,6 +1,6 @@
-"""`python -m finetune.bundled RUN`: bundle the models of a run, in place of those here that are called after its recipe.
+"""`python -m finetune.bundled RUN`: bundle the models of a run, in place of those that are called after its recipe.
 
-A run of `micro` gives `micro-control` and `micro-ln-free`, one of `pretrain micro-llama` gives `micro-llama`, and so on.
+A run of `micro` gives `micro-control` and `micro-ln-free`, one of `pretrain micro-llama` gives `micro-llama`.
 
 Matrices are stored in float16. Vectors stay in float32: the weights of an LN-free model's norms hold 1e6 over a std.
 """
