@@ -341,9 +341,12 @@ def model_card(setup: Setup, directory: Path, name: str, results: pd.DataFrame, 
     """Return the model card of the model called `name` (control, ln_free) of a run, from its results and its log."""
     model = setup.recipe.model
     base = "a local model" if Path(model) == directory / "original" else Path(model).name
+    centred = families.family_of(setup.model).style.centred
     return render(
         "model_card.md.jinja",
         name=name,
+        norm="LayerNorm" if centred else "RMSNorm",
+        divisor="standard deviation" if centred else "root mean square",
         base=base,
         base_model=None if is_local(model) or model in MODELS else model,
         recipe=setup.recipe,

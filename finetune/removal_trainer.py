@@ -124,7 +124,7 @@ class _RemovalRecord(Record):
 
     trainer: RemovalTrainer
     parts = ("loss", "kl", "teacher_loss", "cover_kl", "distance", "aux", "spread", "text")
-    advice = "Larger gaps in the schedule, a lower lr and a higher min_lr make the removal steadier."
+    advice = "A longer schedule.fade and larger gaps make the removal steadier; so can another lr and a higher min_lr."
 
     def __init__(self, trainer: RemovalTrainer, path: Path, name: str) -> None:
         super().__init__(trainer, path, name)

@@ -93,6 +93,11 @@ def test_a_run_leaves_a_norm_free_model_beside_its_control(name, recipe: Recipe,
     card = (run.directory / "ln_free/README.md").read_text()
     assert f"{len(FAMILIES[name].sites_of(2))} places" in card
     assert "context 16" in card
+    norm, divisor = (
+        ("LayerNorm", "standard deviation") if FAMILIES[name].style.centred else ("RMSNorm", "root mean square")
+    )
+    assert f" without {norm}\n" in card
+    assert f"live {divisor} now" in card
     assert f"tags: [{name}, " in card
     assert "behind the token `bos`" in card
 
