@@ -527,7 +527,7 @@ def _fall(held: Held, removals: Sequence[Removal], hold: bool) -> Float[np.ndarr
     consumers = {consumer.row: consumer for consumer in held.consumers}
 
     def losses(layer: int, kind: str) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Yield (batch row, writer's row, position, what its reader loses) of the edges into some layer's nodes."""
+        """Yield (batch row, row of the MLP or number of the head, position, what it loses) for a layer's nodes."""
         for (i, row, position), deltas in by_consumer.items():
             reader = consumers[row].reader
             if reader is None or (reader.layer, reader.kind) != (layer, kind):
