@@ -82,8 +82,8 @@ def predictions(
                 )
 
 
-def pieces(count: int, vocabulary: int) -> Iterator[slice]:
-    """Yield slices of `count` tokens, one after another, so few at once that their logits stay small."""
-    size = max(1, _LOGITS_IN_A_PIECE // vocabulary)
+def pieces(count: int, vocabulary: int, most: int = _LOGITS_IN_A_PIECE) -> Iterator[slice]:
+    """Yield slices of `count` tokens, one after another, so few at once that all have at most `most` logits."""
+    size = max(1, most // vocabulary)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -101,6 +101,8 @@ class Held:
         logits, cache = run(model, prompt, hooks)
         self.target = int(logits[0, -1].argmax()) if target is None else target
         self.logit = float(self.read(logits, cache[stream.final]))
+        first = self.target[0] if isinstance(self.target, tuple) else self.target
+        self.probability = float(logits[0, -1].double().softmax(-1)[first])
         self.pattern = [cache[f"blocks.{layer}.attn.hook_pattern"] for layer in range(cfg.n_layers)]
         self.gate = []
         for layer, each in enumerate(stream.neurons):
@@ -525,7 +527,7 @@ def _fall(held: Held, removals: Sequence[Removal], hold: bool) -> Float[np.ndarr
     consumers = {consumer.row: consumer for consumer in held.consumers}
 
     def losses(layer: int, kind: str) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Yield (batch row, writer's row, position, what its reader loses) of the edges into some layer's nodes."""
+        """Yield (batch row, row of the MLP or number of the head, position, what it loses) for a layer's nodes."""
         for (i, row, position), deltas in by_consumer.items():
             reader = consumers[row].reader
             if reader is None or (reader.layer, reader.kind) != (layer, kind):
@@ -678,24 +680,23 @@ def plot(graph: Graph) -> go.Figure:
     at = nodes.set_index("node")
     figure = go.Figure()
     widest = edges["flow"].abs().max()
+    middle = []
     for edge in edges.itertuples():
-        ends = at.loc[[edge.source, edge.target]]
+        (x, y), (to_x, to_y) = (at.loc[node, ["x", "y"]] for node in (edge.source, edge.target))
+        bow = 0.03 * (to_y - y) * (x == to_x)  # or edges of one position would lie on each other
+        middle.append(((x + to_x) / 2 + bow, (y + to_y) / 2))
         figure.add_scatter(
-            x=ends["x"],
-            y=ends["y"],
+            x=[x, middle[-1][0], to_x],
+            y=[y, middle[-1][1], to_y],
             mode="lines",
-            line={"color": _colour(edge.flow), "width": 0.5 + 5 * abs(edge.flow) / widest},
+            line={"color": _colour(edge.flow), "width": 0.5 + 5 * abs(edge.flow) / widest, "shape": "spline"},
             opacity=0.5,
             hoverinfo="skip",
         )
-    middle = [
-        at.loc[[source, target], ["x", "y"]].mean()
-        for source, target in zip(edges["source"], edges["target"], strict=True)
-    ]
     figure.add_scatter(
         name="edges",
-        x=[point["x"] for point in middle],
-        y=[point["y"] for point in middle],
+        x=[x for x, _ in middle],
+        y=[y for _, y in middle],
         mode="markers",
         marker={"size": 5, "color": [_colour(flow) for flow in edges["flow"]], "opacity": 0.4},
         text=edge_texts(graph),
@@ -774,42 +775,43 @@ def to_circuit_tracer(graph: Graph) -> dict[str, Any]:
 
     That frontend knows features of transcoders, their errors, embeddings and logits. Heads, MLPs and neurons become
     features, of their layer, called by their labels (`clerp`); position embeddings and biases of attention, which
-    nothing flows into, become errors. A head lies in its layer beside the MLP. Weights of links are flows, in logits.
+    nothing flows into, become errors. A head lies in its layer beside the MLP. Weights of links are flows, in logits;
+    the influence of a node is, as there, that of all nodes up to it, the most influential first.
     """
     held, layers = graph.held, graph.held.model.cfg.n_layers
-    tokens, last = held.prompt.tolist(), len(held.prompt) - 1
+    tokens, heads = held.prompt.tolist(), held.model.cfg.n_heads
     target = held.target[0] if isinstance(held.target, tuple) else held.target
+    shares = graph.nodes["influence"].iloc[1:]
+    upto = (shares.cumsum() / shares.sum() * graph.share).tolist()  # what the frontend's slider of nodes cuts off
     ids: dict[str, str] = {}
     nodes = []
-    for node in graph.nodes.itertuples():
-        layer = "E" if pd.isna(node.layer) else str(node.layer)
-        kind, feature = "cross layer transcoder", -1
+    for node, cumulative in zip(graph.nodes.itertuples(), [0.0, *upto], strict=True):
+        layer, kind, clerp = str(node.layer), "cross layer transcoder", node.label
         if node.component == ROOT:
             layer, kind, feature = str(layers + 1), "logit", target
+            clerp = f"Output {graph.target} (p={held.probability:.3f})"  # which the frontend takes apart
         elif node.component == "embed":
-            kind, feature = "embedding", tokens[node.position]
+            layer, kind, feature = "E", "embedding", tokens[node.position]
         elif node.component in ("pos_embed", "b_O"):
-            layer, kind = layer.replace("E", "0"), "mlp reconstruction error"
-        else:
-            # Heads first, then the MLP, then its neurons.
-            heads = held.model.cfg.n_heads
+            layer, kind = layer.replace("<NA>", "0"), "mlp reconstruction error"
+            feature = -1 if node.component == "b_O" else -2
+        else:  # heads first, then the MLP, then its neurons
             feature = int({"head": node.head, "mlp": heads}.get(node.component, heads + 1 + node.neuron))
-        name = f"{layer}_{node.label if feature < 0 else feature}_{node.position}"
-        ids[node.node] = name
+        ids[node.node] = f"{layer}_{feature}_{node.position}"
         nodes.append(
             {
-                "node_id": name,
+                "node_id": ids[node.node],
                 "feature": node.position if kind == "embedding" else feature,
                 "layer": layer,
                 "ctx_idx": node.position,
                 "feature_type": kind,
-                "token_prob": 0.0,
-                "is_target_logit": node.component == ROOT,
+                "token_prob": held.probability if kind == "logit" else 0.0,
+                "is_target_logit": kind == "logit",
                 "run_idx": 0,
-                "reverse_ctx_idx": last - node.position,
-                "jsNodeId": f"{layer}_{node.label if feature < 0 else feature}-{node.position}",
-                "clerp": f"{graph.target}" if node.component == ROOT else node.label,
-                "influence": node.influence,
+                "reverse_ctx_idx": 0,
+                "jsNodeId": f"{layer}_{feature}-{node.position}",
+                "clerp": clerp,
+                "influence": cumulative,
                 "activation": node.value,
             }
         )
@@ -826,7 +828,7 @@ def to_circuit_tracer(graph: Graph) -> dict[str, Any]:
             "transcoder_list": [],
             "prompt_tokens": prompt_tokens,
             "prompt": "".join(prompt_tokens),
-            "node_threshold": graph.share,
+            "node_threshold": math.ceil(graph.share * 1000) / 1000,
             "schema_version": 1,
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},

@@ -11,6 +11,7 @@ What the analyses say of which block:
 - Logit attribution: all but post-norm. Where every skip has a gain of 1 (pre-ln, parallel, op) it is as in GPT-2.
   Without a skip around attention (v-skipinit and the skipless ones) the final residual stream holds only what the last
   block's heads and MLP write, the heads' times the gain of the MLP's skip: all components before are 0.
+- Edges and graphs: none, because what blocks read goes through norms that are not folded.
 - DLA is the direct effect only where `final_norm` is none. The nine have an LN there: the NMAE says how far it is off.
 """
 

@@ -171,8 +171,10 @@ def test_all_models_have_one_target(make_gpt2):
     assert frame.loc[("ln_free", "node"), "error_free"] > 1, "attention and MLPs are as nonlinear as before"
 
 
+@torch.no_grad()
 def test_exports(make_gpt2, tmp_path):
-    found = graph.build(trio(make_gpt2)["ln_free"], SHORT, PAIR, neurons=1)
+    model = trio(make_gpt2)["ln_free"]
+    found = graph.build(model, SHORT, PAIR, neurons=1)
     nx.write_graphml(graph.to_networkx(found), tmp_path / "graph.graphml")
     made = nx.read_graphml(tmp_path / "graph.graphml")
     assert {*made} == {*found.nodes["node"]}
@@ -187,6 +189,12 @@ def test_exports(make_gpt2, tmp_path):
     assert [node["layer"] for node in traced["nodes"] if node["feature_type"] == "logit"] == ["3"]
     kinds = {"embedding", "cross layer transcoder", "mlp reconstruction error", "logit"}
     assert {node["feature_type"] for node in traced["nodes"]} == kinds
+    root = next(node for node in traced["nodes"] if node["feature_type"] == "logit")
+    probability = model(SHORT[None])[0, -1].softmax(-1)[PAIR[0]].item()
+    assert float(root["clerp"].split("(p=")[1].split(")")[0]) == pytest.approx(probability, abs=1e-3)
+    assert all(node["influence"] <= traced["metadata"]["node_threshold"] for node in traced["nodes"])
+    features = {(node["layer"], node["feature"], node["ctx_idx"]) for node in traced["nodes"]}
+    assert len(features) == len(ids), "the frontend knows them apart"
     assert traced["metadata"]["prompt_tokens"] == [str(token) for token in SHORT.tolist()]
 
 

@@ -9,7 +9,7 @@ import torch
 from models import random_model
 from transformers import PreTrainedTokenizerFast
 
-from analysis import load_trio, report
+from analysis import graph, graph_page, load_trio, report
 from analysis.texts import Sample
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -20,16 +20,21 @@ HOSTILE = "</script><img src=x onerror='window.harmed=1'><b>&amp;{{ 1 }}\u2028"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
-@pytest.fixture(scope="module")
-def page_file(tmp_path_factory):
-    """A report of all that needs no prompts, in which every text that is data is hostile."""
+def hostile_models():
+    """Small models with a tokenizer of hostile tokens."""
     vocabulary = {"<|endoftext|>": 0} | {f"{i}{HOSTILE}": i for i in range(1, 61)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<|endoftext|>")),
         eos_token="<|endoftext|>",
     )
     shape = {"vocab_size": 61, "n_positions": 12}
-    models = load_trio(random_model(**shape), None, random_model(frozen=True, **shape), tokenizer)
+    return load_trio(random_model(**shape), None, random_model(frozen=True, **shape), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    """A report of all that needs no prompts, in which every text that is data is hostile."""
+    models = hostile_models()
     models = {"original": models["original"], HOSTILE: models["original"], "ln_free": models["ln_free"]}
     sample = Sample(torch.randint(61, (4, 12)), np.arange(48).reshape(4, 12) // 20, HOSTILE)
     only = [analysis.name for analysis in report.ANALYSES if analysis.name != "patching"]
@@ -133,3 +138,20 @@ def test_figures_keep_to_their_places_in_print(page):
     )
     assert len(bottoms) >= 10
     assert all(drawn <= place + 1 for place, drawn in bottoms)
+
+
+def test_a_graph_by_keyboard(browser, tmp_path):
+    graphs = graph.build_all(hostile_models(), torch.arange(1, 5), (3, 4))
+    file = graph_page.write(graphs, tmp_path / "out", names={"original": HOSTILE, "ln_free": HOSTILE})
+    page, wrong = browser.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(file.absolute().as_uri())
+    page.locator("tbody[data-graph] tr").first.focus()
+    page.keyboard.press("ArrowDown")
+    label = page.evaluate("document.activeElement.cells[0].textContent").split("@")[0]
+    shown = "".join(layer.text_content() for layer in page.locator("#graph-original .hoverlayer").all())
+    assert f"{label} at " in shown
+    assert "logits" in shown
+    assert page.evaluate("window.harmed") is None
+    assert not wrong
