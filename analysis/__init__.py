@@ -3,7 +3,7 @@
 `load_hooked`, `load_bridge`, `load_nnsight` and `load_transformers` load one model, `load_hooked_blocks` one of
 `finetune.blocks`, `load_trio` the original, the control and the LN-free model that the analyses compare. An analysis is
 a module, with `measure(models, tokens)`, which returns a table, and `plot(table)`, which returns a figure: `loss`,
-`residual_norms`, `logit_attribution`, `faithfulness`, `attention`, `confidence_neurons`, `patching`,
+`generation`, `residual_norms`, `logit_attribution`, `faithfulness`, `attention`, `confidence_neurons`, `patching`,
 `outlier_features`, `benchmarks`. `report` runs them all.
 """
 
