@@ -175,12 +175,14 @@ class _RemovalRecord(Record):
             first, factor, token = found.tolist()
             if factor:
                 site, _, position = np.unravel_index(first, shape)
+                trainer = self.trainer
                 self.write()
                 raise self.diverged(
-                    f"at step {step} the live std of token {token} ({self.trainer.decode(token)!r}) at position "
-                    f"{position} is {factor:,} times what divides it at {list(self.trainer.sites)[site]}, more than "
-                    f"max_outlier={self.trainer.recipe.max_outlier:g}: the divisor has been left behind. spread_live "
-                    "draws stds together before sites freeze, and guard bounds what outliers do while training"
+                    f"at step {step} the live {'std' if trainer._centred else 'RMS'} of token {token} "
+                    f"({trainer.decode(token)!r}) at position {position} is {factor:,} times what divides it at "
+                    f"{list(trainer.sites)[site]}, more than max_outlier={trainer.recipe.max_outlier:g}: the divisor "
+                    "has been left behind. spread_live draws stds together before sites freeze, and guard bounds what "
+                    "outliers do while training"
                 )
         super()._check(excess, step)
 
@@ -278,14 +280,19 @@ class _RemovalRecord(Record):
         if len(stds):
             sites = list(self.trainer.sites)
             live, constants = stds[: 6 * len(sites)].view(2, len(sites), -1)
-            over = stds[6 * len(sites) :].view(-1, 2).tolist() or [None] * len(sites)
+            over = stds[6 * len(sites) :].view(-1, 2)
             begun = {event.name for event in self.trainer.events if event.step <= line["step"]}
             named["std"] = {
                 site: {
-                    "live": [None if math.isnan(std) else std for std in live[i].tolist()],
+                    "live": _or_none(live[i]),
                     "frozen": constants[i].tolist() if site in begun else None,
-                    "over_constant": over[i],
                 }
+                | ({"over_constant": _or_none(over[i])} if len(over) else {})
                 for i, site in enumerate(sites)
             }
         return named
+
+
+def _or_none(numbers: Float[Tensor, " number"]) -> list[float | None]:
+    """Return numbers as JSON has them, None for NaN."""
+    return [None if math.isnan(number) else number for number in numbers.tolist()]

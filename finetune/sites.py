@@ -217,7 +217,7 @@ class Sites:
             for divisor in norm.divisors:
                 typical = divisor.typical()
                 ratios = torch.cat([(live[i] / typical[classes]).flatten() for live, classes in self._kept])
-                found.append(ratios.topk(1 + len(ratios) // 1000).values[[-1, 0]])
+                found.append(torch.stack([ratios.quantile(0.999), ratios.max()]))
         self._kept.clear()
         largest = torch.stack(found)
         if dist.is_initialized():
