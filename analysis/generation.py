@@ -61,6 +61,8 @@ def measure_prompts(
 ) -> pd.DataFrame:
     """Have each model go on from prompts, texts (no special token is added) or token ids.
 
+    A text may be a chat, as `tokenizer.apply_chat_template(messages, tokenize=False)` writes it.
+
     Returns a row a model and prompt: prompt (its number), prompt_text, text, what the model wrote; new_tokens, how many
     that are; agreed, how many of them, from the first on, are the reference's; reference_loss, the mean cross-entropy
     of what it wrote under the reference, nats/token. Without a tokenizer texts are token ids.
