@@ -10,6 +10,10 @@ with σ̄ a constant: α = 0 is the live norm, α = 1 is a constant and linear i
 for the device. Tokens at position 0 and end-of-text tokens have constants of their own until these are merged into
 the ordinary one.
 
+While training, the scale may be guarded: it is then at least σ/κ, κ > 1, so that a token of uncommonly large σ leaves
+the norm at most κ times as long as it would leave a live one. A gated MLP is quadratic in what it reads, and such
+excesses multiply from block to block. The guard is lifted, κ = ∞, before the norms fold into weights.
+
 The norm in front of attention is read on two paths, QK and V, that freeze at different times. The scale is one number
 a token, so it commutes with the weights: every product is taken of the vector scaled for QK, and what belongs to V is
 rescaled, be it columns of a packed QKV or a Linear of its own.
@@ -64,6 +68,8 @@ class Divisor(nn.Module):
     frozen: Float[Tensor, "3"]
     alpha: Float[Tensor, ""]
     merged: Float[Tensor, "3"]
+    least: Float[Tensor, ""]
+    """1/κ, the least share of the live std that divides; 0 without a guard. Not saved: it follows from the step."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, std_mean: StdMean = "arithmetic") -> None:
         super().__init__()
@@ -71,6 +77,7 @@ class Divisor(nn.Module):
         for name, value in (("std_sum", 0), ("std_count", 0), ("frozen", 1), ("merged", 0)):
             self.register_buffer(name, torch.full((len(CLASSES),), float(value), dtype=dtype, device=device))
         self.register_buffer("alpha", torch.zeros((), dtype=dtype, device=device))
+        self.register_buffer("least", torch.zeros((), dtype=dtype, device=device), persistent=False)
 
     def update(self, std_sum: Float[Tensor, "3"], count: Float[Tensor, "3"], decay: float) -> None:
         """Take one optimizer step into the running mean: the sum of its (transformed) stds and their number, by class.
@@ -93,6 +100,20 @@ class Divisor(nn.Module):
     def constants(self) -> Float[Tensor, "3"]:
         """Return the constant of each class, moved towards the ordinary one as far as the class is merged."""
         return self.frozen.pow(1 - self.merged) * self.frozen[0].pow(self.merged)
+
+    def typical(self) -> Float[Tensor, "3"]:
+        """Return what a live std is compared with, by class: the running mean, and the constant as far as it counts.
+
+        NaN before the first step has been measured, unless the site is frozen.
+        """
+        return self.running_std().pow(1 - self.alpha) * self.constants().pow(self.alpha)
+
+    def scale(
+        self, std: Float[Tensor, "batch pos 1"], classes: Int[Tensor, "batch pos"], guarded: bool = True
+    ) -> Float[Tensor, "batch pos 1"]:
+        """Return what divides tokens with these live stds, with the guard or, not `guarded`, without."""
+        scale = std.pow(1 - self.alpha) * self.frozen_part(classes)
+        return torch.maximum(scale, std * self.least) if guarded else scale
 
     def frozen_part(self, classes: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos 1"]:
         """Return σ̄^α of each token: what the live part σ^(1−α) is to be multiplied by."""
@@ -125,32 +146,45 @@ def _centre(x: Float[Tensor, "*shape d"], centred: bool) -> Float[Tensor, "*shap
     return x - x.mean(-1, keepdim=True) if centred else x
 
 
+def _guard(std: Tensor, c: Tensor, alpha: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Return c and α of the scale σ^(1−α)·c where it is at least σ/κ: there it is a live one, σ·(1/κ)."""
+    acts = std * least > std.pow(1 - alpha) * c
+    return torch.where(acts, least, c), torch.where(acts, 0.0, alpha)
+
+
 class _Normalise(torch.autograd.Function):
     """Divide x, centred if `centred`, by s = σ^(1−α)·c; also return σ. Gradients in closed form, without temporaries.
 
     With y = (x − μ)/s, gradients g of y and h of σ, width d and C the centring (the identity under RMSNorm):
-    dx = C(g/s) + y · [h·s/(d·σ) − (1−α)·s/σ² · mean(g·y)]. At α = 1 no live term is left.
+    dx = C(g/s) + y · [h·s/(d·σ) − (1−α)·s/σ² · mean(g·y)]. At α = 1 no live term is left. With `least` = 1/κ (None:
+    no guard) c and α are those of `_guard`.
     """
 
     @staticmethod
-    def forward(x: Tensor, c: Tensor, alpha: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        x: Tensor, c: Tensor, alpha: Tensor, eps: float, centred: bool, least: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         x = _centre(x, centred)
         std = _std(x, eps)
+        if least is not None:
+            c, alpha = _guard(std, c, alpha, least)
         return x / (std.pow(1 - alpha) * c), std
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, c, alpha, _, ctx.centred = inputs
-        ctx.save_for_backward(*output, c, alpha)
+        _, c, alpha, _, ctx.centred, least = inputs
+        ctx.save_for_backward(*output, c, alpha, least)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, None, None, None, None]:
-        y, std, c, alpha = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
+        y, std, c, alpha, least = ctx.saved_tensors
+        if least is not None:
+            c, alpha = _guard(std, c, alpha, least)
         scale = std.pow(1 - alpha) * c
         width = y.shape[-1]
         along = torch.linalg.vecdot(g, y).unsqueeze(-1) / width
         slope = h * scale / (width * std) - (1 - alpha) * scale / std.square() * along
-        return torch.addcmul(_centre(g, ctx.centred) / scale, y, slope), None, None, None, None
+        return torch.addcmul(_centre(g, ctx.centred) / scale, y, slope), None, None, None, None, None
 
 
 class FakeNorm(nn.Module):
@@ -186,8 +220,10 @@ class FakeNorm(nn.Module):
         self.divisors = nn.ModuleList(divisors)  # type: ignore[assignment]
         self.classes = classes
         self.live = self.constant = False
+        self.guards = False
+        """Whether the divisors may have a guard."""
         self.live_graph = False
-        """Whether a constant norm keeps the graph of its live std, for a penalty on it."""
+        """Whether an ordinary or a constant norm keeps the graph of its live std, for a penalty on it."""
         self.live_std: Float[Tensor, "batch pos"]
         self.ratios: list[Float[Tensor, "batch pos 1"]]
         """Of the last forward: the first path's scale over each other path's."""
@@ -210,8 +246,11 @@ class FakeNorm(nn.Module):
         classes = self.classes.index
         frozen_part = first.frozen_part(classes)
         x = x.to(_statistics_dtype(x.dtype))
-        y, std = _Normalise.apply(x, frozen_part, first.alpha, self.eps, self.style.centred)
+        least = first.least if self.guards else None
+        y, std = _Normalise.apply(x, frozen_part, first.alpha, self.eps, self.style.centred, least)
         self.live_std = std.squeeze(-1)
+        if self.guards:
+            return y, [first.scale(std, classes) / other.scale(std, classes) for other in others]
         return y, [std.pow(other.alpha - first.alpha) * frozen_part / other.frozen_part(classes) for other in others]
 
     def ordinary(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
@@ -231,7 +270,10 @@ class FakeNorm(nn.Module):
         """Return what its readers take, or, without readers, x normalised, with gain and bias."""
         if self.has_readers:
             if self.is_live:
-                return self.ordinary(x)
+                y = self.ordinary(x)
+                if self.live_graph:
+                    self._measure(x)
+                return y
             if self.constant:
                 self._measure(x)
                 return x

@@ -256,11 +256,12 @@ def auxiliary_loss(
 
 def spread_loss(
     stds: Float[Tensor, "site batch pos"],
-    constants: Float[Tensor, "site batch pos"],
-    weights: Float[Tensor, "site batch_or_1 1"],
+    constants: Float[Tensor, "site _ _"],
+    weights: Float[Tensor, "site _ _"],
+    power: float = 2.0,
 ) -> Float[Tensor, ""]:
-    """Return the mean of (log std − log constant)² over sites and tokens, each weighed.
+    """Return the mean of |log std − log constant|^power over sites and tokens, each weighed.
 
-    No gradient flows through the constants.
+    No gradient flows through the constants. The higher the `power`, the more it is the outliers that count.
     """
-    return ((stds.log() - constants.detach().log()).square() * weights).mean()
+    return ((stds.log() - constants.detach().log()).abs().pow(power) * weights).mean()

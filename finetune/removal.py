@@ -246,6 +246,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         cover=Cover(recipe, token_ids(setup.tokenizer, model.config.vocab_size), setup.text.train)
         if events and recipe.cover
         else None,
+        decode=lambda token: str(setup.tokenizer.decode([token])),
     )
     trainer.train(newest_whole(directory / "checkpoints" / name, anyway))
     objective.restore_unembedding(model)

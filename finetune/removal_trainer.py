@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
@@ -38,8 +39,9 @@ class RemovalTrainer(RunTrainer):
     all of distance to the teacher and of aux (the auxiliary loss), lr, grad_norm, frozen (what froze at this step) and
     seconds; with a teacher teacher_loss, its cross-entropy on the same text, and teacher_seconds, of its forward but
     for the unembedding; with cover cover_kl, the kl on it (None if the step had none), and text, which share of the
-    step's tokens was text; with a penalty on it spread; every `log_every` steps std, for each site the live and the
-    frozen stds by class of token.
+    step's tokens was text; with a penalty on it spread; with a guard guarded, on which share of sites and tokens it
+    acted; every `log_every` steps std, for each site the live and the frozen stds by class of token, and over_constant,
+    the 99.9th percentile and the largest of live std over constant (at a live site, over the running mean).
     """
 
     recipe: Recipe
@@ -56,7 +58,9 @@ class RemovalTrainer(RunTrainer):
         name: str,
         teacher: PreTrainedModel | None = None,
         cover: Cover | None = None,
+        decode: Callable[[int], str] = str,
     ) -> None:
+        """See the class; `decode` makes text of a token, for messages."""
         self.sites, self.removes, self.covers = sites, bool(events), cover is not None
         adaptive = self.removes and recipe.schedule.tolerance is not None
         self.pacing = schedule.Pacing(events, recipe.schedule, recipe.steps) if adaptive else None
@@ -67,7 +71,8 @@ class RemovalTrainer(RunTrainer):
             assert isinstance(self.train_dataset, Dataset)
             self.train_dataset = cover.over(self.train_dataset)
         self._counted: Bool[Tensor, " batch"] | None = None
-        if recipe.spread_weight:
+        self.decode = decode
+        if recipe.spread_weight and self.removes:
             sites.keep_live_graph()
         self.teacher = teacher
         if teacher is not None:
@@ -87,7 +92,7 @@ class RemovalTrainer(RunTrainer):
         self._counted = None if is_cover is None or recipe.cover_stds else ~is_cover
         own = model(input_ids=input_ids, use_cache=False, output_hidden_states=self._matches)
         head, teacher = objective.head_of(self.sites.model, own.logits), None
-        auxiliary = distance = spread = own.logits.new_zeros(())
+        auxiliary = distance = spread = guarded = own.logits.new_zeros(())
         if self.teacher is not None:
             with self._record.teacher_clock(input_ids.device), torch.no_grad(), self.accelerator.autocast():
                 original = self.teacher.base_model(
@@ -103,9 +108,13 @@ class RemovalTrainer(RunTrainer):
         if self.removes and recipe.aux_weight:
             auxiliary = objective.auxiliary_loss(self.sites.norms[-1].live_std, self.sites.classes.index, is_cover)
         if self.removes and recipe.spread_weight:
-            spread = objective.spread_loss(*self.sites.spread(is_cover if recipe.spread_on == "cover" else None))
+            of = is_cover if recipe.spread_on == "cover" else None
+            spread_of = self.sites.spread(of, recipe.spread_live, recipe.spread_position_0)
+            spread = objective.spread_loss(*spread_of, recipe.spread_power)
+        if self.removes:
+            guarded = self._record.watch(input_ids)
         text = torch.ones_like(loss.kl) if is_cover is None else (~is_cover).to(loss.kl).mean()
-        parts = [*loss[1:], distance.detach(), auxiliary.detach(), spread.detach(), text]
+        parts = [*loss[1:], distance.detach(), auxiliary.detach(), spread.detach(), guarded.to(text), text]
         self._record.keep(torch.stack(parts))
         if self._matches:
             assert self.lr_scheduler is not None
@@ -115,7 +124,7 @@ class RemovalTrainer(RunTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch forward and backward, and observe its stds once, recomputed or not."""
         loss = super().training_step(*args, **kwargs)
-        self.sites.observe(self._counted)
+        self.sites.observe(self._counted, keep=self.removes and self.state.global_step % self.recipe.log_every == 0)
         return loss
 
 
@@ -123,12 +132,13 @@ class _RemovalRecord(Record):
     """Runs the schedule too, and logs what froze, the stds and the teacher's time."""
 
     trainer: RemovalTrainer
-    parts = ("loss", "kl", "teacher_loss", "cover_kl", "distance", "aux", "spread", "text")
+    parts = ("loss", "kl", "teacher_loss", "cover_kl", "distance", "aux", "spread", "guarded", "text")
     advice = "A longer schedule.fade and larger gaps make the removal steadier; so can another lr and a higher min_lr."
 
     def __init__(self, trainer: RemovalTrainer, path: Path, name: str) -> None:
         super().__init__(trainer, path, name)
         self._teacher: list[Callable[[], float]] = []
+        self._outliers: list[tuple[tuple[int, ...], Tensor]] = []
 
     @contextlib.contextmanager
     def teacher_clock(self, device: torch.device) -> Iterator[None]:
@@ -144,6 +154,41 @@ class _RemovalRecord(Record):
             yield
             seconds = time.perf_counter() - before
             self._teacher.append(lambda: seconds)
+
+    def watch(self, input_ids: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+        """Look for a token that has left its divisor behind, and start to copy what is found of it to the host.
+
+        Returns on which share of sites and tokens the guard acts.
+        """
+        recipe, least = self.trainer.recipe, self.trainer.sites.least
+        excess = self.trainer.sites.excess()
+        guarded = (excess * least > 1).to(excess).mean()
+        behind = excess.clamp(max=1 / least) if least else excess
+        flat = behind.flatten()
+        # The first in the order of the forward: those after it are its consequences.
+        first = torch.where(flat > recipe.max_outlier, torch.arange(len(flat), device=flat.device), len(flat)).min()
+        factor = torch.where(first < len(flat), flat[first.clamp(max=len(flat) - 1)], 0.0).clamp(max=1e15)
+        found = torch.stack([first, factor.long(), input_ids.flatten()[first % input_ids.numel()]])
+        self._outliers.append((tuple(excess.shape), found.to("cpu", non_blocking=found.is_cuda)))
+        return guarded
+
+    def _check(self, excess: float, step: int) -> None:
+        """Stop also where a divisor has been left behind."""
+        outliers, self._outliers = self._outliers, []
+        for shape, found in outliers:
+            first, factor, token = found.tolist()
+            if factor:
+                site, _, position = np.unravel_index(first, shape)
+                trainer = self.trainer
+                self.write()
+                raise self.diverged(
+                    f"at step {step} the live {'std' if trainer._centred else 'RMS'} of token {token} "
+                    f"({trainer.decode(token)!r}) at position {position} is {factor:,} times what divides it at "
+                    f"{list(trainer.sites)[site]}, more than max_outlier={trainer.recipe.max_outlier:g}: the divisor "
+                    "has been left behind. spread_live draws stds together before sites freeze, and guard bounds what "
+                    "outliers do while training"
+                )
+        super()._check(excess, step)
 
     def replay(self, log: list[dict[str, Any]], step: int) -> None:
         """Take the decisions of an adaptive schedule once more."""
@@ -178,8 +223,10 @@ class _RemovalRecord(Record):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Bring the sites to where the schedule has them."""
         self._begin_events(state.global_step)
-        sites = self.trainer.sites
+        sites, recipe = self.trainer.sites, self.trainer.recipe
         constant = sites.constant
+        if self.trainer.removes and recipe.guard is not None:
+            sites.guard(recipe.guard_at(state.global_step))
         self._begun = [event.name for event in sites.advance(self.trainer.events, state.global_step)]
         if self._begun:
             self._frozen = self._begun[-1]
@@ -205,7 +252,10 @@ class _RemovalRecord(Record):
             line["teacher_seconds"], self._teacher = self._teacher, []
         if self.trainer.pacing is not None:
             self._observe(*losses[:2].tolist())  # waits for the device; rounded as in the log, to be replayed from it
-        return [live.flatten(), sites.constants().flatten()] if line["step"] % recipe.log_every == 0 else []
+        if line["step"] % recipe.log_every:
+            return []
+        stds = [live.flatten(), sites.constants().flatten()]
+        return [*stds, sites.largest_over_constants().flatten()] if self.trainer.removes else stds
 
     def status(self) -> dict[str, str]:
         """Return what froze last, but of the control."""
@@ -226,18 +276,27 @@ class _RemovalRecord(Record):
             named["cover_kl"] = None
         if not self.trainer.removes or not self.trainer.recipe.spread_weight:
             del named["spread"]
+        if not self.trainer.removes or self.trainer.recipe.guard is None:
+            del named["guarded"]
         if "teacher_seconds" in line:
             named["teacher_seconds"] = round(sum(clock() for clock in line["teacher_seconds"]), 4)
         stds = numbers[len(self.parts) + 1 :]
         if len(stds):
             sites = list(self.trainer.sites)
-            live, constants = stds.view(2, len(sites), -1)
+            live, constants = stds[: 6 * len(sites)].view(2, len(sites), -1)
+            over = stds[6 * len(sites) :].view(-1, 2)
             begun = {event.name for event in self.trainer.events if event.step <= line["step"]}
             named["std"] = {
                 site: {
-                    "live": [None if math.isnan(std) else std for std in live[i].tolist()],
+                    "live": _or_none(live[i]),
                     "frozen": constants[i].tolist() if site in begun else None,
                 }
+                | ({"over_constant": _or_none(over[i])} if len(over) else {})
                 for i, site in enumerate(sites)
             }
         return named
+
+
+def _or_none(numbers: Float[Tensor, " number"]) -> list[float | None]:
+    """Return numbers as JSON has them, None for NaN."""
+    return [None if math.isnan(number) else number for number in numbers.tolist()]

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -57,6 +57,9 @@ class Sites:
         self._divisors: dict[str, Divisor] = {}
         self._begun: set[Divisor] = set()
         self._observed: list[Float[Tensor, "norms+1 3"]] = []
+        self._kept: list[tuple[Float[Tensor, "norms batch pos"], Int[Tensor, "batch pos"]]] = []
+        self.least = 0.0
+        """1/κ of the guard; 0 without one."""
         style, heads = family_of(model).style, model.config.num_attention_heads
         for norm in folding.norms_of(model):
             # Of the final norm's output the loss takes logits in pieces: it has no reader of ours.
@@ -82,7 +85,7 @@ class Sites:
         self.classes.set(args[0] if args else kwargs["input_ids"], 0 if past is None else past.get_seq_length())
 
     def keep_live_graph(self) -> None:
-        """Keep the graph of live stds even where norms are constants, for `spread`."""
+        """Keep the graph of live stds even where norms are ordinary ones or constants, for `spread`."""
         for norm in self.norms:
             norm.live_graph = True
 
@@ -94,29 +97,63 @@ class Sites:
         """Iterate over the names of the sites."""
         return iter(self._divisors)
 
-    def spread(
-        self, of: Bool[Tensor, " batch"] | None = None
-    ) -> tuple[Float[Tensor, "site batch pos"], Float[Tensor, "site batch pos"], Float[Tensor, "site batch_or_1 1"]]:
-        """Return the live stds of the last forward, the constants in their place, and how much each counts.
+    def guard(self, least: float) -> None:
+        """Have no scale be less than `least`, 1/κ, times the live std; at 0 the guard is lifted.
 
-        A site counts as far as it is frozen, in the sequences `of` (None: in all). See `objective.spread_loss`.
+        Called before `advance`: while there is a guard, no norm becomes a constant.
+        """
+        self.least = least
+        for norm in self.norms:
+            norm.guards = True
+            for divisor in norm.divisors:
+                divisor.least.fill_(least)
+
+    def spread(
+        self, of: Bool[Tensor, " batch"] | None = None, live: bool = False, position_0: float = 1.0
+    ) -> tuple[Float[Tensor, "site batch pos"], Float[Tensor, "site _ _"], Float[Tensor, "site _ _"]]:
+        """Return the live stds of the last forward, what they are to be, and how much each counts.
+
+        Without `live` they are to be the constants in their place, and a site counts as far as it is frozen. With
+        `live`, all sites count, and every token's std is to be that of ordinary ones: their running mean, and as far as
+        the site is frozen their constant. Tokens count in the sequences `of` (None: in all), those at position 0
+        `position_0` times. See `objective.spread_loss`.
         """
         of_site = [(norm.live_std, divisor) for norm in self.norms for divisor in norm.divisors]
-        weights = torch.stack([divisor.alpha for _, divisor in of_site]).view(-1, 1, 1)
-        return (
-            torch.stack([std for std, _ in of_site]),
-            torch.stack([divisor.constants()[self.classes.index] for _, divisor in of_site]),
-            weights if of is None else weights * of.view(-1, 1),
-        )
+        stds = torch.stack([std for std, _ in of_site])
+        if live:
+            aims = torch.stack([divisor.typical()[0] for _, divisor in of_site]).view(-1, 1, 1)
+            weights = (~aims.isnan()).to(aims)  # nothing is known before the first step
+            aims = aims.nan_to_num(1.0)
+        else:
+            aims = torch.stack([divisor.constants()[self.classes.index] for _, divisor in of_site])
+            weights = torch.stack([divisor.alpha for _, divisor in of_site]).view(-1, 1, 1)
+        if of is not None:
+            weights = weights * of.view(-1, 1)
+        if position_0 != 1:
+            weights = weights * torch.where(torch.arange(stds.shape[-1], device=stds.device) == 0, position_0, 1.0)
+        return stds, aims, weights
 
     @torch.no_grad()
-    def observe(self, of: Bool[Tensor, " batch"] | None = None) -> None:
+    def excess(self) -> Float[Tensor, "site batch pos"]:
+        """Return the live stds of the last forward over what would divide without a guard: 1 at a live site."""
+        classes = self.classes.index
+        stds = [norm.live_std.detach().unsqueeze(-1) for norm in self.norms for _ in norm.divisors]
+        scales = [
+            divisor.scale(std, classes, False) for std, divisor in zip(stds, self._divisors.values(), strict=True)
+        ]
+        return (torch.cat(stds, -1) / torch.cat(scales, -1)).movedim(-1, 0)
+
+    @torch.no_grad()
+    def observe(self, of: Bool[Tensor, " batch"] | None = None, keep: bool = False) -> None:
         """Take in the live stds of the last forward: once a micro-batch, however often it was recomputed.
 
-        Only those of the sequences `of` (None: of all).
+        Only those of the sequences `of` (None: of all). `keep` them, too, for `largest_over_constants`.
         """
         to_mean, _ = STD_MEANS[self._std_mean]
-        stds = to_mean(torch.stack([norm.live_std.detach() for norm in self.norms]))
+        live = torch.stack([norm.live_std.detach() for norm in self.norms])
+        stds = to_mean(live)
+        if keep:
+            self._kept.append((live, self.classes.index))
         members = [self.classes.index == c for c in range(len(CLASSES))]
         if of is not None:
             members = [member & of.unsqueeze(-1) for member in members]
@@ -161,13 +198,31 @@ class Sites:
                     divisor.freeze()
                 divisor.alpha.fill_(event.progress(step))
         whole = len(events) == len(self._divisors) + len(self.classes.own)
-        complete = whole and all(step >= event.end for event in events)
+        complete = whole and not self.least and all(step >= event.end for event in events)
         began = [event.name for event in events if event.step <= step and event.phase not in get_args(TokenClass)]
         self._begun |= {self._divisors[name] for name in began}
         for norm in self.norms:
             if norm.has_readers:
                 norm.live, norm.constant = self._begun.isdisjoint(norm.divisors), complete
         return [event for event in events if event.step == step]
+
+    @torch.no_grad()
+    def largest_over_constants(self) -> Float[Tensor, "sites 2"]:
+        """Return the 99.9th percentile and the largest of live std over constant of the tokens that were kept.
+
+        Where a site is live its running mean stands for the constant. Of several processes, the largest of each.
+        """
+        found = []
+        for i, norm in enumerate(self.norms):
+            for divisor in norm.divisors:
+                typical = divisor.typical()
+                ratios = torch.cat([(live[i] / typical[classes]).flatten() for live, classes in self._kept])
+                found.append(torch.stack([ratios.quantile(0.999), ratios.max()]))
+        self._kept.clear()
+        largest = torch.stack(found)
+        if dist.is_initialized():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest
 
     def largest_stds(self) -> dict[str, float]:
         """Return the largest live std, or RMS, of the last forward at each site."""

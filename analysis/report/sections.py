@@ -14,6 +14,7 @@ from analysis import (
     confidence_neurons,
     edges,
     faithfulness,
+    generation,
     logit_attribution,
     loss,
     other_text,
@@ -173,6 +174,11 @@ def _confidence_neurons(inputs: Inputs) -> dict[str, pd.DataFrame]:
     }
 
 
+def _generation(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    prompt = inputs.on_first_text(generation.measure, prefix=inputs.prefix)
+    return {"prompt": prompt, "text": generation.side_by_side(prompt)}
+
+
 def _patching(inputs: Inputs) -> dict[str, pd.DataFrame]:
     """Patch the pairs that every model can do: where a logit difference is small, effects in shares of it are noise."""
     if isinstance(inputs.pairs, PairError):
@@ -306,6 +312,18 @@ ANALYSES = (
             Table("layer", "By layer", faithfulness.plot_layers, "faithfulness.measure_layers(models, tokens)"),
             Table("head", "By head", faithfulness.plot_heads, "faithfulness.measure_heads(models, tokens)"),
             Table("neuron", "By neuron", faithfulness.plot_neurons, "faithfulness.measure_neurons(models, tokens)"),
+        ),
+    ),
+    Analysis(
+        generation,
+        "Generation",
+        "What the models write from the same prompts, the most probable token at a time. Two continuations part for "
+        "good at the first token that differs, so that this is for reading, and no measure of faithfulness; the loss "
+        "under the original tells whether that might have written so, too.",
+        _generation,
+        (
+            Table("prompt", "By prompt", generation.plot, "generation.measure(models, tokens{prefix})"),
+            Table("text", "Side by side", None, "generation.side_by_side(frame)"),
         ),
     ),
     Analysis(

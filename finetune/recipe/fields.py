@@ -362,7 +362,16 @@ class Recipe(Training):
     cover_stds: bool = True
     """Whether the running means of the stds are over cover too."""
     spread_weight: float = 0.0
-    """The weight of the mean over sites and tokens of (log live std − log constant)², of the sites that are frozen."""
+    """The weight of the mean over sites and tokens of |log live std − log constant|^spread_power, of the sites that are
+    frozen."""
+    spread_power: float = 2.0
+    """The higher it is, the more the tokens with the most uncommon stds count in the spread."""
+    spread_live: bool = False
+    """Squeeze: the spread is of sites that are live, too, and there around the site's running mean. And whatever its
+    class, a token's std is drawn to that of ordinary tokens. A live norm does not see the scale of what it reads, so
+    that this can be learnt at little cost before the first site freezes, at `schedule.start`."""
+    spread_position_0: float = 1.0
+    """How many tokens one at position 0 counts for in the spread."""
     spread_on: Literal["all", "cover"] = "all"
     """Which blocks `spread_weight` acts on."""
     std_decay: float = 0.9
@@ -372,6 +381,13 @@ class Recipe(Training):
     also: tuple[str, ...] = ()
     """More texts to measure the models on when they are done, named as `text.source` is. What is held out and random
     tokens are always measured."""
+    guard: float | None = None
+    """κ of the outlier guard: while training, what divides a token at a site is at least the live std over κ. None: no
+    guard. The LN-free model has none."""
+    guard_span: tuple[float, float] = (0.5, 0.9)
+    """Between which fractions of the run the guard is lifted: 1/κ falls linearly to 0."""
+    max_outlier: float = 1000.0
+    """The run stops when the live std of a token is so many times what divides it: the divisor has been left behind."""
     control: bool = True
     """Also fine-tune with LayerNorm kept, by cross-entropy alone, to tell what fine-tuning did from what losing
     LayerNorm did. With `kl_weight` or `match_weight` the original tells the latter better."""
@@ -382,12 +398,13 @@ class Recipe(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_not_negative("match_weight", "aux_weight", "spread_weight")
+        self._check_not_negative("match_weight", "aux_weight", "spread_weight", "spread_position_0")
         if not 0 <= self.kl_weight <= 1:
             raise RecipeError(f"kl_weight is {self.kl_weight}; it must lie between 0, the text, and 1, the original.")
         if self.context is not None and self.context < 2:
             raise RecipeError(f"context is {self.context}; at least 2 tokens are needed.")
         self._check_cover()
+        self._check_outliers()
         if not 0 <= self.std_decay < 1:
             raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
         if self.schedule.start >= self.steps:
@@ -397,10 +414,34 @@ class Recipe(Training):
         if self.control_from is not None and not self.control:
             raise RecipeError(f"control_from names {self.control_from}, but control is switched off: choose one.")
 
+    def guard_at(self, step: int) -> float:
+        """Return 1/κ of the outlier guard at a step; 0 without one."""
+        if self.guard is None:
+            return 0.0
+        start, end = self.guard_span
+        lifted = (step / self.steps - start) / (end - start)
+        return (1 - min(max(lifted, 0.0), 1.0)) / self.guard
+
     @property
     def control_settings(self) -> tuple[Any, ...]:
         """The values of the fields on which the control depends: recipes with equal ones have the same control."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if SHAPES_CONTROL[field.name])
+
+    def _check_outliers(self) -> None:
+        if not 1 <= self.spread_power < math.inf:
+            raise RecipeError(f"spread_power is {self.spread_power}; it must be at least 1.")
+        if self.guard is not None and not 1 < self.guard < math.inf:
+            raise RecipeError(f"guard is {self.guard}; it must be above 1, or None for no guard.")
+        start, end = self.guard_span
+        if not 0 <= start < end <= 1:
+            raise RecipeError(f"guard_span is {start}, {end}; it must begin before it ends, between 0 and 1.")
+        if self.guard_at(self.steps - 1):
+            raise RecipeError(
+                f"guard_span ends at {end}: the guard would not be lifted by the last of {self.steps} steps, and the "
+                "LN-free model has none. Let it end earlier."
+            )
+        if not self.max_outlier > 1:
+            raise RecipeError(f"max_outlier is {self.max_outlier}; it must be above 1.")
 
     def _check_cover(self) -> None:
         if not 0 <= self.cover <= 1 - 1 / self.batch:
@@ -452,6 +493,7 @@ SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
     (
         *("schedule", "std_decay", "std_mean", "kl_weight", "match_weight", "aux_weight", "export_format"),
         *("cover", "cover_kinds", "cover_span", "cover_stds", "spread_weight", "spread_on"),
+        *("spread_power", "spread_live", "spread_position_0", "guard", "guard_span", "max_outlier"),
         *("name", "also", "log_every", "save_every", "report_to", "push_to_hub"),
     ),
     False,

@@ -25,9 +25,12 @@ def test_all_tables_and_figures_lie_beside_the_page(made):
     page = (made / "report.html").read_text()
     tables = {f"{a.name}-{table.name}" for a in report.ANALYSES for table in a.tables if a.name != "patching"}
     assert tables <= {path.stem for path in made.glob("*.csv")}
-    assert all("model" in pd.read_csv(path).columns for path in made.glob("*.csv"))
+    side_by_side = "generation-text"
+    columns = {path.stem: [*pd.read_csv(path).columns] for path in made.glob("*.csv")}
+    assert columns.pop(side_by_side) == ["prompt", "prompt_text", "original", "control", "ln_free"]
+    assert all("model" in of_table for of_table in columns.values())
     figures = {path.stem for path in made.glob("*.json")}
-    assert figures >= tables - {"loss-worst", "edges-edge"}
+    assert figures >= tables - {"loss-worst", "edges-edge", side_by_side}
     for figure in figures:
         assert f'data-figure="{figure}"' in page
         json.loads((made / f"{figure}.json").read_text())

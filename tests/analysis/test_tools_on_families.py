@@ -23,6 +23,7 @@ from analysis import (
     batches,
     confidence_neurons,
     faithfulness,
+    generation,
     load_bridge,
     load_hooked,
     load_nnsight,
@@ -409,6 +410,7 @@ MEASURES: dict[str, Callable[..., pd.DataFrame]] = {
     "confidence_neurons": functools.partial(confidence_neurons.measure, neurons=[1, 4]),
     "other_text": other_text.measure,
     "outlier_features": outlier_features.measure,
+    "generation": generation.measure,
 }
 
 

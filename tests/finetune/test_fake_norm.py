@@ -137,6 +137,57 @@ def test_gradients_of_the_output_and_of_the_std_are_those_of_the_function(alpha,
     assert gradcheck(lambda x: (fake(x), fake.live_std)[1], stream())
 
 
+@pytest.mark.parametrize("least", [0.0, 0.4, 0.99])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("style", [LAYER_NORM, RMS_NORM])
+def test_a_guard_is_the_least_share_of_the_live_std(style, alpha, least):
+    norm, x, frozen = make_norm(style), stream(), (2.0, 7.0, 0.3)
+    fake = fake_norm(norm, style)
+    set_site(fake.divisors[0], alpha, frozen)
+    fake.guards = True
+    fake.divisors[0].least.fill_(least)
+    mean = x.mean(-1, keepdim=True) if style.centred else 0.0
+    std = ((x - mean).square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    constants = torch.tensor([[frozen[CLASSES.index(name)] for name in row] for row in CLASS_OF_TOKEN])[..., None]
+    scale = std ** (1 - alpha) * constants.float().double() ** alpha
+    acts = scale < least * std
+    assert acts.any() or alpha < 1 or least == 0
+    assert not acts.all()
+    expected = (x - mean) / torch.where(acts, least * std, scale) * norm.weight + (norm.bias if style.centred else 0)
+    torch.testing.assert_close(fake(x), expected, rtol=1e-6, atol=1e-6)
+    found, expected = (gradients(y, x, *norm.parameters()) for y in (fake(x), expected))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_guard_on_two_paths_is_that_of_separate_norms():
+    read = Read(alphas=(0.4, 1.0), groups=2)
+    read.norm.guards = True
+    for divisor in read.norm.divisors:
+        divisor.least.fill_(0.5)
+    x = stream()
+    found, expected = read(x), read.separate(x)
+    inputs = [x, *read.parameters()]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, *inputs), gradients(expected, *inputs))
+    for divisor in read.norm.divisors:
+        divisor.least.zero_()
+    assert not torch.allclose(found, read(x))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_an_ordinary_norm_has_the_graph_of_its_live_std_if_it_is_to(style):
+    read = Read(style=style, alphas=(0.0, 0.0))
+    x = stream()
+    read(x)
+    expected = gradients(read.norm.live_std, x)
+    read.norm.live = True
+    read(x)
+    assert not read.norm.live_std.requires_grad
+    read.norm.live_graph = True
+    read(x)
+    torch.testing.assert_close(gradients(read.norm.live_std, x), expected)
+
+
 def test_live_std_is_that_of_the_tokens_and_trains_them():
     x = stream()
     fake = fake_norm(layer_norm())

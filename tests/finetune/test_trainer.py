@@ -317,8 +317,9 @@ def in_two_processes(function: Callable[[], None], cwd: Path) -> list[Finished]:
 class TestTwoProcesses:
     @pytest.mark.slow
     def test_equal_one_that_accumulates(self, short: Recipe, tmp_path: Path):
-        """Weights, constants and log of both models, with a teacher, the auxiliary loss and every class of token."""
+        """Weights, constants and log of both models, with a teacher, all penalties, a guard, every class of token."""
         recipe = replace(short, control=True, kl_weight=0.5, match_weight=2.0, aux_weight=0.3, std_decay=0.5)
+        recipe = replace(recipe, spread_weight=0.2, spread_live=True, guard=1.5)
         alone = {name: fitted(recipe, tmp_path / "alone", name) for name in ("ln_free", "control")}
         file = tmp_path / "tiny.yaml"
         file.write_text(recipes.dump(recipe))
@@ -336,7 +337,7 @@ class TestTwoProcesses:
                     theirs["frozen"],
                     theirs["lr"],
                 )
-                for key in ("loss", "kl", "distance", "aux", "grad_norm"):
+                for key in {"loss", "kl", "distance", "aux", "grad_norm", "spread", "guarded"} & ours.keys():
                     assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6)
         assert (tmp_path / "two/results.csv").exists()
 
