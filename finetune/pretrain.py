@@ -30,7 +30,7 @@ from finetune.processes import check_cache, check_processes, decided
 from finetune.recipe import PretrainRecipe, RecipeError, Text
 from finetune.run_directory import Run, directory_lock, make, new_directory, push, render, write, write_recipe
 from finetune.text import TextSplits, load_text
-from finetune.training import Record, RunTrainer, fuse_gelu
+from finetune.training import Record, RunTrainer, attend_without_masks, fuse_gelu
 
 _WATCHED_TOKENS = 2048
 
@@ -153,12 +153,15 @@ def fit(setup: Setup, directory: Path, anyway: bool = False) -> None:
     """Train the model, from the newest whole checkpoint in `directory` on."""
     model = setup.model.train()
     fuse_gelu(model)
+    implementation = model.config._attn_implementation
+    attend_without_masks(model, setup.recipe.n_positions)
     objective.defer_unembedding(model)
     trainer = PretrainTrainer(
         model, setup.recipe, setup.text, directory / "checkpoints/model", directory / "log.jsonl", "model"
     )
     trainer.train(newest_whole(directory / "checkpoints/model", anyway))
     objective.restore_unembedding(model)
+    model.set_attn_implementation(implementation)
 
 
 def export(setup: Setup, directory: Path) -> None:

@@ -51,7 +51,7 @@ from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import LONGEST_CONTEXT, RANDOM_TOKENS, Blocks, TextSplits, load_blocks, load_text, token_ids
 from finetune.text.sources import path_of
-from finetune.training import fuse_gelu
+from finetune.training import attend_without_masks, fuse_gelu
 
 _CHECKED_TOKENS = 2048
 """Held-out tokens by which an export is checked."""
@@ -224,7 +224,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
     """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
     if (directory / name).exists():
         return
-    model = _ready(setup.model)
+    model = _ready(setup)
     recipe = setup.recipe
     sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
     trainer = RemovalTrainer(
@@ -235,7 +235,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         directory / "checkpoints" / name,
         directory / "log.jsonl",
         name,
-        teacher=_ready(setup.model) if events and (recipe.kl_weight or recipe.match_weight) else None,
+        teacher=_ready(setup) if events and (recipe.kl_weight or recipe.match_weight) else None,
         cover=Cover(recipe, token_ids(setup.tokenizer, model.config.vocab_size), setup.text.train)
         if events and recipe.cover
         else None,
@@ -251,6 +251,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         if events:
             plain = folding.convert(plain, recipe.export_format)
         plain.config.use_cache = setup.model.config.use_cache  # training does without
+        plain.set_attn_implementation(setup.model.config._attn_implementation)
         checkpoint.save(plain, directory / name, setup.tokenizer)
     PartialState().wait_for_everyone()
 
@@ -285,9 +286,9 @@ def _replay(recipe: Recipe, events: Sequence[Event]) -> Recipe:
     return dataclasses.replace(recipe, schedule=schedule)
 
 
-def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of `model` as it is run in training: without dropout, the same function otherwise."""
-    model = copy.deepcopy(model).float()
+def _ready(setup: Setup) -> PreTrainedModel:
+    """Return a copy of the model as it is run in training: without dropout, the same function otherwise."""
+    model = copy.deepcopy(setup.model).float()
     model.config.use_cache = False
     module: Any
     for module in model.modules():
@@ -296,6 +297,7 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     fuse_gelu(model)
+    attend_without_masks(model, setup.text.train.context)
     return model
 
 

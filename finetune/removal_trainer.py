@@ -74,6 +74,8 @@ class RemovalTrainer(RunTrainer):
             teacher.requires_grad_(False).to(self.args.device)  # type: ignore[arg-type]
             if self._dtype is not None:
                 cast_matrices(teacher, self._dtype)
+            if recipe.compile:
+                teacher.base_model.compile(backend=self.args.torch_compile_backend)
         self._softcap = objective.softcap_of(sites.model)
         self._centred = sites.norms[-1].style.centred
         # The streams between blocks are matched: one block has none.

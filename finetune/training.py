@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import (
+    AttentionInterface,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -33,11 +34,13 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.activations import NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from finetune.checkpoint import no_progress_bars
 from finetune.checkpoints import checkpoints, read_log, seal, step_of, to_disk
 from finetune.errors import NolnError
+from finetune.families import FAMILIES
 from finetune.processes import has_bf16
 from finetune.recipe import Training
 from finetune.text import Blocks, StreamedBlocks
@@ -178,6 +181,23 @@ def cast_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for module in model.base_model.modules():
         if isinstance(module, nn.Linear | Conv1D):
             module.weight.data = module.weight.data.to(dtype)
+
+
+CAUSAL = "noln_causal"
+"""transformers' SDPA by a name that it makes no masks for: without one it is causal, and flash kernels take it."""
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+
+
+def attend_without_masks(model: PreTrainedModel, context: int) -> None:
+    """Have `model` attend causally to sequences of `context` tokens without padding, and make no mask for it.
+
+    The same function: transformers leaves the mask away too, but not where the model is compiled, and elsewhere asks
+    the device each time whether it may. Models whose windows are shorter, or that do not use SDPA, stay as they are.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    is_whole = window is None or window > context
+    if model.config.model_type in FAMILIES and model.config._attn_implementation == "sdpa" and is_whole:
+        model.set_attn_implementation(CAUSAL)
 
 
 def training_arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArguments:

@@ -180,6 +180,7 @@ def make_model(size: Size, fused: bool = True) -> GPT2LMHeadModel:
     model.config.use_cache = False
     if fused:
         training.fuse_gelu(model)
+        training.attend_without_masks(model, model.config.max_position_embeddings)
     return model
 
 

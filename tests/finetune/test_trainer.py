@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from helpers import Finished, finetune, read_log, run_all_forked, run_forked
-from models import tiny_gpt2
+from models import random_model, tiny_gpt2
 from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.backends import registry
 from torch._dynamo.utils import counters
-from transformers import GPT2LMHeadModel, TrainingArguments
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, TrainingArguments
 
 from finetune import recipe as recipes
 from finetune import removal
@@ -31,7 +32,7 @@ from finetune.removal import fit, set_up
 from finetune.removal_trainer import RemovalTrainer
 from finetune.run_directory import Run
 from finetune.sites import Sites
-from finetune.training import DivergedError, checkpoints, training_arguments
+from finetune.training import CAUSAL, DivergedError, attend_without_masks, checkpoints, training_arguments
 
 
 def fitted(recipe: Recipe, directory: Path, name: str = "ln_free") -> dict[str, torch.Tensor]:
@@ -510,28 +511,108 @@ class TestDataOrder:
 
 def fit_compiled(recipe: Recipe) -> None:
     """Fit compiled to `compiled`, traced as ever but not turned into C++, which takes a minute; count the graphs."""
+    masks = set()
+
+    def noting_masks(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        for node in (node for part in parts for node in part.graph.nodes):
+            if node.target is nn.functional.scaled_dot_product_attention:
+                masks.add(None if node.kwargs["attn_mask"] is None and node.kwargs["is_causal"] is True else str(node))
+        return aot_eager(graph, inputs)
+
+    aot_eager: Any = registry.lookup_backend("aot_eager")
     quickly = partial(TrainingArguments, torch_compile_backend="aot_eager")
-    with mock.patch("finetune.training.TrainingArguments", quickly):
+    with (
+        mock.patch("finetune.training.TrainingArguments", quickly),
+        mock.patch.dict(registry._COMPILER_FNS, {"aot_eager": noting_masks}),
+    ):
         fitted(recipe, Path("compiled"))
     counted = {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
+    counted["masks"] = list(masks)
     Path("counted.json").write_text(json.dumps(counted))
 
 
+WITHOUT_MASKS = [
+    *(("gpt2", {}), ("gpt_neox", {}), ("llama", {}), ("qwen2", {}), ("gemma", {})),
+    *(("mistral", {"sliding_window": None}), ("mistral", {"sliding_window": 12})),
+]
+WITH_THEIR_OWN = [
+    *(
+        ("mistral", {}),
+        ("mistral", {"sliding_window": 11}),
+        ("gpt_neo", {}),
+        ("gemma2", {}),
+        ("blocks", {"block": "op"}),
+    ),
+    *(("gpt2", {"attn_implementation": "eager"}), ("gemma2", {"attn_logit_softcapping": None})),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "config"), WITHOUT_MASKS)
+def test_attention_without_masks_is_the_same(family: str, config: dict[str, Any], tmp_path: Path):
+    """And no checkpoint knows of it."""
+    model = random_model(family, **config)
+    tokens = torch.randint(23, (3, 11), generator=torch.Generator().manual_seed(0))
+    expected = model(tokens, use_cache=False).logits
+
+    attend_without_masks(model, 11)
+
+    assert model.config._attn_implementation == CAUSAL
+    with mock.patch("transformers.masking_utils.sdpa_mask", side_effect=AssertionError("a mask was made")):
+        assert torch.equal(model(tokens, use_cache=False).logits, expected)
+    model.save_pretrained(tmp_path)
+    assert CAUSAL not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("family", "config"), WITH_THEIR_OWN)
+def test_attention_that_needs_a_mask_stays(family: str, config: dict[str, Any]):
+    """A window no longer than the text, a soft-cap, a local layer, or what is no model of transformers."""
+    model = random_model(family, **config)
+    before = model.config._attn_implementation
+    attend_without_masks(model, 11)
+    assert model.config._attn_implementation == before != CAUSAL
+
+
+def test_student_teacher_and_control_attend_without_masks(short: Recipe, tmp_path: Path, monkeypatch):
+    """And what they leave attends as it would."""
+    trainers: list[RemovalTrainer] = []
+    train = RemovalTrainer.train
+    monkeypatch.setattr(RemovalTrainer, "train", lambda self, *args: (trainers.append(self), train(self, *args))[1])
+    saved = []
+    monkeypatch.setattr(removal.checkpoint, "save", lambda model, *_: saved.append(model))
+    setup = set_up(replace(short, kl_weight=1.0))
+    for name, events in (("ln_free", setup.events), ("control", [])):
+        fit(setup, tmp_path, name, events)
+    models = [trainers[0].sites.model, trainers[0].teacher, trainers[1].sites.model]
+    assert [model.config._attn_implementation for model in models] == [CAUSAL] * 3
+    assert [model.config._attn_implementation for model in saved] == ["sdpa"] * 2
+    assert setup.model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_compiled_once_and_once_more(gradient_checkpointing: bool, short: Recipe, tokenizer, tmp_path: Path):
-    """Over a whole schedule: at the first step, and when every norm becomes a constant."""
+@pytest.mark.parametrize(("gradient_checkpointing", "kl_weight"), [(False, 0.5), (True, 0.0)])
+def test_compiled_once_and_once_more(
+    gradient_checkpointing: bool, kl_weight: float, short: Recipe, tokenizer, tmp_path: Path
+):
+    """Over a whole schedule: at the first step, and when every norm becomes a constant; and a teacher once."""
     tiny_gpt2(n_layer=1).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     recipe = replace(
-        short, model=str(tmp_path / "model"), gradient_checkpointing=gradient_checkpointing, aux_weight=0.1
+        short,
+        model=str(tmp_path / "model"),
+        gradient_checkpointing=gradient_checkpointing,
+        aux_weight=0.1,
+        kl_weight=kl_weight,
     ).scaled(12)
 
     # In a process of its own: not where shapes are checked, which breaks graphs.
     end = run_forked(partial(fit_compiled, replace(recipe, compile=True)), tmp_path)
 
     assert end.code == 0, end.output
-    assert json.loads((tmp_path / "counted.json").read_text()) == {"graphs": 2, "breaks": []}
+    counted = {"graphs": 3 if kl_weight else 2, "breaks": [], "masks": [None]}
+    assert json.loads((tmp_path / "counted.json").read_text()) == counted
     assert_close(last_state(tmp_path / "compiled"), fitted(recipe, tmp_path / "eager"), 1e-3)
     for line, other in zip(read_log(tmp_path / "compiled"), read_log(tmp_path / "eager"), strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
