@@ -12,6 +12,7 @@ RUN/results.csv    the same on all of each text
 
 import copy
 import dataclasses
+import gc
 import math
 import warnings
 from collections.abc import Sequence
@@ -215,6 +216,8 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
     with directory_lock(directory / "checkpoints", PartialState().is_main_process):
         begun_with.check(directory, setup.recipe, setup.model, setup.text, anyway)
         fit(setup, directory, "ln_free", setup.events, anyway)
+        # Trainer and record refer to each other: without this, weights and moments stay while the control is trained.
+        gc.collect()
         if setup.recipe.control and setup.recipe.control_from is None:
             fit(setup, directory, "control", [], anyway)
         return Run(directory, _conclude(setup, directory))

@@ -13,6 +13,8 @@ from finetune.errors import NolnError
 from finetune.recipe import Text
 
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_PARQUET = "refs/convert/parquet"
+"""Where the Hub puts a data set's rows as Parquet, a folder a configuration."""
 COMPRESSIONS = ".gz", ".bz2", ".xz", ".zst"
 
 
@@ -26,8 +28,7 @@ def open_source(name: str, text: Text) -> tuple[datasets.Dataset | datasets.Iter
     if not path.exists():
         if _format(path) or path.suffix == ".bin" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise TextError(f"{name}: no such file or directory.")
-        with _reading(f"{name} is not a file or directory here, and as a data set of the Hub it"):
-            data = datasets.load_dataset(name, text.subset, split=text.split, streaming=text.streaming)
+        data = _open_hub(name, text)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         with _reading(name):
             data = datasets.load_from_disk(path)
@@ -40,6 +41,20 @@ def open_source(name: str, text: Text) -> tuple[datasets.Dataset | datasets.Iter
         data = _open_files(path, name, text.streaming)
     column = _text_column(data, text.column, name)
     return data.select_columns(column), column
+
+
+def _open_hub(name: str, text: Text) -> datasets.Dataset | datasets.IterableDataset:
+    """Open a data set of the Hub, or what the Hub made of it where it is a loading script."""
+    what = f"{name} is not a file or directory here, and as a data set of the Hub it"
+    options = {"split": text.split, "streaming": text.streaming}
+    with _reading(what):
+        try:
+            return datasets.load_dataset(name, text.subset, revision=text.revision, **options)
+        except RuntimeError as error:
+            if text.revision is not None or "scripts are no longer supported" not in str(error):
+                raise
+    with _reading(f"{what} is a loading script, which `datasets` does not run any more, and its revision {_PARQUET}"):
+        return datasets.load_dataset(name, data_dir=text.subset, revision=_PARQUET, **options)
 
 
 def _open_files(path: Path, name: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
