@@ -227,8 +227,8 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
     """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
     if (directory / name).exists():
         return
-    model = _ready(setup)
-    recipe = setup.recipe
+    recipe, context = setup.recipe, setup.text.train.context
+    model = ready(copy.deepcopy(setup.model).float(), context)
     sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
     trainer = RemovalTrainer(
         sites,
@@ -238,7 +238,9 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         directory / "checkpoints" / name,
         directory / "log.jsonl",
         name,
-        teacher=_ready(setup) if events and (recipe.kl_weight or recipe.match_weight) else None,
+        teacher=ready(copy.deepcopy(setup.model).float(), context)
+        if events and (recipe.kl_weight or recipe.match_weight)
+        else None,
         cover=Cover(recipe, token_ids(setup.tokenizer, model.config.vocab_size), setup.text.train)
         if events and recipe.cover
         else None,
@@ -289,9 +291,8 @@ def _replay(recipe: Recipe, events: Sequence[Event]) -> Recipe:
     return dataclasses.replace(recipe, schedule=schedule)
 
 
-def _ready(setup: Setup) -> PreTrainedModel:
-    """Return a copy of the model as it is run in training: without dropout, the same function otherwise."""
-    model = copy.deepcopy(setup.model).float()
+def ready(model: PreTrainedModel, context: int) -> PreTrainedModel:
+    """Return `model`, changed to what is trained on `context` tokens: without dropout, the same function otherwise."""
     model.config.use_cache = False
     module: Any
     for module in model.modules():
@@ -300,7 +301,7 @@ def _ready(setup: Setup) -> PreTrainedModel:
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     fuse_gelu(model)
-    attend_without_masks(model, setup.text.train.context)
+    attend_without_masks(model, context)
     return model
 
 
