@@ -46,7 +46,6 @@ from finetune.processes import has_bf16
 from finetune.recipe import Training
 from finetune.text import Blocks, StreamedBlocks
 
-
 _RISEN_STEPS = 3
 """Steps in a row at which the loss has to be too high for a run to stop."""
 
