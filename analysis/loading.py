@@ -82,7 +82,9 @@ def load_hooked(
     """
     source, state = _read(model, revision)
     tokenizer = _tokenizer(model, tokenizer, revision)
-    return _hooked(source, state, tokenizer, dtype or source.dtype).to(device or source.device, print_details=False)
+    return _hooked(source, state, tokenizer, dtype or source.dtype).to(
+        str(device or source.device), print_details=False
+    )
 
 
 def load_bridge(
@@ -102,7 +104,9 @@ def load_bridge(
     """
     source, state = _read(model, revision)
     tokenizer = _tokenizer(model, tokenizer, revision)
-    return _bridge(source, state, tokenizer, dtype or source.dtype).to(device or source.device, print_details=False)
+    return _bridge(source, state, tokenizer, dtype or source.dtype).to(
+        str(device or source.device), print_details=False
+    )
 
 
 def load_hooked_blocks(
@@ -175,7 +179,7 @@ def load_nnsight(
     tokenizer = _tokenizer(model, tokenizer, revision)
     dtype, device = dtype or source.dtype, device or source.device
     if hooked:
-        return NNsight(_hooked(source, state, tokenizer, dtype).to(device, print_details=False))
+        return NNsight(_hooked(source, state, tokenizer, dtype).to(str(device), print_details=False))
     if tokenizer is None:
         raise CheckpointError("nnsight's LanguageModel needs a tokenizer: give it beside the model.")
     with warnings.catch_warnings():
@@ -237,7 +241,7 @@ def load_trio(
         is_hooked = tool == "hooked" or (tool is None and not TL4 and isinstance(source, GPT2LMHeadModel))
         make = _hooked if is_hooked else _bridge
         made = make(source, state, tokenizers[name], dtype or source.dtype, centre=family_of(source).style.centred)
-        trio[name] = made.to(device or source.device, print_details=False)
+        trio[name] = made.to(str(device or source.device), print_details=False)
     check_alike(trio)
     return trio
 

@@ -27,6 +27,7 @@ Fine-tune the norms out of a model.
   python -m finetune pretrain RECIPE [FLAGS]  train a model from random weights, its blocks with or without norms
   python -m finetune resume RUN [--anyway]    go on with a run of either kind that was cut off; anyway: although its
                                               recipe, model or text has changed, or checkpoints lack files
+  python -m finetune plan [RECIPE] [FLAGS]    what a run would take: memory, tokens, operations, hours
   python -m finetune sweep FILE [FLAGS]       many runs, of what a sweep file overrides, in one table
   python -m finetune list [pretrain]          the shipped recipes, of `run` or of `pretrain`, and what they are
   python -m finetune show RECIPE              print a recipe; one of `pretrain`: show pretrain RECIPE
@@ -96,7 +97,7 @@ def _with_values(arguments: list[str]) -> list[str]:
     """Return flags of booleans that may be None with values, as tyro wants them: `--bf16 True` for `--bf16`."""
     flags = {f"--{field.name}" for field in dataclasses.fields(Recipe) if field.type == bool | None}
     given = {flag: [flag, "True"] for flag in flags} | {flag.replace("--", "--no-"): [flag, "False"] for flag in flags}
-    followed = zip(arguments, [*arguments[1:], ""], strict=True)
+    followed = zip(arguments, [*arguments[1:], ""], strict=False)
     words = [[word] if after in ("None", "True", "False") else given.get(word, [word]) for word, after in followed]
     return [word for expanded in words for word in expanded]
 
@@ -115,6 +116,37 @@ def _run(arguments: list[str]) -> None:
     from finetune import removal
 
     _report(removal.start(options.recipe, options.out))
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan is told: flags of a recipe, too."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    steps: int
+    """Optimizer steps of the run. Schedule, warm-up and LR horizon are scaled with them."""
+    processes: int = 1
+    """How many processes share a batch, each on a device of its own."""
+    tflops: float | None = None
+    """How fast a device is, in 10¹² operations a second, as its maker says: 989 for an H100 in bfloat16."""
+    mfu: float = 0.4
+    """Which share of that training comes to (model FLOPs utilisation)."""
+
+
+def _plan(arguments: list[str]) -> None:
+    recipe = recipes.load(arguments.pop(0) if arguments and not arguments[0].startswith("-") else "micro")
+    recipe = recipes.with_text(_scaled(recipe, arguments), _given(arguments, "--text"))
+    options = tyro.cli(
+        PlanOptions,
+        default=PlanOptions(recipe, steps=recipe.steps),
+        args=arguments,
+        prog="python -m finetune plan [RECIPE]",
+        description="Say what a run would take, from the model's config alone.",
+    )
+
+    from finetune import plan
+
+    print(plan.describe(plan.plan(options.recipe, options.processes), options.tflops, options.mfu))
 
 
 def _pretrain(arguments: list[str]) -> None:
@@ -268,7 +300,15 @@ def _report(run: "Run") -> None:
     console.print(f"Everything is in {run.directory}; the {what} in {run.directory / name}", soft_wrap=True)
 
 
-COMMANDS = {"run": _run, "pretrain": _pretrain, "resume": _resume, "sweep": _sweep, "list": _list, "show": _show}
+COMMANDS = {
+    "run": _run,
+    "pretrain": _pretrain,
+    "resume": _resume,
+    "plan": _plan,
+    "sweep": _sweep,
+    "list": _list,
+    "show": _show,
+}
 
 if __name__ == "__main__":
     main()

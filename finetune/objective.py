@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from finetune.fake_norm import CLASSES
 
-_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
+LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 """Numbers in the logits of one piece, by device: few enough for a CPU's cache, enough to keep a GPU busy."""
 
 
@@ -99,12 +99,13 @@ def next_token_loss(
     dtype: torch.dtype | None = None,
     is_cover: Bool[Tensor, " batch"] | None = None,
     softcap: float | None = None,
+    at_once: int | None = None,
 ) -> NextTokenLoss:
     """Return the loss of the next token, and of `teacher`'s prediction of it (Hinton et al. 2015, arXiv 1503.02531).
 
     Sequences that `is_cover` (None: none) are not text: their next tokens say nothing, only `teacher` does. Products
     are taken in `dtype` (None: the residual's), softmax and sums in float32 at least. A `softcap` c makes c · tanh(x/c)
-    of each logit x, as Gemma 2 does.
+    of each logit x, as Gemma 2 does. `at_once` is how many numbers are in the logits of one piece (None: by device).
 
     In a `dtype` narrower than float32 the unembedding has its mean over the vocabulary taken out before it is cast. It
     adds the same to all logits of a token, which softmax does not see, but rounding does: GPT-2's logits lie near −65,
@@ -115,7 +116,7 @@ def next_token_loss(
     ]
     targets = input_ids[:, 1:]
     is_text = None if is_cover is None else (~is_cover).unsqueeze(-1).expand_as(targets).flatten()
-    return NextTokenLoss(*_NextTokenLoss.apply(targets.flatten(), is_text, kl_weight, dtype, softcap, *ends))
+    return NextTokenLoss(*_NextTokenLoss.apply(targets.flatten(), is_text, kl_weight, dtype, softcap, at_once, *ends))
 
 
 class _NextTokenLoss(torch.autograd.Function):
@@ -127,6 +128,7 @@ class _NextTokenLoss(torch.autograd.Function):
         kl_weight: float,
         dtype: torch.dtype | None,
         softcap: float | None,
+        at_once: int | None,
         *ends: Tensor,
     ) -> tuple[Tensor, ...]:
         dtype = dtype or ends[0].dtype
@@ -136,7 +138,8 @@ class _NextTokenLoss(torch.autograd.Function):
         )
         cross_entropy, kl, teacher_cross_entropy, cover_kl = torch.zeros(4, dtype=wide, device=residual.device)
         of_residual, of_unembedding = torch.empty_like(residual), torch.zeros_like(unembedding, dtype=wide)
-        pieces = math.ceil(len(targets) * len(unembedding) / _LOGITS_AT_ONCE.get(residual.device.type, 2**24))
+        at_once = at_once or LOGITS_AT_ONCE.get(residual.device.type, 2**24)
+        pieces = math.ceil(len(targets) * len(unembedding) / at_once)
         size = math.ceil(len(targets) / pieces)
         for start in range(0, len(targets), size):
             piece = slice(start, start + size)
@@ -189,7 +192,7 @@ class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         of_residual, of_unembedding = (gradient * of_total for gradient in ctx.gradients)
-        return None, None, None, None, None, of_residual, of_unembedding, None, None
+        return None, None, None, None, None, None, of_residual, of_unembedding, None, None
 
 
 def _centred(

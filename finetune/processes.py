@@ -47,11 +47,22 @@ def check_processes(recipe: Training) -> None:
     state = processes(recipe)
     if recipe.device not in ("auto", state.device.type):
         raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
-    if recipe.batch % (recipe.micro_batch * state.num_processes):
-        fitting = [n for n in range(1, recipe.micro_batch + 1) if recipe.batch % (n * state.num_processes) == 0]
+    check_shares(recipe, state.num_processes)
+
+
+def check_shares(recipe: Training, processes: int) -> None:
+    """Check that so many processes can share the batch.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    if processes < 1:
+        raise RecipeError(f"{processes} processes cannot run anything: at least 1 is needed.")
+    if recipe.batch % (recipe.micro_batch * processes):
+        fitting = [n for n in range(1, recipe.micro_batch + 1) if recipe.batch % (n * processes) == 0]
         remedy = f"micro_batch {fitting[-1]} would do" if fitting else "change batch or the number of processes"
         raise RecipeError(
-            f"A batch of {recipe.batch} cannot be shared by {state.num_processes} processes in micro-batches of "
+            f"A batch of {recipe.batch} cannot be shared by {processes} processes in micro-batches of "
             f"{recipe.micro_batch}: {remedy}."
         )
 

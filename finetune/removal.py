@@ -13,6 +13,7 @@ RUN/results.csv    the same on all of each text
 
 import copy
 import dataclasses
+import gc
 import math
 import warnings
 from collections.abc import Sequence
@@ -222,6 +223,8 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
     with directory_lock(directory / "checkpoints", PartialState().is_main_process):
         begun_with.check(directory, setup.recipe, setup.model, setup.text, anyway)
         fit(setup, directory, "ln_free", setup.events, anyway)
+        # Trainer and record refer to each other: without this, weights and moments stay while the control is trained.
+        gc.collect()
         if setup.recipe.control and setup.recipe.control_from is None:
             fit(setup, directory, "control", [], anyway)
         return Run(directory, _conclude(setup, directory))
@@ -231,8 +234,8 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
     """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
     if (directory / name).exists():
         return
-    model = _ready(setup)
-    recipe = setup.recipe
+    recipe, context = setup.recipe, setup.text.train.context
+    model = ready(copy.deepcopy(setup.model).float(), context)
     sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
     trainer = RemovalTrainer(
         sites,
@@ -242,7 +245,9 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         directory / "checkpoints" / name,
         directory / "log.jsonl",
         name,
-        teacher=_ready(setup) if events and (recipe.kl_weight or recipe.match_weight) else None,
+        teacher=ready(copy.deepcopy(setup.model).float(), context)
+        if events and (recipe.kl_weight or recipe.match_weight)
+        else None,
         cover=Cover(recipe, token_ids(setup.tokenizer, model.config.vocab_size), setup.text.train)
         if events and recipe.cover
         else None,
@@ -294,9 +299,8 @@ def _replay(recipe: Recipe, events: Sequence[Event]) -> Recipe:
     return dataclasses.replace(recipe, schedule=schedule)
 
 
-def _ready(setup: Setup) -> PreTrainedModel:
-    """Return a copy of the model as it is run in training: without dropout, the same function otherwise."""
-    model = copy.deepcopy(setup.model).float()
+def ready(model: PreTrainedModel, context: int) -> PreTrainedModel:
+    """Return `model`, changed to what is trained on `context` tokens: without dropout, the same function otherwise."""
     model.config.use_cache = False
     module: Any
     for module in model.modules():
@@ -305,7 +309,7 @@ def _ready(setup: Setup) -> PreTrainedModel:
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     fuse_gelu(model)
-    attend_without_masks(model, setup.text.train.context)
+    attend_without_masks(model, context)
     return model
 
 

@@ -43,7 +43,7 @@ INLINE = sorted(set(re.findall(r"`(python -m [^`]+)`", README)))
 
 STAND_INS = {"schaeff/gpt2-small_LNFree300": str(MODELS["micro-ln-free"]), "gpt2-small_LNFree300": "micro-ln-free"}
 """For published models, in snippets."""
-PLACEHOLDERS = {"runs/RUN/recipe.yaml": "micro", "FILE": "notebooks/sweeps/best/sweep.yaml"}
+PLACEHOLDERS = {"runs/RUN/recipe.yaml": "micro", "RECIPE": "micro", "FILE": "notebooks/sweeps/best/sweep.yaml"}
 """For what a reader is to fill in, in commands that are parsed and not run."""
 LITTLE = {
     "run": ["--batch", "2", "--micro-batch", "2", "--text.held-out-blocks", "2"],
@@ -90,6 +90,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch):
         "finetune.removal.start",
         "finetune.resuming.resume",
         "finetune.pretrain.start",
+        "finetune.plan.plan",
         "analysis.report.run",
         "analysis.graph_page.run",
     ):

@@ -88,6 +88,9 @@ class Text:
     """The column that holds the text. None: the one called text, or the only one of strings."""
     subset: str | None = None
     """The configuration of a Hub data set."""
+    revision: str | None = None
+    """The revision of a Hub data set. None: the newest, or where that is a loading script, which `datasets` does not
+    run any more, refs/convert/parquet, which the Hub made of what it loaded."""
     split: str = "train"
     """The split of a Hub data set or of a saved `datasets` directory."""
     token_dtype: Literal["auto", "uint16", "uint32"] = "auto"

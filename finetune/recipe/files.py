@@ -118,7 +118,7 @@ def with_text(recipe: _Training, text: str | Path | Text | None) -> _Training:
         text = None
     if isinstance(text, str | Path):
         text = dataclasses.replace(
-            recipe.text, source=str(text), held_out=None, column=None, subset=None, split=Text.split
+            recipe.text, source=str(text), held_out=None, column=None, subset=None, revision=None, split=Text.split
         )
     return recipe if text is None else dataclasses.replace(recipe, text=text)
 

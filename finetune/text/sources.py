@@ -19,6 +19,8 @@ from finetune.recipe import Text
 from finetune.text import columns, files
 from finetune.text.files import COMPRESSIONS, FORMATS, TextError, format_of
 
+_PARQUET = "refs/convert/parquet"
+"""Where the Hub puts a data set's rows as Parquet, a folder a configuration."""
 _STREAMED = datasets.Features({"text": datasets.Value("string")})
 
 Passage = tuple[str, bool]
@@ -94,9 +96,7 @@ def open_sources(name: str, text: Text) -> list[Source]:
     if not path.exists():
         if format_of(path) or path.suffix == ".bin" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise TextError(f"{name}: no such file or directory.")
-        with _reading(f"{name} is not a file or directory here, and as a data set of the Hub it"):
-            data = datasets.load_dataset(name, text.subset, split=text.split, streaming=text.streaming)
-        return [_of_data(data, text, name)]
+        return [_of_data(_open_hub(name, text), text, name)]
     if is_saved(path):
         with _reading(name):
             data = datasets.load_from_disk(path)
@@ -106,6 +106,20 @@ def open_sources(name: str, text: Text) -> list[Source]:
             data = data[text.split]
         return [_of_data(data, text, name)]
     return [_of_files(part, text, name) for part in local_files(name, say=True)]
+
+
+def _open_hub(name: str, text: Text) -> datasets.Dataset | datasets.IterableDataset:
+    """Open a data set of the Hub, or what the Hub made of it where it is a loading script."""
+    what = f"{name} is not a file or directory here, and as a data set of the Hub it"
+    options = {"split": text.split, "streaming": text.streaming}
+    with _reading(what):
+        try:
+            return datasets.load_dataset(name, text.subset, revision=text.revision, **options)
+        except RuntimeError as error:
+            if text.revision is not None or "scripts are no longer supported" not in str(error):
+                raise
+    with _reading(f"{what} is a loading script, which `datasets` does not run any more, and its revision {_PARQUET}"):
+        return datasets.load_dataset(name, data_dir=text.subset, revision=_PARQUET, **options)
 
 
 def local_files(name: str, say: bool = False) -> list[list[Path]]:

@@ -481,3 +481,10 @@ def test_the_readme_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("snippet.py").write_text(snippet)  # nnsight reads its source back
     runpy.run_path("snippet.py")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_device_keeps_its_number(tool, make_gpt2):
+    """Of a torch.device TransformerLens takes "cuda" alone."""
+    load = getattr(analysis, f"load_{tool}")
+    assert load(make_gpt2(), device=torch.device("cpu:0")).cfg.device == "cpu:0"

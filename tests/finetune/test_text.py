@@ -576,16 +576,56 @@ def test_streamed_data_set_without_features(tokenizer, monkeypatch):
 def test_hub_data_set(tmp_path, tokenizer, monkeypatch):
     asked = []
 
-    def load_dataset(name, subset, *, split, streaming):
-        asked.append((name, subset, split, streaming))
+    def load_dataset(name, subset, *, split, streaming, revision):
+        asked.append((name, subset, split, streaming, revision))
         return datasets.Dataset.from_dict({"text": DOCUMENTS})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    text = Text(source="somebody/data", subset="en", split="validation", held_out_fraction=0.1)
+    text = Text(source="somebody/data", subset="en", split="validation", revision="v2", held_out_fraction=0.1)
     splits = load_text(text, tokenizer, 16, VOCAB)
-    assert asked == [("somebody/data", "en", "validation", False)]
+    assert asked == [("somebody/data", "en", "validation", False, "v2")]
     chosen = join(tokenizer, [DOCUMENTS[i] for i in held_out_numbers(60, 0.1)])
     assert flat(splits.held_out) == chosen[: len(chosen) // 16 * 16]
+
+
+SCRIPT = "Dataset scripts are no longer supported, but found data.py"
+
+
+def test_hub_data_set_that_is_a_script(tokenizer, monkeypatch):
+    """The Hub's own conversion is read in its place, whose configurations are folders."""
+    asked = []
+
+    def load_dataset(*name_and_subset, revision, **options):
+        asked.append((*name_and_subset, revision, options))
+        if revision is None:
+            raise RuntimeError(SCRIPT)
+        return datasets.Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data, column = sources.open_source("somebody/data", Text("somebody/data", subset="en", streaming=True))
+    assert [row[column] for row in data] == DOCUMENTS
+    options = {"split": "train", "streaming": True}
+    assert asked == [
+        ("somebody/data", "en", None, options),
+        ("somebody/data", "refs/convert/parquet", {"data_dir": "en"} | options),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("revision", "error", "said"),
+    [
+        (None, RuntimeError(SCRIPT), "is a loading script.*its revision refs/convert/parquet cannot be read: Runtime"),
+        ("v2", RuntimeError(SCRIPT), "as a data set of the Hub it cannot be read: RuntimeError: Dataset scripts"),
+        (None, RuntimeError("out of memory"), "as a data set of the Hub it cannot be read: RuntimeError: out of"),
+    ],
+)
+def test_hub_data_set_that_cannot_be_read_says_what_was_tried(revision, error, said, monkeypatch):
+    def load_dataset(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(TextError, match=f"somebody/data .*{said}"):
+        sources.open_source("somebody/data", Text("somebody/data", revision=revision))
 
 
 @pytest.mark.parametrize("eot", [EOT, None])

@@ -1,8 +1,10 @@
 import copy
+import gc
 import json
 import math
 import shutil
 import socket
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -590,6 +592,32 @@ def test_student_teacher_and_control_attend_without_masks(short: Recipe, tmp_pat
     assert [model.config._attn_implementation for model in models] == [CAUSAL] * 3
     assert [model.config._attn_implementation for model in saved] == ["sdpa"] * 2
     assert setup.model.config._attn_implementation == "sdpa"
+
+
+def test_one_fit_is_freed_before_the_next(short: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights, moments and gradients of both would not fit where one's do."""
+    alive: list[list[bool]] = []
+    made: list[weakref.ref] = []
+    init = RemovalTrainer.__init__
+
+    def noting(self: RemovalTrainer, *args: Any, **kwargs: Any) -> None:
+        alive.append([ref() is not None for ref in made])
+        init(self, *args, **kwargs)
+        made.extend(weakref.ref(part) for part in (self, self.sites.model, self.teacher) if part is not None)
+
+    monkeypatch.setattr(RemovalTrainer, "__init__", noting)
+    gc.disable()  # it is not to be by chance
+    try:
+        removal.start(replace(short, control=True, kl_weight=1.0), tmp_path / "run")
+    finally:
+        gc.enable()
+    assert alive == [[], [False] * 3]
+
+
+def test_gradients_are_held_once(short: Recipe, tmp_path: Path):
+    handler = trainer(short, tmp_path).accelerator.ddp_handler
+    assert handler.gradient_as_bucket_view
+    assert not handler.broadcast_buffers
 
 
 @pytest.mark.slow

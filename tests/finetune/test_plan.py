@@ -1,0 +1,121 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_gpt2
+from torch.profiler import ProfilerActivity, profile
+from transformers import GPT2Config
+
+from finetune import checkpoint, plan
+from finetune import recipe as recipes
+from finetune.__main__ import main
+from finetune.recipe import Recipe, RecipeError
+from finetune.removal import fit, set_up
+from finetune.removal_trainer import RemovalTrainer
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Recipe], dict[str, int]]:
+    """Train, and return what was held, and the most that a step had at a time as torch's profiler has it."""
+
+    def measure(recipe: Recipe) -> dict[str, int]:
+        found: dict[str, int] = {}
+        step, save = RemovalTrainer.training_step, RemovalTrainer._save_checkpoint
+
+        def profiled(self: RemovalTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                loss = step(self, *args, **kwargs)
+            now, peak = 0, 0
+            for event in profiler.profiler.kineto_results.events():
+                if event.name() == "[memory]":
+                    peak = max(peak, now := now + event.nbytes())
+            gradients = bytes_of(parameter.grad for parameter in self.sites.model.parameters())
+            found.update(gradients=gradients, activations=peak - gradients)
+            return loss
+
+        def noted(self: RemovalTrainer, *args: Any) -> None:
+            states = self.optimizer.state_dict()["state"].values()
+            found["weights"] = bytes_of(self.sites.model.parameters())
+            found["optimizer"] = bytes_of(tensor for state in states for tensor in state.values())
+            found["teacher"] = 0 if self.teacher is None else bytes_of(self.teacher.parameters())
+            save(self, *args)
+
+        monkeypatch.setattr(RemovalTrainer, "training_step", profiled)
+        monkeypatch.setattr(RemovalTrainer, "_save_checkpoint", noted)
+        setup = set_up(recipe)
+        fit(setup, tmp_path, "ln_free", setup.events)
+        return found
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"aux_weight": 0.1},
+        {"kl_weight": 1.0, "match_weight": 10.0, "bf16": True},
+        {"kl_weight": 1.0, "gradient_checkpointing": True},
+    ],
+    ids=["text", "original in bf16", "recomputed"],
+)
+def test_memory_is_what_training_takes(settings: dict[str, Any], recipe: Recipe, tokenizer, measured, tmp_path: Path):
+    model = tiny_gpt2(n_embd=64, n_layer=3, n_positions=64)
+    checkpoint.save(model, tmp_path / "model", tokenizer)
+    recipe = replace(recipe, model=str(tmp_path / "model"), batch=4, micro_batch=4, max_rise=float("inf"), **settings)
+
+    planned, found = plan.plan(recipe), measured(recipe)
+
+    for part in ("weights", "gradients", "optimizer", "teacher"):
+        assert getattr(planned, part) == found[part], part
+    assert planned.activations == pytest.approx(found["activations"], rel=0.25)
+    assert planned.bytes == pytest.approx(sum(found.values()), rel=0.25)
+    assert planned.parameters == model.num_parameters()
+
+
+def test_operations_are_those_of_products(recipe: Recipe, tmp_path: Path):
+    """2 a weight and token forward, twice that backward; attention's pairs of tokens; the loss's unembedding too."""
+    d, layers, context, vocabulary = 16, 2, 16, 4096
+    GPT2Config(n_embd=d, n_layer=layers, n_head=2, n_positions=context, vocab_size=vocabulary).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"architectures": null', '"architectures": ["GPT2LMHeadModel"]'))
+    planned = plan.plan(replace(recipe, model=str(tmp_path), kl_weight=1.0))  # no weights are there
+
+    tokens = recipe.steps * recipe.batch * context
+    blocks, attention = 2 * 12 * layers * d**2, 2 * 2 * layers * d * context
+    head = 2 * d * vocabulary * (context - 1) / context  # the last token predicts none
+    assert planned.tokens == tokens
+    # Backward, attention's scores are taken once more.
+    assert planned.control_flops == pytest.approx(tokens * (3 * blocks + 3.5 * attention + 3 * head), rel=1e-3)
+    assert planned.flops == pytest.approx(tokens * (4 * blocks + 4.5 * attention + 4 * head), rel=1e-3)
+    assert planned.hours(2e-3, 0.5) == pytest.approx((planned.flops + planned.control_flops) / 1e9 / 3600)
+
+
+def test_processes_share_the_work(recipe: Recipe):
+    one, two = (plan.plan(recipe, processes) for processes in (1, 2))
+    assert (one.flops, one.bytes, one.tokens) == (two.flops, two.bytes, two.tokens)
+    assert one.hours(1, 1) == 2 * two.hours(1, 1)
+    with pytest.raises(RecipeError, match="cannot be shared by 3 processes"):
+        plan.plan(recipe, 3)
+
+
+def test_a_plan_for_cuda_is_in_bf16(recipe: Recipe):
+    assert plan.plan(replace(recipe, bf16=None, device="cuda")).recipe.bf16
+    assert not plan.plan(replace(recipe, bf16=False, device="cuda")).recipe.bf16
+
+
+def test_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "tiny.yaml").write_text(recipes.dump(recipe))
+    main(["plan", str(tmp_path / "tiny.yaml"), "--processes", "2", "--steps", "32", "--tflops", "1e-3", "--no-control"])
+    said = capsys.readouterr().out
+    assert "each of 2 processes, in micro-batches of 2 × 16 tokens" in said
+    assert f"{32 * 4 * 16:,} tokens" in said
+    assert "hours" in said
+    assert "control" not in said
+    assert not (tmp_path / "runs").exists()
