@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.bundled import MODELS, resolve_text
 from finetune.recipe import Text
-from finetune.text import Blocks, StreamedBlocks, TextError, load_blocks, load_text, packing, tokenise
+from finetune.text import Blocks, StreamedBlocks, TextError, load_blocks, load_text, packing, sources, tokenise
 
 VOCAB = 4096
 EOT = 0
@@ -602,8 +602,8 @@ def test_hub_data_set_that_is_a_script(tokenizer, monkeypatch):
         return datasets.Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data, column = sources.open_source("somebody/data", Text("somebody/data", subset="en", streaming=True))
-    assert [row[column] for row in data] == DOCUMENTS
+    (source,) = sources.open_sources("somebody/data", Text("somebody/data", subset="en", streaming=True))
+    assert [document for document, _ in source.passages()] == DOCUMENTS
     options = {"split": "train", "streaming": True}
     assert asked == [
         ("somebody/data", "en", None, options),
@@ -625,7 +625,7 @@ def test_hub_data_set_that_cannot_be_read_says_what_was_tried(revision, error, s
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(TextError, match=f"somebody/data .*{said}"):
-        sources.open_source("somebody/data", Text("somebody/data", revision=revision))
+        sources.open_sources("somebody/data", Text("somebody/data", revision=revision))
 
 
 @pytest.mark.parametrize("eot", [EOT, None])
