@@ -27,9 +27,18 @@ def code_cells(path: Path) -> list[Any]:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def test_there_are_seven_and_those_of_the_sweeps():
-    assert len(NOTEBOOKS) == 7
-    assert {path.stem for path in SWEEPS} == {"best", "cover", "data", "objective", "order", "pace", "removed_vs_never"}
+def test_there_are_eight_and_those_of_the_sweeps():
+    assert len(NOTEBOOKS) == 8
+    assert {path.stem for path in SWEEPS} == {
+        "best",
+        "cover",
+        "data",
+        "llama",
+        "objective",
+        "order",
+        "pace",
+        "removed_vs_never",
+    }
 
 
 @pytest.mark.slow

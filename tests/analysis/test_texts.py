@@ -48,7 +48,7 @@ def test_a_block_is_at_most_1024_tokens_unless_asked_for(micro, monkeypatch):
 def test_a_hub_data_set_is_read_no_farther_than_is_needed(micro, monkeypatch):
     books, read = read_documents("books-validation"), []
 
-    def load_dataset(name, subset, *, split, streaming):
+    def load_dataset(name, subset, *, split, streaming, revision):
         assert (name, streaming) == ("somebody/books", True)
         return datasets.IterableDataset.from_generator(lambda: ({"text": read.append(i) or t} for i, t in books))
 
