@@ -19,18 +19,8 @@ from finetune.text import Blocks, StreamedBlocks, TextSplits
 from finetune.text.sources import path_of
 
 _FREE = {
-    *(
-        "name",
-        "max_rise",
-        "max_outlier",
-        "log_every",
-        "save_every",
-        "report_to",
-        "push_to_hub",
-        "also",
-        "control",
-        "control_from",
-    ),
+    *("name", "max_rise", "max_outlier", "log_every", "save_every", "report_to", "push_to_hub"),
+    *("also", "control", "control_from"),
     *("export_format", "model", "revision", "tokenizer", "text.source", "text.held_out"),
 }
 """Fields of a recipe that may change, for they change no weights, or name what is itself compared."""
