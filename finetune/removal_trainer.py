@@ -30,6 +30,9 @@ from finetune.sites import Sites
 from finetune.text import Blocks, StreamedBlocks
 from finetune.training import DivergedError, Record, RunTrainer, cast_matrices
 
+_NOTABLE = 2
+"""A live std so many times what divides it, rounded down, is worth saying when a run has diverged."""
+
 
 class RemovalTrainer(RunTrainer):
     """Trains a model with `Sites` in it through a schedule; with no events it is the control.
@@ -139,6 +142,8 @@ class _RemovalRecord(Record):
         super().__init__(trainer, path, name)
         self._teacher: list[Callable[[], float]] = []
         self._outliers: list[tuple[tuple[int, ...], Tensor]] = []
+        self._worst = ""
+        """Which token has left its divisor behind the most in the last step that is not all NaN, if any has."""
 
     @contextlib.contextmanager
     def teacher_clock(self, device: torch.device) -> Iterator[None]:
@@ -156,38 +161,44 @@ class _RemovalRecord(Record):
             self._teacher.append(lambda: seconds)
 
     def watch(self, input_ids: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        """Look for a token that has left its divisor behind, and start to copy what is found of it to the host.
+        """Look for the token that has left its divisor behind the most, and start to copy it to the host.
 
         Returns on which share of sites and tokens the guard acts.
         """
         recipe, least = self.trainer.recipe, self.trainer.sites.least
         excess = self.trainer.sites.excess()
         guarded = (excess * least > 1).to(excess).mean()
-        behind = excess.clamp(max=1 / least) if least else excess
-        flat = behind.flatten()
-        # The first in the order of the forward: those after it are its consequences.
+        flat = excess.clamp(max=1 / least if least else 1e15).nan_to_num(0.0).flatten()
+        # Beyond the limit, the first in the order of the forward: those after it are its consequences.
         first = torch.where(flat > recipe.max_outlier, torch.arange(len(flat), device=flat.device), len(flat)).min()
-        factor = torch.where(first < len(flat), flat[first.clamp(max=len(flat) - 1)], 0.0).clamp(max=1e15)
-        found = torch.stack([first, factor.long(), input_ids.flatten()[first % input_ids.numel()]])
+        place = torch.where(first < len(flat), first, flat.argmax())
+        found = torch.stack([place, flat.take(place).long(), input_ids.take(place % input_ids.numel())])
         self._outliers.append((tuple(excess.shape), found.to("cpu", non_blocking=found.is_cuda)))
         return guarded
 
     def _check(self, excess: float, step: int) -> None:
         """Stop also where a divisor has been left behind."""
-        outliers, self._outliers = self._outliers, []
-        for shape, found in outliers:
-            first, factor, token = found.tolist()
-            if factor:
-                site, _, position = np.unravel_index(first, shape)
-                trainer = self.trainer
-                self.write()
-                raise self.diverged(
-                    f"at step {step} the live {'std' if trainer._centred else 'RMS'} of token {token} "
-                    f"({trainer.decode(token)!r}) at position {position} is {factor:,} times what divides it at "
-                    f"{list(trainer.sites)[site]}, more than max_outlier={trainer.recipe.max_outlier:g}: the divisor "
-                    "has been left behind. spread_live draws stds together before sites freeze, and guard bounds what "
-                    "outliers do while training"
-                )
+        trainer, limit = self.trainer, self.trainer.recipe.max_outlier
+        outliers = [(shape, *found.tolist()) for shape, found in self._outliers]
+        self._outliers.clear()
+        factor = 0
+        if outliers:
+            shape, place, factor, token = max(outliers, key=lambda outlier: outlier[2])
+        if factor:  # where all is NaN, the step before tells more
+            self._worst = ""
+        if factor >= _NOTABLE:
+            site, _, position = np.unravel_index(place, shape)
+            self._worst = (
+                f"the live {'std' if trainer._centred else 'RMS'} of token {token} ({trainer.decode(token)!r}) at "
+                f"position {position} is {factor:,} times what divides it at {list(trainer.sites)[site]}"
+            )
+        if factor > limit:
+            worst, self._worst = self._worst, ""
+            self.write()
+            raise self.diverged(
+                f"at step {step} {worst}, more than max_outlier={limit:g}: the divisor has been left behind. "
+                "spread_live draws stds together before sites freeze, and guard bounds what outliers do in training"
+            )
         super()._check(excess, step)
 
     def replay(self, log: list[dict[str, Any]], step: int) -> None:
@@ -262,8 +273,9 @@ class _RemovalRecord(Record):
         return {"frozen": self._frozen} if self.trainer.removes else {}
 
     def diverged(self, what: str) -> DivergedError:
-        """Say what froze last, too."""
-        return super().diverged(f"{what}; the last to freeze was {self._frozen}")
+        """Say also what froze last, and where a divisor has been left behind."""
+        worst = f"; {self._worst}" if self._worst else ""
+        return super().diverged(f"{what}{worst}; the last to freeze was {self._frozen}")
 
     def named(self, numbers: Float[Tensor, " number"], line: dict[str, Any]) -> dict[str, Any]:
         """Return the stds by site, and read the teacher's clocks, too."""

@@ -389,7 +389,7 @@ class Recipe(Training):
     guard. The LN-free model has none."""
     guard_span: tuple[float, float] = (0.5, 0.9)
     """Between which fractions of the run the guard is lifted: 1/κ falls linearly to 0."""
-    max_outlier: float = 1000.0
+    max_outlier: float = 1e6
     """The run stops when the live std of a token is so many times what divides it: the divisor has been left behind."""
     control: bool = True
     """Also fine-tune with LayerNorm kept, by cross-entropy alone, to tell what fine-tuning did from what losing
@@ -443,8 +443,8 @@ class Recipe(Training):
                 f"guard_span ends at {end}: the guard would not be lifted by the last of {self.steps} steps, and the "
                 "LN-free model has none. Let it end earlier."
             )
-        if not self.max_outlier > 1:
-            raise RecipeError(f"max_outlier is {self.max_outlier}; it must be above 1.")
+        if not self.max_outlier >= 2:
+            raise RecipeError(f"max_outlier is {self.max_outlier}; it must be at least 2.")
 
     def _check_cover(self) -> None:
         if not 0 <= self.cover <= 1 - 1 / self.batch:

@@ -205,3 +205,9 @@ class TestStop:
         assert any(text[i]["input_ids"][position] == token for i in order)
         wide = fitted(replace(recipe, max_outlier=1e9, max_rise=1e9), tmp_path / "wide")
         assert wide[12]["std"]["h.0.qk"]["over_constant"][1] > 9
+
+    def test_what_diverges_otherwise_says_the_worst(self, short: Recipe, tmp_path: Path):
+        recipe = replace(short, lr=10.0, min_lr=10.0, clip=0.0, max_outlier=math.inf)
+        recipe = replace(recipe, schedule=Schedule(start=1, gap=Gaps()))
+        with pytest.raises(DivergedError, match=r"at step \d.*; the live std of token \d+ .* times what divides it at"):
+            fitted(recipe, tmp_path)
