@@ -44,6 +44,8 @@ def in_file(documents: Documents | None, directory: Path) -> Iterator[Path | Non
     try:
         write_documents(documents, path)
         yield path
+    except TextError as error:
+        raise TextError(str(error).replace(str(path), _NAME)) from error
     finally:
         path.unlink(missing_ok=True)
 
