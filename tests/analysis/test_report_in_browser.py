@@ -150,8 +150,9 @@ def test_a_graph_by_keyboard(browser, tmp_path):
     page.locator("tbody[data-graph] tr").first.focus()
     page.keyboard.press("ArrowDown")
     label = page.evaluate("document.activeElement.cells[0].textContent").split("@")[0]
-    shown = "".join(layer.text_content() for layer in page.locator("#graph-original .hoverlayer").all())
-    assert f"{label} at " in shown
+    layer = page.locator("#graph-original .hoverlayer").filter(has_text=f"{label} at ")
+    layer.wait_for(state="attached", timeout=10_000)  # plotly moves a label some time later
+    shown = "".join(layer.all_text_contents())
     assert "logits" in shown
     assert page.evaluate("window.harmed") is None
     assert not wrong

@@ -25,7 +25,7 @@ def test_the_page_is_whole_and_small(made):
     assert not re.search(r"""<(script|img|link|iframe)[^>]+(src|href)=["'](?!data:)""", whole)
     assert "nothing prepended" in whole
     assert "transformers " in whole
-    assert whole.count('<article class="card">') == 6
+    assert whole.count('<article class="card">') == 7
     assert "Sum over components less the logit" in whole
     assert "The prompt, token by token: " in whole
     assert "Largest change of entropy by one neuron" in whole
