@@ -98,7 +98,7 @@ def measure(
 
 
 def summarise(edges: pd.DataFrame) -> pd.DataFrame:
-    """Summarise what `measure_edges` returns, a row a model and kind of reader.
+    """Summarise what `measure_edges` returns, one row per model and kind of reader.
 
     Columns: model; kind, one of logit, query, key, value, mlp; nmae, the mean over the edges from heads of their NMAE,
     %, as `logit_attribution` has it of the logit, NaN where the kind reads no head (in a model of one layer); nmae_all,
@@ -116,7 +116,7 @@ def measure_layers(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], 
 
 
 def summarise_layers(edges: pd.DataFrame) -> pd.DataFrame:
-    """Summarise what `measure_edges` returns, a row a model, kind of reader and layer of the reader.
+    """Summarise what `measure_edges` returns, one row per model, kind of reader and layer of the reader.
 
     Columns: reader_layer, missing for the logit, and those of `summarise`.
     """
@@ -213,12 +213,13 @@ def measure_edges(
             None: that of the next token.
         centre_unembedding: whether W_U is taken less its mean over the vocabulary. It cancels out in a pair.
 
-    Returns a row a model, reader and component. Columns: model; kind; reader, such as "L2H3 query", "L2 MLP", "logit";
-    reader_layer and reader_head where it has them; component, one of embed, pos_embed, head, b_O, mlp (its bias in
-    it), bias (the reader's own), reader (the sum to be reached) and residue (what the others leave over); label, such
-    as L2H3; layer and head where it has them; over tokens and units of the reader, in its own units, contribution_abs,
-    the mean |contribution|, direct_effect_abs, that of the direct effect, and error_abs, that of their difference;
-    contribution_max and direct_effect_max, the largest, of reader and residue alone; nmae, %; tokens, how many.
+    Returns one row per model, reader and component. Columns: model; kind; reader, such as "L2H3 query", "L2 MLP",
+    "logit"; reader_layer and reader_head where it has them; component, one of embed, pos_embed, head, b_O, mlp (its
+    bias in it), bias (the reader's own), reader (the sum to be reached) and residue (what the others leave over);
+    label, such as L2H3; layer and head where it has them; over tokens and units of the reader, in its own units,
+    contribution_abs, the mean |contribution|, direct_effect_abs, that of the direct effect, and error_abs, that of
+    their difference; contribution_max and direct_effect_max, the largest, of reader and residue alone; nmae, %; tokens,
+    how many.
 
     Raises:
         NolnError: a model of `finetune.blocks`.
@@ -283,10 +284,10 @@ def measure_prompt(
         neurons: also measure every neuron of every MLP before the reader. They are parts of their MLP.
         sources: split heads by the positions that they attend to. The direct effect is that of one such part.
 
-    Returns a row a model, reader, unit and component. Columns: model; kind, reader, reader_layer and reader_head, as in
-    `measure_edges`; unit, which one of the head's width or of the MLP's neurons; component, label, layer and head, as
-    there, with neuron, and, where `sources`, source, the position; contribution and direct_effect, in units of the
-    reader. The rows `bias` and `reader` hold the reader's own bias and what it is: the sum of all, neurons apart.
+    Returns one row per model, reader, unit and component. Columns: model; kind, reader, reader_layer and reader_head,
+    as in `measure_edges`; unit, which one of the head's width or of the MLP's neurons; component, label, layer and
+    head, as there, with neuron, and, where `sources`, source, the position; contribution and direct_effect, in units of
+    the reader. The rows `bias` and `reader` hold the reader's own bias and what it is: the sum of all, neurons apart.
 
     Raises:
         ValueError: no reader of such a name, or what `measure_edges` raises.
@@ -358,8 +359,9 @@ def measure_scores(
         key: the position that is looked at, not after `query`.
         query: the position that looks.
 
-    Returns a row a model and pair. Columns: model; layer; head; query and key, positions; query_label and key_label,
-    components such as L0H3, embed or b_Q; contribution, in units of the score, of which the sum is the score.
+    Returns one row per model and pair. Columns: model; layer; head; query and key, positions; query_label and
+    key_label, components such as L0H3, embed or b_Q; contribution, in units of the score, of which the sum is the
+    score.
 
     Raises:
         ValueError: a key after the query.
@@ -427,7 +429,7 @@ class _Sums:
                 total[column] = most.maximum(total.get(column, most))
 
     def frame(self) -> pd.DataFrame:
-        """Return a row a component, each head by itself, and reader."""
+        """Return one row per component, each head by itself, and reader."""
         frames = []
         for component, total in self._totals.items():
             tokens = total.pop("tokens")
@@ -531,7 +533,7 @@ def _rows(
     contribution: Float[Tensor, "part source unit"],
     effect: Float[Tensor, "part source unit"],
 ) -> pd.DataFrame:
-    """Return a row a part, source, of which there is one where parts are not split, and unit."""
+    """Return one row per part, source, of which there is one where parts are not split, and unit."""
     part, source, unit = np.indices(effect.shape).reshape(3, -1)
     frame = names.iloc[unit].reset_index(drop=True)
     frame["component"] = component.kind

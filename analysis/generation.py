@@ -63,9 +63,9 @@ def measure_prompts(
 
     A text may be a chat, as `tokenizer.apply_chat_template(messages, tokenize=False)` writes it.
 
-    Returns a row a model and prompt: prompt (its number), prompt_text, text, what the model wrote; new_tokens, how many
-    that are; agreed, how many of them, from the first on, are the reference's; reference_loss, the mean cross-entropy
-    of what it wrote under the reference, nats/token. Without a tokenizer texts are token ids.
+    Returns one row per model and prompt: prompt (its number), prompt_text, text, what the model wrote; new_tokens, how
+    many that are; agreed, how many of them, from the first on, are the reference's; reference_loss, the mean
+    cross-entropy of what it wrote under the reference, nats/token. Without a tokenizer texts are token ids.
     """
     tokenizer = models[reference].tokenizer
     ids = [
@@ -98,7 +98,7 @@ def measure_prompts(
 
 
 def side_by_side(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return what `measure` returns with a row a prompt: its text, and in a column a model what that wrote."""
+    """Return what `measure` returns with one row per prompt: its text, and in one column per model what that wrote."""
     texts = frame.pivot(index=["prompt", "prompt_text"], columns="model", values="text")
     return texts[list(frame["model"].unique())].rename_axis(columns=None).reset_index()
 

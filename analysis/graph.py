@@ -444,9 +444,9 @@ class Removal(NamedTuple):
 def intervene(graph: Graph, top: Sequence[int] = TOP) -> pd.DataFrame:
     """Take out each node and each edge of a graph, and the largest together, and see what becomes of the logit.
 
-    Returns a row an intervention. Columns: model; what, node, edge, nodes or edges (the largest by |value| or |flow|,
-    together); label; count, of what is taken out; predicted, the fall of the logit that the graph says, held, the fall
-    in a forward with patterns and gates held, and free, in one with nothing held (missing of edges), logits.
+    Returns one row per intervention. Columns: model; what, node, edge, nodes or edges (the largest by |value| or
+    |flow|, together); label; count, of what is taken out; predicted, the fall of the logit that the graph says, held,
+    the fall in a forward with patterns and gates held, and free, in one with nothing held (missing of edges), logits.
     """
     removals = list(_removals(graph, top))
     rows = []
@@ -498,7 +498,7 @@ def _removals(graph: Graph, top: Sequence[int]) -> Iterator[Removal]:
 
 
 def _fall(held: Held, removals: Sequence[Removal], hold: bool) -> Float[np.ndarray, " removal"]:
-    """Return by how much the logit falls when something is taken out, in one forward with a row a removal."""
+    """Return by how much the logit falls when something is taken out, in one forward with one row per removal."""
     model, stream = held.model, held.stream
     dtype, tokens = model.cfg.dtype, held.prompt.unsqueeze(0).expand(len(removals), -1).to(model.cfg.device)
     seen: dict[str, Tensor] = {}
@@ -602,7 +602,7 @@ def build_all(
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """Summarise what `measure` or `intervene` returns, a row a model and what is taken out.
+    """Summarise what `measure` or `intervene` returns, one row per model and what is taken out.
 
     Columns: model; what; error and error_free, 100 · mean|predicted − fall of the logit| / mean|fall|, %, with patterns
     and gates held and with nothing held (missing of edges); interventions, how many.
