@@ -260,12 +260,12 @@ class Graph:
     model: str
     """Its name."""
     nodes: pd.DataFrame
-    """A row a node, the root first. Columns: node, such as "L2H3@5"; component, label, layer, head and neuron, as in
-    `edges.measure_prompt`; position; token; value, its effect on the logit through all paths, logits; influence, from 0
-    to 1; inflow, the sum of all flows into it, and explained, that of the edges kept, logits; completeness, the share
-    of the size of all flows into it that edges kept have, NaN where nothing flows in."""
+    """One row per node, the root first. Columns: node, such as "L2H3@5"; component, label, layer, head and neuron, as
+    in `edges.measure_prompt`; position; token; value, its effect on the logit through all paths, logits; influence,
+    from 0 to 1; inflow, the sum of all flows into it, and explained, that of the edges kept, logits; completeness, the
+    share of the size of all flows into it that edges kept have, NaN where nothing flows in."""
     edges: pd.DataFrame
-    """A row an edge. Columns: source and target, nodes; flow and direct_effect, logits; influence."""
+    """One row per edge. Columns: source and target, nodes; flow and direct_effect, logits; influence."""
     tokens: tuple[str, ...]
     """The texts of the prompt's tokens, in quotes."""
     target: str

@@ -74,7 +74,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
 
     Raises:
         RecipeError: the recipe does not do for the model, or `processes` cannot share its batch.
-        CheckpointError: the config cannot be had, or is of another architecture.
+        CheckpointError: the config is not available, or of another architecture.
     """
     check_shares(recipe, processes)
     config = checkpoint.load_config(recipe.model, recipe.revision)

@@ -571,7 +571,7 @@ def test_attention_without_masks_is_the_same(family: str, config: dict[str, Any]
 
 @pytest.mark.parametrize(("family", "config"), WITH_THEIR_OWN)
 def test_attention_that_needs_a_mask_stays(family: str, config: dict[str, Any]):
-    """A window no longer than the text, a soft-cap, a local layer, or what is no model of transformers."""
+    """A window no longer than the text, a soft-cap, a local layer, or a model that transformers does not have."""
     model = random_model(family, **config)
     before = model.config._attn_implementation
     attend_without_masks(model, 11)
