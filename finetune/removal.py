@@ -3,6 +3,7 @@
 RUN/recipe.yaml    what was run, replayable; with versions, git state and command
 RUN/replay.yaml    of an adaptive schedule: the recipe with the steps that it came to
 RUN/original/      of a model in memory or a GGUF file: the model, as a directory
+RUN/massive_writes.csv  with `longest_write`: the neurons that were scaled down before training
 RUN/log.jsonl      one line a step of each fit
 RUN/checkpoints/   to resume from
 RUN/control/       fine-tuned the same way with LayerNorm kept
@@ -14,6 +15,7 @@ RUN/results.csv    the same on all of each text
 import copy
 import dataclasses
 import gc
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import begun_with, checkpoint, evaluate, families, folding, objective, schedule
+from finetune import begun_with, checkpoint, evaluate, families, folding, massive_writes, objective, schedule
 from finetune import recipe as recipes
 from finetune.bundled import MODELS
 from finetune.checkpoints import newest_whole, read_log
@@ -54,7 +56,7 @@ from finetune.sites import Sites
 from finetune.text import LONGEST_CONTEXT, RANDOM_TOKENS, Blocks, TextSplits, load_blocks, load_text, token_ids
 from finetune.text.in_memory import Documents, in_file, of_file, take_in
 from finetune.text.sources import path_of
-from finetune.training import attend_without_masks, fuse_gelu
+from finetune.training import attend_without_masks, fuse_gelu, in_order
 
 _CHECKED_TOKENS = 2048
 """Held-out tokens by which an export is checked."""
@@ -236,6 +238,8 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         return
     recipe, context = setup.recipe, setup.text.train.context
     model = ready(copy.deepcopy(setup.model).float(), context)
+    if events and recipe.longest_write is not None:
+        _scale_down_massive_writes(model, setup, directory)
     sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
     trainer = RemovalTrainer(
         sites,
@@ -267,6 +271,19 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         plain.set_attn_implementation(setup.model.config._attn_implementation)
         checkpoint.save(plain, directory / name, setup.tokenizer)
     PartialState().wait_for_everyone()
+
+
+def _scale_down_massive_writes(model: PreTrainedModel, setup: Setup, directory: Path) -> None:
+    """Scale down what writes massive activations on the text that training begins with, and say what that was."""
+    recipe = setup.recipe
+    assert recipe.longest_write is not None
+    count = math.ceil(_CHECKED_TOKENS / setup.text.train.context)
+    first = itertools.islice(iter(in_order(setup.text.train, recipe)), count)
+    input_ids = torch.stack([block["input_ids"] for block in first]).to(model.device)
+    writes = massive_writes.scale_down(model, input_ids, recipe.longest_write)
+    if PartialState().is_main_process:
+        frame = pd.DataFrame(writes, columns=massive_writes.MassiveWrite._fields)
+        write(directory / "massive_writes.csv", frame.to_csv(index=False))
 
 
 @torch.no_grad()

@@ -384,6 +384,9 @@ class Recipe(Training):
     also: tuple[str, ...] = ()
     """More texts to measure the models on when they are done, named as `text.source` is. What is held out and random
     tokens are always measured."""
+    longest_write: float | None = None
+    """Before training, MLP neurons of the LN-free model that write massive activations are scaled down: none writes a
+    vector with an RMS of more than so many times the stream's median (`finetune.massive_writes`). None: as they are."""
     guard: float | None = None
     """κ of the outlier guard: while training, what divides a token at a site is at least the live std over κ. None: no
     guard. The LN-free model has none."""
@@ -433,6 +436,8 @@ class Recipe(Training):
     def _check_outliers(self) -> None:
         if not 1 <= self.spread_power < math.inf:
             raise RecipeError(f"spread_power is {self.spread_power}; it must be at least 1.")
+        if self.longest_write is not None and not 0 < self.longest_write < math.inf:
+            raise RecipeError(f"longest_write is {self.longest_write}; it must be above 0, or None.")
         if self.guard is not None and not 1 < self.guard < math.inf:
             raise RecipeError(f"guard is {self.guard}; it must be above 1, or None for no guard.")
         start, end = self.guard_span
@@ -496,8 +501,8 @@ SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
     (
         *("schedule", "std_decay", "std_mean", "kl_weight", "match_weight", "aux_weight", "export_format"),
         *("cover", "cover_kinds", "cover_span", "cover_stds", "spread_weight", "spread_on"),
-        *("spread_power", "spread_live", "spread_position_0", "guard", "guard_span", "max_outlier"),
-        *("name", "also", "log_every", "save_every", "report_to", "push_to_hub"),
+        *("spread_power", "spread_live", "spread_position_0", "longest_write", "guard", "guard_span"),
+        *("max_outlier", "name", "also", "log_every", "save_every", "report_to", "push_to_hub"),
     ),
     False,
 )

@@ -1,0 +1,92 @@
+"""Scaling down the neurons that write massive activations, before training begins.
+
+A few neurons of trained transformers write vectors hundreds of times as long as the residual stream, at position 0
+above all (massive activations: Sun et al. 2024, arXiv 2402.17762; super weights: Yu et al. 2024, arXiv 2411.07191).
+Live norms hide how long they are, constants do not: divided by one, such a token leaves the norm as many times too
+long, and a gated MLP squares that. Training takes hundreds of steps to shorten them. Scaling a neuron's output weights
+takes none, costs little while norms are live, and leaves training to repair the rest.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from finetune.families import family_of
+from finetune.recipe import RecipeError
+
+
+class MassiveWrite(NamedTuple):
+    """A neuron that was scaled down."""
+
+    layer: int
+    neuron: int
+    write: float
+    """The RMS of the longest vector that it wrote, over the median RMS of the stream behind its block."""
+    factor: float
+    """What its output weights were multiplied by."""
+
+
+@torch.no_grad()
+def scale_down(model: PreTrainedModel, input_ids: Int[Tensor, "batch pos"], longest: float) -> list[MassiveWrite]:
+    """Scale the output weights of MLP neurons in place, so that no write on these tokens is too long.
+
+    Args:
+        model: of a supported family. Norms may be live only.
+        input_ids: tokens to measure on; position 0 of each sequence is where massive activations are found.
+        longest: the RMS that a neuron may write, over the median RMS of the stream behind its block. A neuron that
+            writes more is scaled down to that, layer after layer, so that later neurons see the stream as it becomes.
+
+    Raises:
+        RecipeError: what MLPs write passes through a norm on its way to the stream (Gemma 2).
+    """
+    family = family_of(model)
+    layers = model.config.num_hidden_layers
+    if any(norm.writer is not None for norm in family.norms):
+        raise RecipeError(
+            f"longest_write is set, but in a {family.architecture} a norm follows each MLP, so that the scale of its "
+            "output weights does not matter: set longest_write to None."
+        )
+    medians: dict[int, Float[Tensor, ""]] = {}
+    found: list[MassiveWrite] = []
+
+    def measure(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            stream = output[0] if isinstance(output, tuple) else output
+            medians[layer] = stream.float().square().mean(-1).sqrt().median()
+
+        return hook
+
+    def scale(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Float[Tensor, "batch pos d_mlp"]]) -> None:
+            weight: Any = module.weight
+            by_neuron = weight if isinstance(module, Conv1D) else weight.T  # [d_mlp d_model]
+            lengths = args[0].float().abs().amax((0, 1)) * by_neuron.float().square().mean(-1).sqrt()
+            over = lengths / medians[layer]
+            for neuron in (over > longest).nonzero().flatten().tolist():
+                write = over[neuron].item()
+                by_neuron[neuron] *= longest / write
+                found.append(MassiveWrite(layer, neuron, write, longest / write))
+
+        return hook
+
+    _forward(model, input_ids, [(f"{family.blocks}.{i}", "forward_hook", measure(i)) for i in range(layers)])
+    mlps = [path for _, written, path in family.writers_of(layers) if written == "out"]  # one a layer
+    _forward(model, input_ids, [(path, "forward_pre_hook", scale(layer)) for layer, path in enumerate(mlps)])
+    return found
+
+
+def _forward(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch pos"], hooks: Sequence[tuple[str, str, Callable[..., None]]]
+) -> None:
+    """Run `model` with hooks, each (path of a module, kind of hook, hook), and remove them."""
+    handles = [getattr(model.get_submodule(path), f"register_{kind}")(hook) for path, kind, hook in hooks]
+    try:
+        model.base_model(input_ids=input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()

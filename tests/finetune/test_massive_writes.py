@@ -1,0 +1,114 @@
+"""Neurons that write massive activations are scaled down, and no others."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from models import random_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from finetune import checkpoint, families, massive_writes
+from finetune.recipe import Recipe, RecipeError
+from finetune.removal import fit, set_up
+
+TOKENS = torch.arange(22).view(2, 11) % 23
+LAYERS = 2
+
+
+def planted(family: str, layer: int, neuron: int, times: float) -> nn.Module:
+    """A random model in which one neuron writes `times` as much as it did."""
+    model = random_model(family)
+    output_weights(model, layer)[neuron] *= times
+    return model
+
+
+def output_weights(model: nn.Module, layer: int) -> torch.Tensor:
+    """[d_mlp d_model], a view."""
+    paths = [
+        path for at, written, path in families.family_of(model).writers_of(LAYERS) if (at, written) == (layer, "out")
+    ]
+    module = model.get_submodule(paths[0])
+    return module.weight.detach() if isinstance(module, Conv1D) else module.weight.detach().T
+
+
+@torch.no_grad()
+def longest_writes(model: nn.Module, layer: int) -> list[float]:
+    """The RMS of each neuron's longest write: what the MLP's output changes by when that neuron is silenced."""
+    paths = [
+        path for at, written, path in families.family_of(model).writers_of(LAYERS) if (at, written) == (layer, "out")
+    ]
+    seen: dict[str, torch.Tensor] = {}
+    module = model.get_submodule(paths[0])
+    handle = module.register_forward_hook(lambda _, args, output: seen.update(input=args[0], output=output))
+    model.base_model(input_ids=TOKENS, use_cache=False)
+    handle.remove()
+    found = []
+    for neuron in range(seen["input"].shape[-1]):
+        silenced = seen["input"].clone()
+        silenced[..., neuron] = 0
+        found.append((seen["output"] - module(silenced)).square().mean(-1).sqrt().max().item())
+    return found
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gpt_neo", "llama", "gemma"])
+def test_a_planted_neuron_is_found_and_scaled_to_the_limit(family: str):
+    model = planted(family, 1, 7, 1e4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    others = [longest_writes(model, layer) for layer in range(LAYERS)]
+    (found,) = massive_writes.scale_down(model, TOKENS, longest=200.0)
+    assert (found.layer, found.neuron) == (1, 7)
+    assert found.write * found.factor == pytest.approx(200.0)
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert len(changed) == 1
+    now = [longest_writes(model, layer) for layer in range(LAYERS)]
+    assert now[0] == others[0]
+    assert now[1][7] == pytest.approx(others[1][7] * found.factor, rel=1e-3)
+    assert now[1][:7] + now[1][8:] == pytest.approx(others[1][:7] + others[1][8:], rel=1e-3, abs=1e-6)
+
+
+def test_the_limit_is_in_medians_of_the_stream_behind_the_block():
+    model = planted("llama", 0, 3, 1e4)
+    with torch.no_grad():
+        stream = model.base_model(input_ids=TOKENS, output_hidden_states=True, use_cache=False).hidden_states[1]
+    median = stream.square().mean(-1).sqrt().flatten().sort().values[(stream[..., 0].numel() - 1) // 2].item()
+    longest = longest_writes(model, 0)[3]
+    found = massive_writes.scale_down(model, TOKENS, longest=0.5 * longest / median)
+    assert (found[0].layer, found[0].neuron) == (0, 3)
+    assert found[0].write == pytest.approx(longest / median, rel=1e-3)
+    assert longest_writes(model, 0)[3] == pytest.approx(longest / 2, rel=1e-3)
+
+
+def test_a_model_without_massive_writes_stays_as_it_is():
+    model = random_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert massive_writes.scale_down(model, TOKENS, longest=1e6) == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_post_norms_are_refused():
+    with pytest.raises(RecipeError, match="a norm follows each MLP"):
+        massive_writes.scale_down(random_model("gemma2"), TOKENS, longest=2.0)
+
+
+@pytest.mark.parametrize("longest", [0.0, -1.0, float("inf")])
+def test_a_limit_is_a_positive_number(longest: float, recipe: Recipe):
+    with pytest.raises(RecipeError, match="longest_write is"):
+        replace(recipe, longest_write=longest)
+
+
+def test_a_run_says_what_it_scaled_and_leaves_the_original_alone(recipe: Recipe, tmp_path: Path):
+    short = replace(recipe, control=False, kl_weight=1.0, longest_write=1e-3)
+    setup = set_up(short)
+    before = output_weights(setup.model, 0).clone()
+    fit(setup, tmp_path, "ln_free", setup.events)
+    table = pd.read_csv(tmp_path / "massive_writes.csv")
+    assert (table.columns == ["layer", "neuron", "write", "factor"]).all()
+    assert len(table) > 10
+    assert (table["write"] * table["factor"]).to_numpy() == pytest.approx(1e-3)
+    assert torch.equal(output_weights(setup.model, 0), before)
+    trained = checkpoint.load(tmp_path / "ln_free")
+    assert output_weights(trained, 0).norm() < 0.5 * before.norm()
