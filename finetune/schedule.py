@@ -3,8 +3,8 @@
 1. A cursor starts at `schedule.start` and walks through `schedule.order`.
 2. A kind of site has one event a layer, up or down through the layers, or all of them together (`final` has one in
    all); a single site and a class of token have one event. After each the cursor moves on by the gap of its kind.
-3. An event acts from its step on: over `fade` steps its progress rises from 1/fade to 1. At 1 step it jumps, as in the
-   published schedules.
+3. An event acts from its step on: over `fade` steps, `merge_fade` for a class of token, its progress rises from 1/fade
+   to 1. At 1 step it jumps, as in the published schedules.
 4. With a tolerance the gaps are the least ones, and `Pacing` says while training goes on when each event begins.
 """
 
@@ -58,7 +58,8 @@ def resolve(schedule: Schedule, sites: Sequence[Site], steps: int) -> list[Event
         for phase, layers in _groups(schedule, entry, sites):
             # The sum of a scaled schedule's gaps may fall a rounding error short of a whole step.
             step = schedule.at[i] if schedule.at else int(cursor + 1e-6)
-            events += [Event(step, phase, layer, schedule.fade) for layer in layers]
+            fade = schedule.merge_fade if phase in get_args(TokenClass) else None
+            events += [Event(step, phase, layer, fade or schedule.fade) for layer in layers]
             cursor += getattr(schedule.gap, phase)
     frozen = [event.name for event in events if event.phase not in get_args(TokenClass)]
     there = [site.name for site in sites]

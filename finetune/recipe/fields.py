@@ -177,6 +177,8 @@ class Schedule:
     """How each kind of site goes through the layers: up, down or together."""
     fade: int = 1
     """Steps over which a site's divisor moves from the live std to the constant. 1: it jumps, as published."""
+    merge_fade: int | None = None
+    """Steps over which a class of token is merged. None: as many as `fade`."""
     tolerance: float | None = None
     """Adaptive: an event waits until the smoothed training loss has come back to within this many nats/token of where
     it stood before the last one ([H24]); `gap` is then the least that it waits. None: `gap` is what it waits."""
@@ -195,8 +197,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if not 1 <= self.start < math.inf:
             raise RecipeError(f"schedule.start is {self.start}; at least 1 step is needed to measure the stds.")
-        if self.fade < 1:
-            raise RecipeError(f"schedule.fade is {self.fade}; 1 is a jump, more steps are a fade.")
+        for name, fade in (("fade", self.fade), ("merge_fade", self.merge_fade)):
+            if fade is not None and fade < 1:
+                raise RecipeError(f"schedule.{name} is {fade}; 1 is a jump, more steps are a fade.")
         for entry in self.order:
             if entry not in get_args(Phase) and not re.fullmatch(r"h\.\d+\.(mlp|qk|v|attn_out|mlp_out)", entry):
                 raise RecipeError(
@@ -484,6 +487,7 @@ class Recipe(Training):
             start=start,
             gap=Gaps(**{phase: gap * after_start for phase, gap in dataclasses.asdict(self.schedule.gap).items()}),
             fade=max(1, int(self.schedule.fade * after_start + 1e-6)),
+            merge_fade=self.schedule.merge_fade and max(1, int(self.schedule.merge_fade * after_start + 1e-6)),
             max_gap=max(1.0, self.schedule.max_gap * after_start),
             at=tuple(max(1, int(step * factor + 1e-6)) for step in self.schedule.at),
         )
