@@ -24,6 +24,7 @@ CONTRADICTIONS = {
     "kl_weight": lambda: dataclasses.replace(B25, kl_weight=1.1),
     "schedule.order names something twice": lambda: Schedule(start=1, gap=Gaps(), order=TWICE),
     "schedule.fade": lambda: Schedule(start=1, gap=Gaps(), fade=0),
+    "schedule.merge_fade": lambda: Schedule(start=1, gap=Gaps(), merge_fade=0),
     "schedule.start": lambda: Schedule(start=0.9, gap=Gaps()),
     "schedule.gap.qk": lambda: Gaps(qk=-1),
     "text.held_out_fraction": lambda: Text(held_out_fraction=1.0),
@@ -142,9 +143,11 @@ def test_scaling_to_the_same_steps_changes_nothing_and_to_none_is_refused():
 
 
 def test_scaling_scales_fades():
-    faded = dataclasses.replace(B25, schedule=dataclasses.replace(B25.schedule, fade=6))
+    faded = dataclasses.replace(B25, schedule=dataclasses.replace(B25.schedule, fade=6, merge_fade=12))
     assert faded.scaled(60).schedule.fade == 3
-    assert faded.scaled(8).schedule.fade == 1
+    assert faded.scaled(60).schedule.merge_fade == 6
+    assert faded.scaled(8).schedule.fade == faded.scaled(8).schedule.merge_fade == 1
+    assert B25.scaled(60).schedule.merge_fade is None
 
 
 def test_recipes_cannot_be_changed():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from helpers import gpt2_sites
 from hypothesis import given, settings
@@ -174,6 +176,16 @@ def test_progress_of_an_event(fade, progress):
     assert [event.progress(step) for step in range(3, 8)] == pytest.approx(progress)
     assert event.progress(event.end) == 1
     assert fade == 1 or event.progress(event.end - 1) < 1
+
+
+def test_classes_merge_at_a_pace_of_their_own():
+    schedule = Schedule(start=2, gap=EVERY, fade=3, merge_fade=5)
+    fades = {event.phase: event.fade for event in resolve(schedule, gpt2_sites(2), 99)}
+    assert fades == {"mlp": 3, "qk": 3, "v": 3, "final": 3, "eot": 5, "position_0": 5}
+    assert (
+        resolve(schedule, gpt2_sites(2), 99)[-1].end
+        == resolve(replace(schedule, merge_fade=1), gpt2_sites(2), 99)[-1].end + 4
+    )
 
 
 @pytest.mark.parametrize("fade", [1, 4])
