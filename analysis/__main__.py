@@ -52,9 +52,9 @@ def _report(arguments: list[str]) -> None:
 def _graph(arguments: list[str]) -> None:
     options = tyro.cli(GraphOptions, args=arguments, prog="python -m analysis graph")
 
-    from analysis import graph_page
+    from analysis.graph import page
 
-    print(f"The graph is {graph_page.run(options)}; its tables, GraphML and JSON lie beside it.")
+    print(f"The graph is {page.run(options)}; its tables, GraphML and JSON lie beside it.")
 
 
 COMMANDS = {"report": _report, "graph": _graph}

@@ -92,7 +92,7 @@ def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch):
         "finetune.pretrain.start",
         "finetune.plan.plan",
         "analysis.report.run",
-        "analysis.graph_page.run",
+        "analysis.graph.page.run",
     ):
         monkeypatch.setattr(work, reach)
     monkeypatch.setattr("finetune.sweep.run", read_sweep)

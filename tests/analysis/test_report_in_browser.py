@@ -9,7 +9,8 @@ import torch
 from models import random_model
 from transformers import PreTrainedTokenizerFast
 
-from analysis import graph, graph_page, load_trio, report
+from analysis import graph, load_trio, report
+from analysis.graph import page as graph_page
 from analysis.texts import Sample
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")

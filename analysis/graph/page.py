@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from analysis import graph, palette
 from analysis.edges import Target
-from analysis.graph import Graph
+from analysis.graph.pruning import Graph
 from analysis.loading import load_trio
 from analysis.report.options import GraphOptions
 from finetune.errors import NolnError
@@ -118,12 +118,12 @@ def write(graphs: Sequence[Graph], out: str | Path, *, names: Mapping[str, str] 
         for figure in figures.values():
             figure.layout.template = None  # the page has its own, light and dark
         environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("analysis", ""),
+            loader=jinja2.PackageLoader("analysis.graph", ""),
             autoescape=True,
             trim_blocks=True,
             undefined=jinja2.StrictUndefined,
         )
-        html = environment.get_template("graph.html.jinja").render(
+        html = environment.get_template("page.html.jinja").render(
             prompt=graphs[0].tokens,
             target=graphs[0].target,
             names=names or {each.model: each.model for each in graphs},
