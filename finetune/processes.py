@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,10 +16,14 @@ from finetune.text.bins import bin_files
 
 Trains = TypeVar("Trains", bound=Training)
 
+_PATIENCE = timedelta(hours=4)
+"""How long a process waits for another: one alone exports, and measures the models; NCCL would allow ten minutes."""
+
 
 def processes(recipe: Training) -> PartialState:
     """Return the processes; without an accelerator they know of each other only if they are told that they are CPUs."""
-    return PartialState(cpu=recipe.device == "cpu" or not torch.accelerator.is_available())
+    on_cpu = recipe.device == "cpu" or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=_PATIENCE)
 
 
 def decided(recipe: Trains) -> Trains:

@@ -4,7 +4,7 @@ RUN/recipe.yaml    what was run, replayable; with versions, git state and comman
 RUN/replay.yaml    of an adaptive schedule: the recipe with the steps that it came to
 RUN/original/      of a model in memory or a GGUF file: the model, as a directory
 RUN/log.jsonl      one line a step of each fit
-RUN/checkpoints/   to resume from
+RUN/checkpoints/   to resume from: of a fit that is not finished
 RUN/control/       fine-tuned the same way with LayerNorm kept
 RUN/ln_free/       without LayerNorm: an ordinary checkpoint of the model's own class, with a model card
 RUN/documents.csv  original, control and LN-free on each document of each text: held out, random tokens, and others
@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from finetune import begun_with, checkpoint, evaluate, families, folding, objective, schedule
 from finetune import recipe as recipes
 from finetune.bundled import MODELS
-from finetune.checkpoints import newest_whole, read_log
+from finetune.checkpoints import discard, newest_whole, read_log
 from finetune.cover import Cover
 from finetune.errors import CheckpointError
 from finetune.in_memory import plain_copy, unwrapped
@@ -222,11 +222,15 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
     """Do what is still to be done of a run: fit, export and compare; `anyway` is that of `resuming.resume`."""
     with directory_lock(directory / "checkpoints", PartialState().is_main_process):
         begun_with.check(directory, setup.recipe, setup.model, setup.text, anyway)
-        fit(setup, directory, "ln_free", setup.events, anyway)
-        # Trainer and record refer to each other: without this, weights and moments stay while the control is trained.
-        gc.collect()
+        fits: dict[str, Sequence[Event]] = {"ln_free": setup.events}
         if setup.recipe.control and setup.recipe.control_from is None:
-            fit(setup, directory, "control", [], anyway)
+            fits["control"] = []
+        for name, events in fits.items():
+            fit(setup, directory, name, events, anyway)
+            # Trainer and record refer to each other: without this, weights and moments stay while another is trained.
+            gc.collect()
+            if PartialState().is_main_process:
+                discard(directory / "checkpoints" / name)
         return Run(directory, _conclude(setup, directory))
 
 
@@ -337,8 +341,9 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
         for name in ("control", "ln_free"):
             if (directory / name).is_dir():
                 write(directory / name / "README.md", model_card(setup, directory, name, results, log))
-        push(recipe, directory / "ln_free")
     state.wait_for_everyone()
+    if state.is_main_process:  # nobody waits for it
+        push(setup.recipe, directory / "ln_free")
     return pd.read_csv(directory / "results.csv")
 
 

@@ -22,7 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import (
     AttentionInterface,
@@ -44,7 +44,7 @@ from finetune.errors import NolnError
 from finetune.families import FAMILIES
 from finetune.processes import has_bf16
 from finetune.recipe import Training
-from finetune.text import Blocks, StreamedBlocks
+from finetune.text import Blocks, ReadAhead, StreamedBlocks
 
 _RISEN_STEPS = 3
 """Steps in a row at which the loss has to be too high for a run to stop."""
@@ -104,6 +104,13 @@ class RunTrainer(Trainer):
             return super().train(str(self.resumed_from) if self.resumed_from else None, *args, **kwargs)
         finally:
             self._record.bar.close()
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Have a stream read ahead: a step's blocks while the step before it is taken. Other blocks take no time."""
+        if isinstance(self.train_dataset, IterableDataset) and not isinstance(self.train_dataset, ReadAhead):
+            size = self.recipe.micro_batch
+            self.train_dataset = ReadAhead(self.train_dataset, size, 2 * self.recipe.batch // size)
+        return super().get_train_dataloader()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Go through the text, unless the last step is done: a stream, which has no end, would begin anew."""
