@@ -251,7 +251,9 @@ class PretrainTrainer(RunTrainer):
         own = model(input_ids=inputs["input_ids"], use_cache=False)
         head = objective.head_of(self.model, own.logits)
         softcap = objective.softcap_of(self.model)
-        loss = objective.next_token_loss(head, inputs["input_ids"], dtype=self._dtype, softcap=softcap)
+        loss = objective.next_token_loss(
+            head, inputs["input_ids"], dtype=self._dtype, softcap=softcap, of_logits=self._of_logits
+        )
         self._record.keep(loss.cross_entropy.reshape(1))
         return loss.total
 

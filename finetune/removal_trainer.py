@@ -107,7 +107,9 @@ class RemovalTrainer(RunTrainer):
                 streams = own.hidden_states[1:-1], original.hidden_states[1:-1]
                 distance = objective.residual_distance(*streams, centred=self._centred)
         kl_weight = recipe.kl_weight if teacher else 0.0
-        loss = objective.next_token_loss(head, input_ids, teacher, kl_weight, self._dtype, is_cover, self._softcap)
+        loss = objective.next_token_loss(
+            *(head, input_ids, teacher, kl_weight, self._dtype, is_cover, self._softcap, None, self._of_logits)
+        )
         if self.removes and recipe.aux_weight:
             auxiliary = objective.auxiliary_loss(self.sites.norms[-1].live_std, self.sites.classes.index, is_cover)
         if self.removes and recipe.spread_weight:

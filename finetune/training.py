@@ -38,6 +38,7 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
+from finetune import objective
 from finetune.checkpoint import no_progress_bars
 from finetune.checkpoints import checkpoints, read_log, seal, step_of, to_disk
 from finetune.errors import NolnError
@@ -86,6 +87,9 @@ class RunTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self._dtype = torch.bfloat16 if self.args.bf16 else None
+        self._of_logits = objective.loss_of_logits
+        if recipe.compile:
+            self._of_logits = torch.compile(self._of_logits, backend=self.args.torch_compile_backend)
         # Mean losses of equally long micro-batches: the Trainer divides by their number, `forward` knows nothing of it.
         self.model_accepts_loss_kwargs = False
 
