@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from finetune.fake_norm import CLASSES
 
-LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
+_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 """Numbers in the logits of one piece, by device: few enough for a CPU's cache, enough to keep a GPU busy."""
-
+_FEWEST_TOKENS = 256
+"""In one piece: of fewer, reading the unembedding and adding to its gradient takes longer than the logits do."""
 
 _ALIGNED = 64
 """Products of narrow numbers are fast where sizes are multiples of it."""
@@ -192,7 +193,7 @@ class _NextTokenLoss(torch.autograd.Function):
         (residual, *_), (unembedding, *_), (offset, *_) = residuals, unembeddings, offsets
         sums = torch.zeros(4, dtype=wide, device=residual.device)
         of_residual, of_unembedding = torch.empty_like(residual), torch.zeros_like(unembedding, dtype=wide)
-        at_once = at_once or LOGITS_AT_ONCE.get(residual.device.type, 2**24)
+        at_once = at_once or logits_at_once(residual.device.type, len(unembedding))
         size = _piece(len(targets), len(unembedding), at_once)
         for start in range(0, len(targets), size):
             piece = slice(start, start + size)
@@ -224,6 +225,11 @@ class _NextTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         of_residual, of_unembedding = (gradient * of_total for gradient in ctx.gradients)
         return *[None] * 7, of_residual, of_unembedding, None, None
+
+
+def logits_at_once(device: str, vocabulary: int) -> int:
+    """Return how many numbers are in the logits of one piece on a kind of device."""
+    return max(_LOGITS_AT_ONCE.get(device, 2**24), _FEWEST_TOKENS * vocabulary)
 
 
 def _piece(tokens: int, vocabulary: int, at_once: int) -> int:
