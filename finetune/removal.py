@@ -27,7 +27,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import begun_with, checkpoint, evaluate, families, folding, objective, schedule
+from finetune import begun_with, checkpoint, evaluate, families, folding, objective, schedule, sharding
 from finetune import recipe as recipes
 from finetune.bundled import MODELS
 from finetune.checkpoints import discard, newest_whole, read_log
@@ -258,12 +258,19 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         decode=lambda token: str(setup.tokenizer.decode([token])),
     )
     trainer.train(newest_whole(directory / "checkpoints" / name, anyway))
-    objective.restore_unembedding(model)
+    if events:
+        _check_stds(sites, setup)
+    if trainer.shards:
+        state = sharding.state_of(model)
+        if PartialState().is_main_process:
+            model = ready(copy.deepcopy(setup.model).float(), context)
+            sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
+            model.load_state_dict(state, strict=False)  # tied weights are there once
+    else:
+        objective.restore_unembedding(model)
     if PartialState().is_main_process:
         if trainer.pacing is not None:
             write(directory / "replay.yaml", recipes.dump(_replay(recipe, trainer.events)))
-        if events:
-            _check_stds(sites, setup)
         plain = sites.to_plain()
         if events:
             plain = folding.convert(plain, recipe.export_format)
@@ -284,7 +291,7 @@ def _check_stds(sites: Sites, setup: Setup) -> None:
     count = min(len(held_out), max(1, _CHECKED_TOKENS // held_out.context))
     model = sites.model.eval()
     for i in range(count):
-        model.base_model(input_ids=held_out[i]["input_ids"][None].to(model.device), use_cache=False)
+        model(input_ids=held_out[i]["input_ids"][None].to(PartialState().device), use_cache=False)
         for name, std in sites.largest_stds().items():
             if std > _LARGEST_FROZEN_STD:
                 raise CheckpointError(
@@ -319,18 +326,23 @@ def ready(model: PreTrainedModel, context: int) -> PreTrainedModel:
 
 def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
     """Compare the models on every text, and write the tables and the model cards."""
-    state = PartialState()
-    if state.is_main_process:
-        recipe = setup.recipe
+    state, recipe = PartialState(), setup.recipe
+    shards = recipe.shard and state.num_processes > 1
+    if shards or state.is_main_process:
         models: dict[str, PreTrainedModel] = {"original": setup.model}
         if control := control_of(recipe, directory):
             models["control"] = checkpoint.load(control)
         models["ln_free"] = checkpoint.load(directory / "ln_free")
-        models = {name: model.to(state.device) for name, model in models.items()}
+        for model in models.values():
+            if shards:
+                sharding.shard(model)  # all processes measure the same
+            else:
+                model.to(state.device)  # type: ignore[arg-type]
         documents = {
             text: evaluate.measure_documents(models, blocks)
             for text, blocks in ({HELD_OUT: setup.text.held_out} | setup.elsewhere).items()
         }
+    if state.is_main_process:
         results = evaluate.by_name({text: evaluate.compare(frame) for text, frame in documents.items()}, "text")
         log = read_log(directory / "log.jsonl")
         spent = {line["model"]: line for line in log}
