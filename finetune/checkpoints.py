@@ -49,6 +49,18 @@ def seal(checkpoint: Path, log: Path) -> None:
         to_disk(path)
 
 
+def discard(directory: Path) -> None:
+    """Remove the checkpoints of a fit whose model is exported, but for the newest copy of the log, if any is left.
+
+    They hold three to four times the model, and nothing goes on from them any more.
+    """
+    logs = (log for checkpoint in reversed(_begun(directory)) for log in checkpoint.glob("*.jsonl"))
+    if (newest := next(logs, None)) is not None:
+        newest.replace(directory / newest.name)
+    for path in (*_begun(directory), directory / "partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def to_disk(path: Path) -> None:
     """Have a file, or the names in a directory, on the disk before anything else is done: the power may fail."""
     if path.is_dir() and os.name == "nt":
@@ -152,9 +164,9 @@ def read_log(path: Path, checkpoint: Path | None = None) -> list[dict[str, Any]]
     lines = list(_lines(written))
     if len(lines) == written.count(b"\n"):
         return lines
-    copies = path.parent.glob(f"checkpoints/*/checkpoint-*/{path.name}")
+    copies = (path.parent / "checkpoints").rglob(path.name)
     if copy := max(copies, key=lambda copy: copy.stat().st_size, default=None):
-        _say(f"{path} is damaged: its lines are taken from {copy.parent.parent.name}/{copy.parent.name}")
+        _say(f"{path} is damaged: its lines are taken from {copy.parent.relative_to(path.parent).as_posix()}")
         return list(_lines(copy.read_bytes()))
     _say(f"{path} is damaged: {written.count(bytes([10])) - len(lines)} lines of it are left out")
     return lines

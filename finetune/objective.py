@@ -6,7 +6,7 @@ tokens at a time: the logits of a whole batch are never held.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,15 @@ from transformers import PreTrainedModel
 
 from finetune.fake_norm import CLASSES
 
-LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
+_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 """Numbers in the logits of one piece, by device: few enough for a CPU's cache, enough to keep a GPU busy."""
+_FEWEST_TOKENS = 256
+"""In one piece: of fewer, reading the unembedding and adding to its gradient takes longer than the logits do."""
+
+_ALIGNED = 64
+"""Products of narrow numbers are fast where sizes are multiples of it."""
+_NEVER = -1e30
+"""The logit of a token that the vocabulary is padded with: not −∞, of which the difference of two is no number."""
 
 
 class Head(NamedTuple):
@@ -91,6 +98,49 @@ class NextTokenLoss(NamedTuple):
     """KL(teacher ‖ model) on the cover."""
 
 
+def loss_of_logits(
+    products: Sequence[Float[Tensor, "token padded"]],
+    target: Int[Tensor, "token 1"],
+    text: Float[Tensor, " token"] | None,
+    kl_weight: float,
+    vocabulary: int,
+    softcap: float | None,
+    shifts: Sequence[Float[Tensor, "token 1"]] | None,
+) -> tuple[Float[Tensor, "token padded"], Float[Tensor, "4"], Float[Tensor, "token 1"]]:
+    """Return the gradient of logits, of the sum of their losses; four sums; and the gradients' sums with a soft-cap.
+
+    The part of the loss that is no product: compiled, it reads and writes each logit a few times, and not 20. The sums
+    are those of `NextTokenLoss` without the total. Logits are `products`, the model's and, if there is one, the
+    teacher's; `shifts` are added before a soft-cap, which those beyond the `vocabulary` do not have.
+    """
+    wide = torch.promote_types(products[0].dtype, torch.float32)
+    log_probs, tanhs = [], []
+    for i, logits in enumerate(products):
+        if softcap is not None and shifts is not None:
+            tanhs.append(((logits + shifts[i]) / softcap).tanh())
+            logits = softcap * tanhs[i]
+            logits[:, vocabulary:] = _NEVER
+        log_probs.append(F.log_softmax(logits, -1, dtype=wide))
+    own, *expected = log_probs
+    sums = [-_sum(own.gather(-1, target).squeeze(-1), text), *own.new_zeros(3)]
+    if expected:
+        probs = expected[0].exp()
+        divergence = torch.linalg.vecdot(probs, expected[0] - own)
+        cover_kl = sums[3] if text is None else divergence @ (1 - text)
+        sums[1:] = _sum(divergence, text), -_sum(expected[0].gather(-1, target).squeeze(-1), text), cover_kl
+    gradient = own.exp()
+    of_target = torch.full_like(target, kl_weight - 1, dtype=wide)
+    if text is not None and kl_weight < 1:
+        gradient *= (kl_weight + (1 - kl_weight) * text).unsqueeze(-1)
+        of_target *= text.unsqueeze(-1)
+    if expected:
+        gradient.sub_(probs, alpha=kl_weight)
+    gradient.scatter_add_(-1, target, of_target)
+    if tanhs:
+        gradient *= 1 - tanhs[0].square()
+    return gradient.to(products[0].dtype), torch.stack(sums), gradient.sum(-1, keepdim=True) if tanhs else of_target
+
+
 def next_token_loss(
     model: Head,
     input_ids: Int[Tensor, "batch pos"],
@@ -100,23 +150,27 @@ def next_token_loss(
     is_cover: Bool[Tensor, " batch"] | None = None,
     softcap: float | None = None,
     at_once: int | None = None,
+    of_logits: Callable[..., tuple[Tensor, Tensor, Tensor]] = loss_of_logits,
 ) -> NextTokenLoss:
     """Return the loss of the next token, and of `teacher`'s prediction of it (Hinton et al. 2015, arXiv 1503.02531).
 
     Sequences that `is_cover` (None: none) are not text: their next tokens say nothing, only `teacher` does. Products
     are taken in `dtype` (None: the residual's), softmax and sums in float32 at least. A `softcap` c makes c · tanh(x/c)
     of each logit x, as Gemma 2 does. `at_once` is how many numbers are in the logits of one piece (None: by device).
+    `of_logits` may be that function compiled.
 
     In a `dtype` narrower than float32 the unembedding has its mean over the vocabulary taken out before it is cast. It
     adds the same to all logits of a token, which softmax does not see, but rounding does: GPT-2's logits lie near −65,
-    where bfloat16's steps are 0.5. Where there is a soft-cap, which sees it, it is added back in float32.
+    where bfloat16's steps are 0.5. Where there is a soft-cap, which sees it, it is added back in float32. It is also
+    padded to a multiple of 64 tokens, which products of narrow numbers are fast for: those added have a logit of −1e30.
     """
     ends = [
         end for head in (model, teacher) if head is not None for end in (head.residual[:, :-1].flatten(0, 1), head[1])
     ]
     targets = input_ids[:, 1:]
     is_text = None if is_cover is None else (~is_cover).unsqueeze(-1).expand_as(targets).flatten()
-    return NextTokenLoss(*_NextTokenLoss.apply(targets.flatten(), is_text, kl_weight, dtype, softcap, at_once, *ends))
+    given = targets.flatten(), is_text, kl_weight, dtype, softcap, at_once, of_logits
+    return NextTokenLoss(*_NextTokenLoss.apply(*given, *ends))
 
 
 class _NextTokenLoss(torch.autograd.Function):
@@ -129,90 +183,72 @@ class _NextTokenLoss(torch.autograd.Function):
         dtype: torch.dtype | None,
         softcap: float | None,
         at_once: int | None,
+        of_logits: Callable[..., tuple[Tensor, Tensor, Tensor]],
         *ends: Tensor,
     ) -> tuple[Tensor, ...]:
         dtype = dtype or ends[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
-        (residual, unembedding, offset), *teacher = (
-            (ends[i].to(dtype), *_centred(ends[i + 1], dtype, wide)) for i in range(0, len(ends), 2)
-        )
-        cross_entropy, kl, teacher_cross_entropy, cover_kl = torch.zeros(4, dtype=wide, device=residual.device)
+        residuals = [end.to(dtype) for end in ends[::2]]
+        unembeddings, offsets = zip(*(_centred(end, dtype, wide) for end in ends[1::2]), strict=True)
+        (residual, *_), (unembedding, *_), (offset, *_) = residuals, unembeddings, offsets
+        sums = torch.zeros(4, dtype=wide, device=residual.device)
         of_residual, of_unembedding = torch.empty_like(residual), torch.zeros_like(unembedding, dtype=wide)
-        at_once = at_once or LOGITS_AT_ONCE.get(residual.device.type, 2**24)
-        pieces = math.ceil(len(targets) * len(unembedding) / at_once)
-        size = math.ceil(len(targets) / pieces)
+        at_once = at_once or logits_at_once(residual.device.type, len(unembedding))
+        size = _piece(len(targets), len(unembedding), at_once)
         for start in range(0, len(targets), size):
             piece = slice(start, start + size)
-            target = targets[piece].unsqueeze(-1)
-            logits = residual[piece] @ unembedding.T
+            given = [of[piece] for of in residuals]
+            products = [one @ other.T for one, other in zip(given, unembeddings, strict=True)]
+            for product in products:
+                product[:, len(ends[1]) :] = _NEVER
+            shifts = None
             if softcap is not None:
-                tanh = _tanh(logits, residual[piece], offset, softcap)
-                logits = softcap * tanh
-            log_probs = F.log_softmax(logits, -1, dtype=wide)
+                shifts = [(one.to(wide) @ shift).unsqueeze(-1) for one, shift in zip(given, offsets, strict=True)]
             text = None if is_text is None else is_text[piece].to(wide)
-            cross_entropy -= _sum(log_probs.gather(-1, target).squeeze(-1), text)
-            gradient = log_probs.exp()
-            of_target = torch.full_like(target, kl_weight - 1, dtype=wide)
-            if text is not None and kl_weight < 1:
-                gradient *= (kl_weight + (1 - kl_weight) * text).unsqueeze(-1)
-                of_target *= text.unsqueeze(-1)
-            if teacher:
-                ((teacher_residual, teacher_unembedding, teacher_offset),) = teacher
-                logits = teacher_residual[piece] @ teacher_unembedding.T
-                if softcap is not None:
-                    logits = softcap * _tanh(logits, teacher_residual[piece], teacher_offset, softcap)
-                expected = F.log_softmax(logits, -1, dtype=wide)
-                probs = expected.exp()
-                teacher_cross_entropy -= _sum(expected.gather(-1, target).squeeze(-1), text)
-                divergence = torch.linalg.vecdot(probs, expected - log_probs)
-                kl += _sum(divergence, text)
-                if text is not None:
-                    cover_kl += divergence @ (1 - text)
-                gradient.sub_(probs, alpha=kl_weight)
-            gradient.scatter_add_(-1, target, of_target)
-            if softcap is not None:
-                gradient *= 1 - tanh.square()
-                common = (
-                    gradient.sum(-1, keepdim=True) * offset
-                )  # without a soft-cap each token's gradients add up to 0
-            gradient = gradient.to(dtype)
+            gradient, parts, common = of_logits(
+                products, targets[piece].unsqueeze(-1), text, kl_weight, len(ends[1]), softcap, shifts
+            )
+            sums += parts
             of_residual[piece] = gradient @ unembedding
-            if softcap is not None:
-                of_residual[piece] += common
-            of_unembedding += gradient.T @ residual[piece]
+            if softcap is not None:  # without a soft-cap each token's gradients add up to 0
+                of_residual[piece] += common * offset
+            of_unembedding += gradient.T @ given[0]
         ctx.gradients = [
             (gradient / len(targets)).to(end)
-            for gradient, end in zip((of_residual, of_unembedding), ends, strict=False)
+            for gradient, end in zip((of_residual, of_unembedding[: len(ends[1])]), ends, strict=False)
         ]
-        sums = cross_entropy, kl, teacher_cross_entropy, cover_kl
-        cross_entropy, kl, *others = parts = [part / len(targets) for part in sums]
+        cross_entropy, kl, *others = parts = (sums / len(targets)).unbind()
         ctx.mark_non_differentiable(*parts)
         return (1 - kl_weight) * cross_entropy + kl_weight * (kl + others[1]), *parts
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         of_residual, of_unembedding = (gradient * of_total for gradient in ctx.gradients)
-        return None, None, None, None, None, None, of_residual, of_unembedding, None, None
+        return *[None] * 7, of_residual, of_unembedding, None, None
+
+
+def logits_at_once(device: str, vocabulary: int) -> int:
+    """Return how many numbers are in the logits of one piece on a kind of device."""
+    return max(_LOGITS_AT_ONCE.get(device, 2**24), _FEWEST_TOKENS * vocabulary)
+
+
+def _piece(tokens: int, vocabulary: int, at_once: int) -> int:
+    """Return how many tokens are in one piece: all pieces are equally long, if that takes at most twice as many."""
+    size = math.ceil(tokens / math.ceil(tokens * vocabulary / at_once))
+    return next((n for n in range(size, size // 2, -1) if tokens % n == 0), size)
 
 
 def _centred(
     unembedding: Float[Tensor, "vocab d"], dtype: torch.dtype, wide: torch.dtype
-) -> tuple[Float[Tensor, "vocab d"], Float[Tensor, " d"]]:
-    """Return an unembedding in `dtype`, without its mean over the vocabulary where that is narrow, and the mean."""
+) -> tuple[Float[Tensor, "padded d"], Float[Tensor, " d"]]:
+    """Return an unembedding in `dtype` and, where that is narrow, without its mean over the vocabulary, and the mean.
+
+    Where it is narrow it is padded with zeros, too.
+    """
     if dtype == wide:
         return unembedding.to(dtype), unembedding.new_zeros(unembedding.shape[1], dtype=wide)
     mean = unembedding.to(wide).mean(0)
-    return (unembedding - mean).to(dtype), mean
-
-
-def _tanh(
-    logits: Float[Tensor, "token vocab"],
-    residual: Float[Tensor, "token d"],
-    offset: Float[Tensor, " d"],
-    softcap: float,
-) -> Float[Tensor, "token vocab"]:
-    """Return the tanh of a soft-cap, with what was taken out of the unembedding."""
-    return ((logits + (residual.to(offset) @ offset).unsqueeze(-1)) / softcap).tanh()
+    return F.pad((unembedding - mean).to(dtype), (0, 0, 0, -len(unembedding) % _ALIGNED)), mean
 
 
 def _sum(values: Float[Tensor, " token"], weights: Float[Tensor, " token"] | None) -> Float[Tensor, ""]:

@@ -130,7 +130,7 @@ def _fit(recipe: Recipe, config: Any, context: int, device: str, removes: bool) 
             with torch.autocast("cpu", enabled=False):
                 loss = objective.next_token_loss(
                     *(head, input_ids, original, recipe.kl_weight if fitted else 0.0, dtype, None, softcap),
-                    at_once=objective.LOGITS_AT_ONCE[device],
+                    at_once=objective.logits_at_once(device, config.vocab_size),
                 )
             if removes and recipe.aux_weight:
                 auxiliary = objective.auxiliary_loss(sites.norms[-1].live_std, sites.classes.index)

@@ -2,7 +2,7 @@
 
 RUN/recipe.yaml    what was run, replayable; with versions, git state and command
 RUN/log.jsonl      one line a step
-RUN/checkpoints/   to resume from
+RUN/checkpoints/   to resume from: of a fit that is not finished
 RUN/model/         a model of the recipe's family; of blocks a GPT2LMHeadModel where these are GPT-2's, else a
                    `blocks.BlocksForCausalLM`; with a model card
 RUN/documents.csv  its loss on each document of held-out text
@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from finetune import begun_with, blocks, checkpoint, evaluate, families, objective
 from finetune import recipe as recipes
 from finetune.blocks import BlocksConfig, BlocksForCausalLM
-from finetune.checkpoints import newest_whole, read_log
+from finetune.checkpoints import discard, newest_whole, read_log
 from finetune.processes import check_cache, check_processes, decided
 from finetune.recipe import PretrainRecipe, RecipeError, Text
 from finetune.run_directory import Run, directory_lock, make, new_directory, push, render, write, write_recipe
@@ -151,6 +151,8 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
             if PartialState().is_main_process:
                 export(setup, directory)
             PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            discard(directory / "checkpoints/model")
         return Run(directory, conclude(setup, directory))
 
 
@@ -205,8 +207,9 @@ def conclude(setup: Setup, directory: Path) -> pd.DataFrame:
             results=results.to_dict("records")[0],
         )
         write(directory / "model/README.md", card)
-        push(setup.recipe, directory / "model")
     state.wait_for_everyone()
+    if state.is_main_process:  # nobody waits for it
+        push(setup.recipe, directory / "model")
     return pd.read_csv(directory / "results.csv")
 
 
@@ -248,7 +251,9 @@ class PretrainTrainer(RunTrainer):
         own = model(input_ids=inputs["input_ids"], use_cache=False)
         head = objective.head_of(self.model, own.logits)
         softcap = objective.softcap_of(self.model)
-        loss = objective.next_token_loss(head, inputs["input_ids"], dtype=self._dtype, softcap=softcap)
+        loss = objective.next_token_loss(
+            head, inputs["input_ids"], dtype=self._dtype, softcap=softcap, of_logits=self._of_logits
+        )
         self._record.keep(loss.cross_entropy.reshape(1))
         return loss.total
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,19 +11,27 @@ import torch
 from accelerate import PartialState
 
 from finetune.errors import NolnError
-from finetune.recipe import RecipeError, Training
+from finetune.recipe import Recipe, RecipeError, Training
 from finetune.text.bins import bin_files
 
 Trains = TypeVar("Trains", bound=Training)
 
+_FSDP = "ACCELERATE_USE_FSDP"
+"""What `accelerate launch` tells a process whose model is to be sharded."""
+_PATIENCE = timedelta(hours=4)
+"""How long a process waits for another: one alone exports, and measures the models; NCCL would allow ten minutes."""
+
 
 def processes(recipe: Training) -> PartialState:
     """Return the processes; without an accelerator they know of each other only if they are told that they are CPUs."""
-    return PartialState(cpu=recipe.device == "cpu" or not torch.accelerator.is_available())
+    on_cpu = recipe.device == "cpu" or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=_PATIENCE)
 
 
 def decided(recipe: Trains) -> Trains:
-    """Return `recipe` with what it leaves to the machine, as this one decides it: bf16."""
+    """Return `recipe` with what it leaves to the machine, as this one decides it: bf16, and FSDP of `accelerate`."""
+    if isinstance(recipe, Recipe) and os.environ.get(_FSDP, "false").lower() == "true":
+        recipe = dataclasses.replace(recipe, shard=True)
     if recipe.bf16 is not None:
         return recipe
     accelerator = torch.accelerator.current_accelerator(check_available=True) if recipe.device != "cpu" else None
@@ -45,6 +54,7 @@ def check_processes(recipe: Training) -> None:
         RecipeError: it is not, or they cannot.
     """
     state = processes(recipe)
+    os.environ.pop(_FSDP, None)  # its own way would be another on GPUs, and none on CPUs
     if recipe.device not in ("auto", state.device.type):
         raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
     check_shares(recipe, state.num_processes)

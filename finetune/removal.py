@@ -5,7 +5,7 @@ RUN/replay.yaml    of an adaptive schedule: the recipe with the steps that it ca
 RUN/original/      of a model in memory or a GGUF file: the model, as a directory
 RUN/massive_writes.csv  with `longest_write`: the neurons that were scaled down before training
 RUN/log.jsonl      one line a step of each fit
-RUN/checkpoints/   to resume from
+RUN/checkpoints/   to resume from: of a fit that is not finished
 RUN/control/       fine-tuned the same way with LayerNorm kept
 RUN/ln_free/       without LayerNorm: an ordinary checkpoint of the model's own class, with a model card
 RUN/documents.csv  original, control and LN-free on each document of each text: held out, random tokens, and others
@@ -29,10 +29,10 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import begun_with, checkpoint, evaluate, families, folding, massive_writes, objective, schedule
+from finetune import begun_with, checkpoint, evaluate, families, folding, massive_writes, objective, schedule, sharding
 from finetune import recipe as recipes
 from finetune.bundled import MODELS
-from finetune.checkpoints import newest_whole, read_log
+from finetune.checkpoints import discard, newest_whole, read_log
 from finetune.cover import Cover
 from finetune.errors import CheckpointError
 from finetune.in_memory import plain_copy, unwrapped
@@ -224,11 +224,15 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
     """Do what is still to be done of a run: fit, export and compare; `anyway` is that of `resuming.resume`."""
     with directory_lock(directory / "checkpoints", PartialState().is_main_process):
         begun_with.check(directory, setup.recipe, setup.model, setup.text, anyway)
-        fit(setup, directory, "ln_free", setup.events, anyway)
-        # Trainer and record refer to each other: without this, weights and moments stay while the control is trained.
-        gc.collect()
+        fits: dict[str, Sequence[Event]] = {"ln_free": setup.events}
         if setup.recipe.control and setup.recipe.control_from is None:
-            fit(setup, directory, "control", [], anyway)
+            fits["control"] = []
+        for name, events in fits.items():
+            fit(setup, directory, name, events, anyway)
+            # Trainer and record refer to each other: without this, weights and moments stay while another is trained.
+            gc.collect()
+            if PartialState().is_main_process:
+                discard(directory / "checkpoints" / name)
         return Run(directory, _conclude(setup, directory))
 
 
@@ -258,12 +262,19 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         decode=lambda token: str(setup.tokenizer.decode([token])),
     )
     trainer.train(newest_whole(directory / "checkpoints" / name, anyway))
-    objective.restore_unembedding(model)
+    if events:
+        _check_stds(sites, setup)
+    if trainer.shards:
+        state = sharding.state_of(model)
+        if PartialState().is_main_process:
+            model = ready(copy.deepcopy(setup.model).float(), context)
+            sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
+            model.load_state_dict(state, strict=False)  # tied weights are there once
+    else:
+        objective.restore_unembedding(model)
     if PartialState().is_main_process:
         if trainer.pacing is not None:
             write(directory / "replay.yaml", recipes.dump(_replay(recipe, trainer.events)))
-        if events:
-            _check_stds(sites, setup)
         plain = sites.to_plain()
         if events:
             plain = folding.convert(plain, recipe.export_format)
@@ -297,7 +308,7 @@ def _check_stds(sites: Sites, setup: Setup) -> None:
     count = min(len(held_out), max(1, _CHECKED_TOKENS // held_out.context))
     model = sites.model.eval()
     for i in range(count):
-        model.base_model(input_ids=held_out[i]["input_ids"][None].to(model.device), use_cache=False)
+        model(input_ids=held_out[i]["input_ids"][None].to(PartialState().device), use_cache=False)
         for name, std in sites.largest_stds().items():
             if std > _LARGEST_FROZEN_STD:
                 raise CheckpointError(
@@ -332,18 +343,23 @@ def ready(model: PreTrainedModel, context: int) -> PreTrainedModel:
 
 def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
     """Compare the models on every text, and write the tables and the model cards."""
-    state = PartialState()
-    if state.is_main_process:
-        recipe = setup.recipe
+    state, recipe = PartialState(), setup.recipe
+    shards = recipe.shard and state.num_processes > 1
+    if shards or state.is_main_process:
         models: dict[str, PreTrainedModel] = {"original": setup.model}
         if control := control_of(recipe, directory):
             models["control"] = checkpoint.load(control)
         models["ln_free"] = checkpoint.load(directory / "ln_free")
-        models = {name: model.to(state.device) for name, model in models.items()}
+        for model in models.values():
+            if shards:
+                sharding.shard(model)  # all processes measure the same
+            else:
+                model.to(state.device)  # type: ignore[arg-type]
         documents = {
             text: evaluate.measure_documents(models, blocks)
             for text, blocks in ({HELD_OUT: setup.text.held_out} | setup.elsewhere).items()
         }
+    if state.is_main_process:
         results = evaluate.by_name({text: evaluate.compare(frame) for text, frame in documents.items()}, "text")
         log = read_log(directory / "log.jsonl")
         spent = {line["model"]: line for line in log}
@@ -354,8 +370,9 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
         for name in ("control", "ln_free"):
             if (directory / name).is_dir():
                 write(directory / name / "README.md", model_card(setup, directory, name, results, log))
-        push(recipe, directory / "ln_free")
     state.wait_for_everyone()
+    if state.is_main_process:  # nobody waits for it
+        push(setup.recipe, directory / "ln_free")
     return pd.read_csv(directory / "results.csv")
 
 

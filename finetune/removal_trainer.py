@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-from finetune import objective, schedule
+from finetune import objective, schedule, sharding
 from finetune.cover import Cover
 from finetune.recipe import Recipe
 from finetune.schedule import Event
@@ -69,7 +69,7 @@ class RemovalTrainer(RunTrainer):
         self.pacing = schedule.Pacing(events, recipe.schedule, recipe.steps) if adaptive else None
         self.events = [] if adaptive else list(events)  # with a pacing, those that have begun
         objective.defer_unembedding(sites.model)
-        super().__init__(sites.model, recipe, text, directory, _RemovalRecord(self, log_path, name))
+        super().__init__(sites.model, recipe, text, directory, _RemovalRecord(self, log_path, name), recipe.shard)
         if cover is not None:
             assert isinstance(self.train_dataset, Dataset)
             self.train_dataset = cover.over(self.train_dataset)
@@ -79,9 +79,14 @@ class RemovalTrainer(RunTrainer):
             sites.keep_live_graph()
         self.teacher = teacher
         if teacher is not None:
-            teacher.requires_grad_(False).to(self.args.device)  # type: ignore[arg-type]
+            teacher.requires_grad_(False)
             if self._dtype is not None:
                 cast_matrices(teacher, self._dtype)
+            objective.defer_unembedding(teacher)
+            if self.shards:
+                sharding.shard(teacher)
+            else:
+                teacher.to(self.args.device)  # type: ignore[arg-type]
             if recipe.compile:
                 teacher.base_model.compile(backend=self.args.torch_compile_backend)
         self._softcap = objective.softcap_of(sites.model)
@@ -98,16 +103,18 @@ class RemovalTrainer(RunTrainer):
         auxiliary = distance = spread = guarded = own.logits.new_zeros(())
         if self.teacher is not None:
             with self._record.teacher_clock(input_ids.device), torch.no_grad(), self.accelerator.autocast():
-                original = self.teacher.base_model(
-                    input_ids=input_ids, use_cache=False, output_hidden_states=self._matches
-                )
-            teacher = objective.head_of(self.teacher, original.last_hidden_state)
+                original = self.teacher(input_ids=input_ids, use_cache=False, output_hidden_states=self._matches)
+            teacher = objective.head_of(self.teacher, original.logits)
             if self._matches:
                 # The first is the embeddings, the last is behind the final norm: what it unembeds to is matched by KL.
                 streams = own.hidden_states[1:-1], original.hidden_states[1:-1]
                 distance = objective.residual_distance(*streams, centred=self._centred)
         kl_weight = recipe.kl_weight if teacher else 0.0
-        loss = objective.next_token_loss(head, input_ids, teacher, kl_weight, self._dtype, is_cover, self._softcap)
+        loss = objective.next_token_loss(
+            *(head, input_ids, teacher, kl_weight, self._dtype, is_cover, self._softcap, None, self._of_logits)
+        )
+        if self.teacher is not None and self.shards:
+            self.teacher.reshard()  # type: ignore[operator]
         if self.removes and recipe.aux_weight:
             auxiliary = objective.auxiliary_loss(self.sites.norms[-1].live_std, self.sites.classes.index, is_cover)
         if self.removes and recipe.spread_weight:

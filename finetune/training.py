@@ -21,8 +21,10 @@ from accelerate import PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from jaxtyping import Float
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import (
     AttentionInterface,
@@ -38,13 +40,14 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
+from finetune import objective, sharding
 from finetune.checkpoint import no_progress_bars
 from finetune.checkpoints import checkpoints, read_log, seal, step_of, to_disk
 from finetune.errors import NolnError
 from finetune.families import FAMILIES
 from finetune.processes import has_bf16
 from finetune.recipe import Training
-from finetune.text import Blocks, StreamedBlocks
+from finetune.text import Blocks, ReadAhead, StreamedBlocks
 
 _RISEN_STEPS = 3
 """Steps in a row at which the loss has to be too high for a run to stop."""
@@ -71,9 +74,11 @@ class RunTrainer(Trainer):
         text: Blocks | StreamedBlocks,
         directory: Path,
         record: "Record",
+        shards: bool = False,
         **arguments: Any,
     ) -> None:
         self.recipe, self.directory = recipe, directory
+        self.shards = shards and PartialState().num_processes > 1
         self.tokens_a_step: int = recipe.batch * text.context
         self.resumed_from: Path | None = None
         self._partial: Path | None = None
@@ -86,6 +91,13 @@ class RunTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self._dtype = torch.bfloat16 if self.args.bf16 else None
+        if self.shards:
+            sharding.shard(model)
+            # Another word for: leave the model as it is, and do not wrap it in DDP.
+            self.is_distributed_loading_by_transformers = True
+        self._of_logits = objective.loss_of_logits
+        if recipe.compile:
+            self._of_logits = torch.compile(self._of_logits, backend=self.args.torch_compile_backend)
         # Mean losses of equally long micro-batches: the Trainer divides by their number, `forward` knows nothing of it.
         self.model_accepts_loss_kwargs = False
 
@@ -97,6 +109,11 @@ class RunTrainer(Trainer):
                 handler.gradient_as_bucket_view = True
         return arguments
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Leave a model that is to be sharded where it is: it may be larger than the device."""
+        if not self.shards:
+            super()._move_model_to_device(model, device)
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from a checkpoint on if there is one, and leave the line of the progress bar, however it ends."""
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -104,6 +121,13 @@ class RunTrainer(Trainer):
             return super().train(str(self.resumed_from) if self.resumed_from else None, *args, **kwargs)
         finally:
             self._record.bar.close()
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Have a stream read ahead: a step's blocks while the step before it is taken. Other blocks take no time."""
+        if isinstance(self.train_dataset, IterableDataset) and not isinstance(self.train_dataset, ReadAhead):
+            size = self.recipe.micro_batch
+            self.train_dataset = ReadAhead(self.train_dataset, size, 2 * self.recipe.batch // size)
+        return super().get_train_dataloader()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Go through the text, unless the last step is done: a stream, which has no end, would begin anew."""
@@ -122,7 +146,8 @@ class RunTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._record.grad_norm = super()._get_grad_norm(*args, **kwargs)
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self._record.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return self._record.grad_norm
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -135,10 +160,37 @@ class RunTrainer(Trainer):
         loads whatever names agree, would go on with that of the untrained model.
         """
         assert isinstance(self.model, PreTrainedModel)
+        if self.shards:
+            state_dict = sharding.state_of(self.model)
+            if not self.args.should_save:
+                return
         by_module = functools.partial(type(self.model).save_pretrained, self.model, save_original_format=False)
         self.model.save_pretrained = by_module  # type: ignore[method-assign]
         super()._save(output_dir, state_dict)
         del self.model.save_pretrained
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.shards:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharding.whole(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.shards or checkpoint is None or not (Path(checkpoint) / "optimizer.pt").exists():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load = functools.partial(torch.load, map_location="cpu", weights_only=True)
+        sharding.load_optimizer(self.optimizer, load(Path(checkpoint) / "optimizer.pt", mmap=True))
+        self.lr_scheduler.load_state_dict(load(Path(checkpoint) / "scheduler.pt"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.shards:
+            sharding.load(self.model, load_file(Path(resume_from_checkpoint) / "model.safetensors"))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint under another name and rename it: one that has its name is whole."""
@@ -217,7 +269,11 @@ def training_arguments(recipe: Training, directory: Path, **others: Any) -> Trai
         gradient_accumulation_steps=recipe.batch // (recipe.micro_batch * PartialState().num_processes),
         train_sampling_strategy="sequential",
         dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"non_blocking": torch.cuda.is_available()},  # from pinned memory, while the device works
+        accelerator_config={
+            "non_blocking": torch.cuda.is_available(),  # from pinned memory, while the device works
+            # Of a sharded model: whole gradients of every process would wait for the last micro-batch otherwise.
+            "gradient_accumulation_kwargs": {"sync_each_batch": getattr(recipe, "shard", False)},
+        },
         remove_unused_columns=False,
         learning_rate=recipe.lr,
         warmup_steps=recipe.warmup,

@@ -397,6 +397,10 @@ class Recipe(Training):
     """Between which fractions of the run the guard is lifted: 1/κ falls linearly to 0."""
     max_outlier: float = 1e6
     """The run stops when the live std of a token is so many times what divides it: the divisor has been left behind."""
+    shard: bool = False
+    """Share out the model, its gradients and moments, and the original, among the processes: each holds a part, where
+    otherwise each holds all. For models that are too large for one device; slower. So does `accelerate launch` with
+    FSDP."""
     control: bool = True
     """Also fine-tune with LayerNorm kept, by cross-entropy alone, to tell what fine-tuning did from what losing
     LayerNorm did. With `kl_weight` or `match_weight` the original tells the latter better."""
@@ -499,6 +503,7 @@ SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
         *("model", "revision", "control", "control_from", "context"),
         *("text", "seed", "steps", "batch", "micro_batch", "lr", "min_lr", "warmup", "lr_horizon", "max_rise"),
         *("weight_decay", "betas", "clip", "device", "bf16", "compile", "gradient_checkpointing"),
+        "shard",
     ),
     True,
 ) | dict.fromkeys(

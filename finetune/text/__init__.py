@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.recipe import Text
 from finetune.text.bins import bin_files
-from finetune.text.packing import Blocks, StreamedBlocks, check_ids, stride
+from finetune.text.packing import Blocks, ReadAhead, StreamedBlocks, check_ids, stride
 from finetune.text.sources import TextError, documents_of, is_saved, local_files, open_sources, path_of
 from finetune.text.tokenise import Encoder, Part, read_tokens, tokens_of
 
@@ -27,6 +27,7 @@ __all__ = [
     "LONGEST_CONTEXT",
     "RANDOM_TOKENS",
     "Blocks",
+    "ReadAhead",
     "StreamedBlocks",
     "TextError",
     "TextSplits",

@@ -1,7 +1,9 @@
 """Token ids -> packed blocks: documents one after another, cut in blocks; the tail that fills none is dropped."""
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -139,6 +141,36 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         # Left out by its text, not its place: workers and shuffled files see other places.
         documents = documents_of(self.source, self.column, self.name)
         return (document for document in documents if document not in self.held_out)
+
+
+class ReadAhead(torch.utils.data.IterableDataset):
+    """The blocks of a stream, in its order, which a thread reads while those before them are trained on.
+
+    A thread, and not a worker of the DataLoader: tokenizers leave it the interpreter, and keep all their cores, which a
+    forked process would not have.
+    """
+
+    def __init__(
+        self, blocks: torch.utils.data.IterableDataset[dict[str, torch.Tensor]], size: int, chunks: int
+    ) -> None:
+        """Keep `chunks` chunks of `size` blocks ready."""
+        self.blocks, self.size, self.chunks = blocks, size, chunks
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the blocks, and raise what reading them raises."""
+        blocks = iter(self.blocks)
+
+        def read() -> list[dict[str, torch.Tensor]]:
+            return list(itertools.islice(blocks, self.size))
+
+        reader = ThreadPoolExecutor(1)
+        try:
+            waiting = deque(reader.submit(read) for _ in range(self.chunks))
+            while chunk := waiting.popleft().result():
+                waiting.append(reader.submit(read))
+                yield from chunk
+        finally:
+            reader.shutdown(cancel_futures=True)
 
 
 def check_ids(largest: int, vocab_size: int, name: str) -> None:

@@ -361,6 +361,7 @@ def test_the_products_are_the_operations_that_are_counted() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_no_step_waits_for_the_device() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).cuda()
+    training.attend_without_masks(model, 32)  # transformers asks the device whether it may leave a mask away
     sites, events = Sites(model, 0), make_events("constant", n_layer=2, steps=9)
     objective.defer_unembedding(model)
     input_ids = torch.randint(1000, (2, 32)).cuda()

@@ -1,8 +1,10 @@
 import json
 import lzma
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from helpers import keep_checkpoints
 from models import tiny_gpt2
 from transformers import AutoTokenizer
 
@@ -10,6 +12,13 @@ from finetune.bundled import MODELS, TEXTS
 from finetune.recipe import Gaps, Recipe, Schedule, Text
 from finetune.removal import remove_layernorm
 from finetune.run_directory import Run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _checkpoints_stay():
+    keep_checkpoints()
+    yield
+    mock.patch.stopall()
 
 
 @pytest.fixture(scope="session")

@@ -85,8 +85,15 @@ def _call(function: Callable[[], None], environment: dict[str, str], cwd: Path, 
     os._exit(code)
 
 
+def keep_checkpoints() -> None:
+    """Have the checkpoints of finished fits stay, for tests to see all of what training came to."""
+    for module in ("removal", "pretrain"):
+        mock.patch(f"finetune.{module}.discard").start()
+
+
 def finetune(*arguments: Any, first: Callable[[], None] | None = None) -> None:
-    """Do `first`, then what `python -m finetune ARGUMENTS` does."""
+    """Do `first`, then what `python -m finetune ARGUMENTS` does, and keep the checkpoints."""
+    keep_checkpoints()
     if first is not None:
         first()
     main([str(argument) for argument in arguments])

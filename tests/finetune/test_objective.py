@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from finetune import objective
@@ -46,10 +47,9 @@ def test_cross_entropy_is_the_mean_surprise_of_the_next_token(tokens):
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("at_once", [7, 35, 10**6])
-def test_loss_and_gradients_are_those_of_all_logits_at_once(tokens, kl_weight, at_once, monkeypatch):
-    monkeypatch.setitem(objective.LOGITS_AT_ONCE, "cpu", at_once)
+def test_loss_and_gradients_are_those_of_all_logits_at_once(tokens, kl_weight, at_once):
     model, teacher = random_head(0), random_head(1)
-    loss = next_token_loss(model, tokens, teacher, kl_weight)
+    loss = next_token_loss(model, tokens, teacher, kl_weight, at_once=at_once)
     expected = with_autograd(model, tokens, teacher, kl_weight)
     torch.testing.assert_close(loss.total, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(loss.kl, with_autograd(model, tokens, teacher, 1.0), rtol=1e-12, atol=0)
@@ -89,6 +89,47 @@ def test_soft_capped_logits_have_the_loss_and_gradients_of_their_definition(toke
     loss = next_token_loss(model, tokens, teacher, 0.4, None, None, cap)
     torch.testing.assert_close(loss.total, reference)
     torch.testing.assert_close(torch.autograd.grad(loss.total, model), torch.autograd.grad(reference, model))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("vocab", [500, 512])
+def test_what_the_vocabulary_is_padded_with_is_never_seen(vocab, softcap):
+    """In bfloat16, where it is padded: the loss of rounded logits and gradients in float64, of the whole vocabulary."""
+    tokens = torch.randint(vocab, (3, 5), generator=torch.Generator().manual_seed(1))
+    heads = [Head(*(end.detach().float() for end in random_head(seed, vocab=vocab, d=16))) for seed in (0, 1)]
+    model = Head(*(end.requires_grad_() for end in heads[0]))
+    is_cover = torch.tensor([False, True, False])
+    settings = (0.5, torch.bfloat16, is_cover, softcap, 2 * vocab)
+    loss = next_token_loss(model, tokens, heads[1], *settings)
+    exact = next_token_loss(model, tokens, heads[1], 0.5, None, is_cover, softcap)
+    torch.testing.assert_close(torch.stack(loss), torch.stack(exact), rtol=0.01, atol=0)
+    assert all(part.isfinite() for part in loss)
+    found, expected = (torch.autograd.grad(one.total, [*model]) for one in (loss, exact))
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 0.05 * other.abs().max()
+    same = next_token_loss(model, tokens, model, *settings)
+    assert same.kl == same.cover_kl == 0
+
+
+@pytest.mark.parametrize(("teacher", "softcap", "cover"), [(False, None, False), (True, None, True), (True, 2.0, True)])
+def test_compiled_it_is_the_same_in_one_graph(tokens, teacher, softcap, cover):
+    counters.clear()
+    compiled = torch.compile(objective.loss_of_logits, backend="aot_eager", fullgraph=True)
+    model = random_head(0)
+    is_cover = torch.tensor([False, True, False]) if cover else None
+    settings = (tokens, random_head(1) if teacher else None, 0.4 * teacher, None, is_cover, softcap, 14)
+    losses = [next_token_loss(model, *settings, of_logits) for of_logits in (objective.loss_of_logits, compiled)]
+    torch.testing.assert_close(torch.stack(losses[1]), torch.stack(losses[0]))
+    gradients = [torch.autograd.grad(loss.total, [*model]) for loss in losses]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert counters["stats"]["unique_graphs"] == 1  # though the logits come in pieces
+
+
+@pytest.mark.parametrize(("tokens", "vocab", "size"), [(16368, 50304, 4092), (12, 7, 2), (11, 7, 2), (1020, 4096, 510)])
+def test_pieces_are_equal_where_they_can_be(tokens, vocab, size):
+    at_once = 2**28 if vocab == 50304 else 2 * vocab if vocab == 7 else 2**21
+    assert objective._piece(tokens, vocab, at_once) == size
 
 
 def test_the_last_position_has_no_gradient(tokens):

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
+import pandas as pd
 import pytest
 import torch
 from helpers import finetune, kill_at, read_log, run_forked
@@ -20,7 +22,7 @@ import finetune as finetune_package
 from finetune import recipe as recipes
 from finetune import remove_norms, resume
 from finetune.begun_with import ChangedError
-from finetune.checkpoints import checkpoints
+from finetune.checkpoints import checkpoints, discard
 from finetune.errors import CheckpointError, NolnError
 from finetune.recipe import Recipe
 from finetune.run_directory import Run, make, new_directory
@@ -160,10 +162,39 @@ def test_a_damaged_log_of_a_complete_run(uncut: Run, tmp_path: Path, capsys):
     directory = shutil.copytree(uncut.directory, tmp_path / "run")
     spoil_line(directory / "log.jsonl", 1, lambda line: line[:9] + b"\n")
     assert resume(directory).results.equals(uncut.results)
-    assert "log.jsonl is damaged: its lines are taken from ln_free/checkpoint-16" in capsys.readouterr().out
+    assert "log.jsonl is damaged: its lines are taken from checkpoints/ln_free/checkpoint-16" in capsys.readouterr().out
     shutil.rmtree(directory / "checkpoints")
     assert resume(directory).results.equals(uncut.results)
     assert "log.jsonl is damaged: 1 lines of it are left out" in capsys.readouterr().out
+
+
+def kill_in_the_control() -> None:
+    mock.patch.stopall()  # here checkpoints do not stay
+    kill_at("finetune.sites.Sites.advance", 16 + 8)
+
+
+def test_a_finished_fit_leaves_no_checkpoints(own: Recipe, tmp_path: Path, run: Run, uncut: Run, monkeypatch, capsys):
+    """While the control is trained, too; the rest goes on, and a damaged log is mended, all the same."""
+    monkeypatch.setattr("finetune.removal.discard", discard)
+    (tmp_path / "tiny.yaml").write_text(recipes.dump(replace(own, control=True)))
+    ended = run_forked(partial(finetune, "tiny.yaml", "--out", "run", first=kill_in_the_control), tmp_path)
+    assert ended.code == KILLED, ended.output
+    directory = tmp_path / "run"
+    weights = [path.relative_to(directory).as_posix() for path in directory.rglob("*.safetensors")]
+    assert sorted(weights) == ["checkpoints/control/checkpoint-5/model.safetensors", "ln_free/model.safetensors"]
+    shutil.copytree(
+        uncut.directory / "checkpoints/ln_free/checkpoint-16", directory / "checkpoints/ln_free/checkpoint-16"
+    )
+    (directory / "checkpoints/ln_free/checkpoint-16/log.jsonl").unlink()  # as if killed before it was removed
+
+    again = resume(directory)
+
+    pd.testing.assert_frame_equal(*(each.results.drop(columns="trained_seconds") for each in (again, run)))
+    assert {path.parent.name for path in directory.rglob("*.safetensors")} == {"ln_free", "control"}
+    spoil_line(directory / "log.jsonl", 1, lambda line: line[:9] + b"\n")
+    capsys.readouterr()
+    assert resume(directory).results.equals(again.results)
+    assert "log.jsonl is damaged: its lines are taken from checkpoints/control." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, halve])

@@ -2,6 +2,7 @@ import gzip
 import json
 import lzma
 import multiprocessing
+import threading
 import time
 from array import array
 from dataclasses import replace
@@ -19,7 +20,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.bundled import MODELS, resolve_text
 from finetune.recipe import Text
-from finetune.text import Blocks, StreamedBlocks, TextError, load_blocks, load_text, packing, sources, tokenise
+from finetune.text import (
+    Blocks,
+    ReadAhead,
+    StreamedBlocks,
+    TextError,
+    load_blocks,
+    load_text,
+    packing,
+    sources,
+    tokenise,
+)
 
 VOCAB = 4096
 EOT = 0
@@ -562,6 +573,41 @@ def test_streaming_with_workers(tmp_path, tokenizer, monkeypatch):
             tokens = torch.cat(blocks[i :: len(files)])
             seen = set(tokenizer.decode(tokens).split("<|endoftext|>")[:-1])
             assert seen == set(documents) - set(held_out)
+
+
+class Numbers(torch.utils.data.IterableDataset):
+    """Numbers, which notes the last that it was asked for, and fails after the fortieth."""
+
+    def __iter__(self):
+        for self.last in range(40):
+            yield {"input_ids": torch.tensor([self.last])}
+        raise TextError("no more")
+
+
+def test_a_stream_is_read_ahead_in_its_order():
+    """As far as it is told, while nobody asks; what goes wrong does so when its turn has come."""
+    numbers = Numbers()
+    ahead = iter(ReadAhead(numbers, size=4, chunks=3))
+    assert next(ahead)["input_ids"] == 0
+    until = time.monotonic() + 10
+    while numbers.last < 15 and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert numbers.last == 15  # the chunk that is being taken, and three more
+    assert flat(islice(ahead, 39)) == list(range(1, 40))
+    with pytest.raises(TextError, match="no more"):
+        next(ahead)
+
+
+def test_nobody_reads_on_when_a_stream_is_left(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "text.jsonl")
+    stream = load_text(Text(str(source), streaming=True, held_out_blocks=2), tokenizer, 16, VOCAB).train
+    before = threading.active_count()
+    blocks = iter(ReadAhead(stream, size=4, chunks=3))
+    assert flat(islice(blocks, 90)) == flat(islice(stream, 90))
+    assert threading.active_count() == before + 1
+    blocks.close()
+    assert threading.active_count() == before
 
 
 def test_streamed_data_set_without_features(tokenizer, monkeypatch):

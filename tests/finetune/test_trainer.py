@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,13 +25,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.backends import registry
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, TrainingArguments
 
 from finetune import recipe as recipes
 from finetune import removal
 from finetune.objective import NextTokenLoss, next_token_loss
 from finetune.recipe import Recipe, Text
-from finetune.removal import fit, set_up
+from finetune.removal import fit, remove_norms, set_up
 from finetune.removal_trainer import RemovalTrainer
 from finetune.run_directory import Run
 from finetune.sites import Sites
@@ -343,6 +345,35 @@ class TestTwoProcesses:
                     assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6)
         assert (tmp_path / "two/results.csv").exists()
 
+    @pytest.mark.slow
+    def test_sharded_equal_one(self, short: Recipe, tmp_path: Path):
+        """As above; each process holds half of the bytes, and the run that is left is an ordinary one."""
+        recipe = replace(
+            short, control=True, kl_weight=0.5, match_weight=2.0, aux_weight=0.3, std_decay=0.5, shard=True
+        )
+        recipe = replace(recipe, spread_weight=0.2, spread_live=True, guard=1.5)
+        alone = remove_norms(recipe=recipe, out=tmp_path / "alone")
+        file = tmp_path / "tiny.yaml"
+        file.write_text(recipes.dump(recipe))
+
+        ends = in_two_processes(partial(finetune, file, "--out", "two", first=weigh), tmp_path)
+
+        assert [end.code for end in ends] == [0, 0], ends
+        for name in ("ln_free", "control"):
+            assert_close(last_state(tmp_path / "two", name), last_state(alone.directory, name), 1e-6)
+            logs = [read_log(run, name) for run in (alone.directory, tmp_path / "two")]
+            for ours, theirs in zip(*logs, strict=True):
+                for key in {"loss", "kl", "distance", "aux", "grad_norm", "spread", "guarded"} & ours.keys():
+                    assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6)
+            held = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+            own = tiny_gpt2().num_parameters() * 4
+            for part, times in {"weights": 1, "gradients": 1, "optimizer": 2, "teacher": name == "ln_free"}.items():
+                assert held[0][part] + held[1][part] == pytest.approx(times * own, rel=1e-3), part
+                assert held[0][part] == pytest.approx(held[1][part], rel=0.01), part
+        columns = ["loss", "kl", "jsd"]
+        one, two = (each[columns] for each in (alone.results, pd.read_csv(tmp_path / "two/results.csv")))
+        np.testing.assert_allclose(two, one, atol=1e-5)
+
     def test_statistics_are_summed_not_copied(self, tmp_path: Path):
         """Each rank has seen stds of its own, and both get the mean over all tokens."""
         ends = in_two_processes(observe_and_update, tmp_path)
@@ -356,6 +387,32 @@ class TestTwoProcesses:
         sites.observe()
         sites.update(0.9)
         torch.testing.assert_close(both[0], running_stds(sites), rtol=1e-6, atol=0)
+
+
+def weigh() -> None:
+    """Note down how many bytes of a fit this process holds when a checkpoint is saved."""
+    step, save = RemovalTrainer.training_step, RemovalTrainer._save_checkpoint
+    found: dict[str, int] = {}
+
+    def held(tensors: Any) -> int:
+        parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def stepped(self: RemovalTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(self, *args, **kwargs)
+        found["gradients"] = held(parameter.grad for parameter in self.model.parameters())
+        return loss
+
+    def saved(self: RemovalTrainer, *args: Any) -> None:
+        states = self.optimizer.state_dict()["state"].values()
+        found["weights"] = held(self.model.parameters())
+        found["optimizer"] = held(tensor for state in states for tensor in state.values() if tensor.dim())
+        found["teacher"] = 0 if self.teacher is None else held(self.teacher.parameters())
+        Path(f"{self._record.name}-{dist.get_rank()}.json").write_text(json.dumps(found))
+        save(self, *args)
+
+    mock.patch.object(RemovalTrainer, "training_step", stepped).start()
+    mock.patch.object(RemovalTrainer, "_save_checkpoint", saved).start()
 
 
 def rank_tokens(rank: int) -> torch.Tensor:
@@ -625,7 +682,7 @@ def test_gradients_are_held_once(short: Recipe, tmp_path: Path):
 def test_compiled_once_and_once_more(
     gradient_checkpointing: bool, kl_weight: float, short: Recipe, tokenizer, tmp_path: Path
 ):
-    """Over a whole schedule: at the first step, and when every norm becomes a constant; and a teacher once."""
+    """Over a whole schedule: at the first step, and when every norm becomes a constant; loss and teacher once."""
     tiny_gpt2(n_layer=1).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     recipe = replace(
@@ -640,7 +697,7 @@ def test_compiled_once_and_once_more(
     end = run_forked(partial(fit_compiled, replace(recipe, compile=True)), tmp_path)
 
     assert end.code == 0, end.output
-    counted = {"graphs": 3 if kl_weight else 2, "breaks": [], "masks": [None]}
+    counted = {"graphs": 4 if kl_weight else 3, "breaks": [], "masks": [None]}
     assert json.loads((tmp_path / "counted.json").read_text()) == counted
     assert_close(last_state(tmp_path / "compiled"), fitted(recipe, tmp_path / "eager"), 1e-3)
     for line, other in zip(read_log(tmp_path / "compiled"), read_log(tmp_path / "eager"), strict=True):
