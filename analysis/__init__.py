@@ -3,8 +3,9 @@
 `load_hooked`, `load_bridge`, `load_nnsight` and `load_transformers` load one model, `load_hooked_blocks` one of
 `finetune.blocks`, `load_trio` the original, the control and the LN-free model that the analyses compare. An analysis is
 a module, with `measure(models, tokens)`, which returns a table, and `plot(table)`, which returns a figure: `loss`,
-`generation`, `residual_norms`, `logit_attribution`, `edges`, `faithfulness`, `attention`, `confidence_neurons`,
-`patching`, `outlier_features`, `benchmarks`. `report` runs them all. `graph` draws what makes one logit, and checks it.
+`generation`, `residual_norms`, `logit_attribution`, `edges`, `composition`, `faithfulness`, `attention`,
+`confidence_neurons`, `patching`, `outlier_features`, `benchmarks`. `report` runs them all. `graph` draws what makes one
+logit, and checks it; `paths` finds the largest paths to it.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -67,17 +67,24 @@ class Reading:
         self._x = stream.centre(x.double())
         self._xx = self._x.square().sum(-1, keepdim=True)
         self._W, self.b = W.double(), b.double()
-        self._xw, self._scale = self._x @ self._W, stream.scale(self._xx)
+        self.xw, self.scale = self._x @ self._W, stream.scale(self._xx)
+
+    def products(
+        self, written: Written
+    ) -> Iterator[tuple[slice, Float[Tensor, "part token unit"], Float[Tensor, "part token 1"]]]:
+        """Yield c·w of the parts of a component, and the scale without them, a piece of the tokens at a time."""
+        into = written.into(self._W)
+        without = self._stream.scale(self._xx - 2 * written.dot(self._x) + written.square())
+        for at in pieces(len(self._x), len(into) * len(self.b), _AT_ONCE):
+            yield at, written.through(into, at), without[at].T.unsqueeze(-1)
 
     def effects(
         self, written: Written
     ) -> Iterator[tuple[slice, Float[Tensor, "part token unit"], Float[Tensor, "part token unit"]]]:
         """Yield contributions and direct effects of the parts of a component, a piece of the tokens at a time."""
-        into = written.into(self._W)
-        without = self._stream.scale(self._xx - 2 * written.dot(self._x) + written.square())
-        for at in pieces(len(self._x), len(into) * len(self.b), _AT_ONCE):
-            cw, scale, xw = written.through(into, at), self._scale[at], self._xw[at]
-            yield at, cw / scale, xw / scale - (xw - cw) / without[at].T.unsqueeze(-1)
+        for at, cw, without in self.products(written):
+            scale, xw = self.scale[at], self.xw[at]
+            yield at, cw / scale, xw / scale - (xw - cw) / without
 
 
 def measure(
@@ -228,7 +235,7 @@ def measure_edges(
     frames = []
     for name, model in models.items():
         stream = Stream(model)
-        sides = _sides(stream)
+        sides = inner_sides(stream)
         sums, of_logit = [_Sums(side.names) for side in sides], _Sums(_LOGIT)
         hooks = dict.fromkeys([*hook_names(model), *(hook for side in sides for hook in (side.point, *side.hooks))])
         for batch, outputs in forwards({name: model}, tokens, list(hooks), batch_size, f"Edges of {name}"):
@@ -297,7 +304,7 @@ def measure_prompt(
     frames: list[pd.DataFrame] = []
     for name, model in models.items():
         stream = Stream(model)
-        sides = _sides(stream)
+        sides = inner_sides(stream)
         of_mlp = {("mlp", each.layer): each for each in stream.neurons} if neurons else {}
         hooks = [hook for side in sides for hook in (side.point, *side.hooks)] + [stream.final]
         hooks += [hook for written in (*stream.components, *of_mlp.values()) for hook in written.hooks]
@@ -456,7 +463,7 @@ def run(model: Any, prompt: Int[Tensor, " pos"], hooks: Iterable[str]) -> Forwar
 
 
 class Side(NamedTuple):
-    """What reads one point of the stream: the units of all readers there, side by side."""
+    """What reads one point of the stream: the units of all heads there, or of the MLP, side by side."""
 
     point: str
     names: pd.DataFrame
@@ -467,10 +474,10 @@ class Side(NamedTuple):
     """The activations that are the units; of the logit none."""
 
 
-def _sides(stream: Stream) -> list[Side]:
-    """Return what reads the stream inside the blocks, point by point."""
+def inner_sides(stream: Stream) -> list[Side]:
+    """Return what reads the stream inside the blocks, point by point, heads and MLP apart: units of one width."""
     sides = []
-    for point, group in itertools.groupby(stream.readers, lambda reader: reader.point):
+    for (point, _), group in itertools.groupby(stream.readers, lambda reader: (reader.point, reader.kind == "mlp")):
         readers, names, weights, biases = list(group), [], [], []
         for reader in readers:
             W, b = stream.read_weights(reader)

@@ -102,7 +102,7 @@ class Held:
         end[-1] = stream.centre(side.W[:, 0].double())
         self.consumers.append(Consumer(-1, None, end, None))
         self.bias = float(side.b)
-        G = end / self._scale(stream.final)
+        G = end / self.scale(stream.final)
         by_kind = {(component.kind, component.layer): part for component, part in rows.items()}
         for layer in reversed(range(self.model.cfg.n_layers)):
             into_mlp, into_values = self.readers[layer, "in"], self.readers[layer, "V"]
@@ -120,11 +120,13 @@ class Held:
         for row in range(rows.start, rows.stop):
             self._values[row] = torch.linalg.vecdot(self._vectors[row], G)
 
-    def _scale(self, point: str) -> Float[Tensor, "pos 1"]:
+    def scale(self, point: str) -> Float[Tensor, "pos 1"]:
+        """Return what a norm divides by at a point of the stream: 1 without one."""
         x = self.stream.centre(self._cache[point].double())
         return self.stream.scale(x.square().sum(-1, keepdim=True))
 
-    def _written_scale(self, component: Component) -> Float[Tensor, "pos 1"] | int:
+    def written_scale(self, component: Component) -> Float[Tensor, "pos 1"] | int:
+        """Return what a live norm divides by on the way of heads or neurons to the stream: 1 without one."""
         return self._cache[component.scale].double() if component.scale else 1
 
     def _read_mlp(
@@ -133,15 +135,15 @@ class Held:
         """Add an MLP, and its neurons that matter most, as consumers; return in which direction it reads the stream."""
         each = self.stream.neurons[layer]
         W_out = self.stream.weight(each).double()
-        through = (G / self._written_scale(each)) @ W_out.T * self.gate[layer][0].double()
+        through = (G / self.written_scale(each)) @ W_out.T * self.gate[layer][0].double()
         W_in = self.stream.read_weights(reader)[0][:, 0].double()
         rest = through.clone()
         activation = self._cache[each.hook].double()
-        worth = activation * (G / self._written_scale(each) @ W_out.T)
+        worth = activation * (G / self.written_scale(each) @ W_out.T)
         for top in worth.abs().topk(min(neurons, len(W_out)), dim=-1).indices.T.unsqueeze(-1):  # one a position
             alone = torch.zeros_like(rest).scatter(1, top, rest.gather(1, top))
             rest = rest - alone
-            written = activation.gather(1, top) / self._written_scale(each) * W_out[top[:, 0]]
+            written = activation.gather(1, top) / self.written_scale(each) * W_out[top[:, 0]]
             written = self.stream.centre(written)
             self._vectors[row] = self._vectors[row] - written
             self.labels.append([each.label(int(neuron)) for neuron in top])
@@ -151,7 +153,7 @@ class Held:
             self.consumers.append(Consumer(len(self.labels) - 1, reader, self.stream.centre(alone @ W_in.T), None))
         self._set_values(slice(row, row + 1), G)
         self.consumers.append(Consumer(row, reader, self.stream.centre(rest @ W_in.T), None))
-        return self.stream.centre(through @ W_in.T) / self._scale(reader.point)
+        return self.stream.centre(through @ W_in.T) / self.scale(reader.point)
 
     def _read_heads(
         self, layer: int, reader: Reader, G: Float[Tensor, "pos d_model"], rows: slice
@@ -163,11 +165,11 @@ class Held:
         direction = torch.zeros_like(G)
         for head, row in enumerate(range(rows.start, rows.stop)):
             value = head * W_V.shape[1] // len(W_O)
-            reads = (G / self._written_scale(heads)) @ W_O[head].T @ W_V[:, value].T
+            reads = (G / self.written_scale(heads)) @ W_O[head].T @ W_V[:, value].T
             pattern = self.pattern[layer][0, head].double()
             self.consumers.append(Consumer(row, reader, self.stream.centre(reads), pattern))
             direction += pattern.T @ self.consumers[-1].direction
-        return direction / self._scale(reader.point)
+        return direction / self.scale(reader.point)
 
     def sources(self, consumer: Consumer) -> Int[Tensor, " row"]:
         """Return which rows a consumer reads."""
@@ -183,7 +185,7 @@ class Held:
         At each of them a head sees all positions, whatever else reads only its own.
         """
         point = self.stream.final if consumer.reader is None else consumer.reader.point
-        vectors = self.vectors[self.sources(consumer)] / self._scale(point)
+        vectors = self.vectors[self.sources(consumer)] / self.scale(point)
         reads = consumer.direction[positions]
         if consumer.pattern is None:
             return torch.einsum("snd,nd->ns", vectors[:, positions], reads).unsqueeze(-1)

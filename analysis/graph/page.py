@@ -1,7 +1,8 @@
 """Writes what `graph` finds for a prompt: one page, with the graphs as tables, GraphML and JSON beside it.
 
 1. Load the models, build the graph of each behind one logit, and take its nodes and edges out, one by one and together.
-2. Write everything under a temporary name, and rename it when it is complete.
+2. Find the largest paths from the tokens to the logit.
+3. Write everything under a temporary name, and rename it when it is complete.
 """
 
 import json
@@ -19,7 +20,7 @@ import pandas as pd
 import torch
 from plotly.offline import get_plotlyjs
 
-from analysis import graph, palette
+from analysis import graph, palette, paths
 from analysis.edges import Target
 from analysis.graph.pruning import Graph
 from analysis.loading import load_trio
@@ -46,6 +47,8 @@ def run(options: GraphOptions) -> Path:
         raise GraphError(f"{out} exists, and a graph writes over nothing: name another directory with --out.")
     if not 0 < options.share <= 1:
         raise GraphError(f"--share is {options.share}, but is to be above 0 and at most 1.")
+    if options.paths < 1 or options.components < 0:
+        raise GraphError("--paths is to be at least 1, and --components at least 0.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = load_trio(options.original, options.control, options.ln_free, revision=options.revision, device=device)
     tokenizer = models["original"].tokenizer
@@ -60,7 +63,7 @@ def run(options: GraphOptions) -> Path:
     named = {"share": options.share, "most": options.most, "neurons": options.neurons}
     graphs = graph.build_all(models, torch.tensor(tokens), target, **named)
     names = {name: str(getattr(options, name)) for name in models}
-    return write(graphs, out, names=names)
+    return write(graphs, out, names=names, count=options.paths, most=options.components)
 
 
 def _target(tokenizer: Any, options: GraphOptions) -> Target | None:
@@ -79,16 +82,25 @@ def _target(tokenizer: Any, options: GraphOptions) -> Target | None:
     return (ids[0], ids[1]) if len(ids) == 2 else ids[0] if ids else None
 
 
-def write(graphs: Sequence[Graph], out: str | Path, *, names: Mapping[str, str] | None = None) -> Path:
+def write(
+    graphs: Sequence[Graph],
+    out: str | Path,
+    *,
+    names: Mapping[str, str] | None = None,
+    count: int = 20,
+    most: int = 3,
+) -> Path:
     """Write graphs of one prompt, what becomes of the logit when parts are taken out, and a page of them to `out`.
 
-    Beside the page are, of each model, `NAME-nodes.csv`, `NAME-edges.csv`, `NAME.graphml`, and
-    `NAME-circuit-tracer.json`, and of all `interventions.csv`.
+    Beside the page are, of each model, `NAME-nodes.csv`, `NAME-edges.csv`, `NAME-paths.csv`,
+    `NAME.graphml`, and `NAME-circuit-tracer.json`, and of all `interventions.csv`.
 
     Args:
         graphs: what `graph.build_all` returns.
         out: the directory to write, whole or not at all.
         names: what the models are, on top of the page; where None, their keys.
+        count: of the largest paths, as in `paths.find`.
+        most: components that these go through, at most.
 
     Returns the page.
 
@@ -114,7 +126,11 @@ def write(graphs: Sequence[Graph], out: str | Path, *, names: Mapping[str, str] 
             traced = json.dumps(graph.to_circuit_tracer(each), indent=1)
             (partial / f"{file}-circuit-tracer.json").write_text(traced, encoding="utf-8")
             figures[file] = graph.plot(each)
-            shown.append({"graph": each, "file": file, "nodes": list(each.nodes.itertuples())})
+            largest = paths.find(each.held, count, most)
+            largest.frame.to_csv(partial / f"{file}-paths.csv", index=False)
+            rows = list(largest.frame.itertuples())
+            nodes = list(each.nodes.itertuples())
+            shown.append({"graph": each, "file": file, "nodes": nodes, "paths": largest, "path_rows": rows})
         for figure in figures.values():
             figure.layout.template = None  # the page has its own, light and dark
         environment = jinja2.Environment(
@@ -129,6 +145,7 @@ def write(graphs: Sequence[Graph], out: str | Path, *, names: Mapping[str, str] 
             names=names or {each.model: each.model for each in graphs},
             colours={each.model: palette.colour(each.model) for each in graphs},
             graphs=shown,
+            most=most,
             errors=graph.summarise(interventions).to_dict("records"),
             figures={name: json.loads(figure.to_json()) for name, figure in figures.items()},
             nonce=secrets.token_hex(16),

@@ -70,6 +70,10 @@ class GraphOptions:
     """Nodes at most; the page says what share they have."""
     neurons: int = 0
     """Neurons of each MLP and position to be nodes by themselves."""
+    paths: int = 20
+    """The largest paths from the tokens to the logit that are listed."""
+    components: int = 3
+    """Heads and MLPs that these paths go through, at most."""
     prefix: str | None = None
     """A token before the prompt: "bos", or a token by its text. None: none."""
     out: Path | None = None

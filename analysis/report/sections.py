@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from analysis import (
     attention,
     benchmarks,
+    composition,
     confidence_neurons,
     edges,
     faithfulness,
@@ -29,6 +30,8 @@ PROMPT_TOKENS = 24
 """Tokens in the prompt whose logits are attributed: the first of the text."""
 EDGE_TOKENS = 1_024
 """Tokens on which all edges are measured: whole blocks, at least one."""
+FIT_TOKENS = 512
+"""Tokens for virtual weights, half of them to be predicted: whole blocks, at least one."""
 WORST = 6
 """Of the worst tokens, how many of each model and text."""
 
@@ -147,6 +150,19 @@ def _edges(inputs: Inputs) -> dict[str, pd.DataFrame]:
     tokens = tokens[: max(1, EDGE_TOKENS // tokens.shape[1])]
     edge = edges.measure_edges(inputs.models, tokens, batch_size=inputs.batch_size)
     return {"model": edges.summarise(edge), "layer": edges.summarise_layers(edge), "edge": edge}
+
+
+def _composition(inputs: Inputs) -> dict[str, pd.DataFrame]:
+    """Predict all edges on a few blocks, and rank them by weights."""
+    tokens = next(iter(inputs.samples.values())).tokens
+    tokens = tokens[: max(1, FIT_TOKENS // tokens.shape[1])]
+    edge = composition.measure_edges(inputs.models, tokens, batch_size=inputs.batch_size)
+    return {
+        "model": composition.summarise(edge),
+        "distance": composition.summarise_distances(edge),
+        "ranking": composition.rank(composition.measure_weights(inputs.models), edge),
+        "circuit": composition.measure_circuits(inputs.models),
+    }
 
 
 def _faithfulness(inputs: Inputs) -> dict[str, pd.DataFrame]:
@@ -293,6 +309,43 @@ ANALYSES = (
             Table("edge", "All edges", None, "edges.measure_edges(models, some)"),
         ),
         (f"some = tokens[: max(1, {EDGE_TOKENS} // tokens.shape[1])]",),
+    ),
+    Analysis(
+        composition,
+        "From weights alone",
+        "Between any two components lie weights that no prompt changes. How much of what one does to the other do they "
+        "tell, times what the first is active with, where norms divide by one mean, measured on other blocks, or by "
+        "what each token has? And without any prompt: do the edges that composition scores call strong have the "
+        "largest effects, more so than by the scores of random weights with the same singular values?",
+        _composition,
+        (
+            Table(
+                "model",
+                "What virtual weights predict",
+                composition.plot,
+                "composition.measure(models, few)",
+                note=composition.describe,
+            ),
+            Table(
+                "distance",
+                "From heads, by distance in layers",
+                composition.plot_distances,
+                "composition.measure_distances(models, few)",
+            ),
+            Table(
+                "ranking",
+                "The largest edges, found without a prompt",
+                composition.plot_ranking,
+                "composition.measure_ranking(models, few)",
+            ),
+            Table(
+                "circuit",
+                "What heads do with tokens",
+                composition.plot_circuits,
+                "composition.measure_circuits(models)",
+            ),
+        ),
+        (f"few = tokens[: max(1, {FIT_TOKENS} // tokens.shape[1])]",),
     ),
     Analysis(
         faithfulness,

@@ -58,7 +58,7 @@ def test_what_flows_into_a_node_adds_up(name, frozen):
     scale = float(logits.abs().max())
     root, *others = held.consumers
     assert float(held.flows(root, last).sum()) + held.bias == pytest.approx(expected, abs=1e-4 * scale)
-    G = root.direction[-1] / held._scale(held.stream.final)[-1]
+    G = root.direction[-1] / held.scale(held.stream.final)[-1]
     layer = model.cfg.n_layers - 1
     block, neurons = model.blocks[layer], held.stream.neurons[layer]
     out = held.stream.weight(neurons).double() @ G
@@ -228,7 +228,7 @@ def test_the_page(tiny, tmp_path, capsys):
     assert names == {"graph.html", "interventions.csv"} | {
         f"{model}{end}"
         for model in ("original", "ln_free")
-        for end in ("-nodes.csv", "-edges.csv", ".graphml", "-circuit-tracer.json")
+        for end in ("-nodes.csv", "-edges.csv", "-paths.csv", ".graphml", "-circuit-tracer.json")
     }
     page = (out / "graph.html").read_text(encoding="utf-8")
     text = page[: page.index("<script")]
@@ -245,6 +245,7 @@ def test_the_page(tiny, tmp_path, capsys):
     ("flags", "message"),
     [
         (["It", "--share", "2"], "--share is 2.0, but is to be above 0"),
+        (["It", "--paths", "0"], "--paths is to be at least 1"),
         (["It", "--target", " the a"], "--target is ' the a', which is 2 tokens, but is to be one"),
         (["It", "--against", " the"], "name both"),
         (["", "--target", " the"], "The prompt has 0 tokens, but is to have 1 to 32"),
