@@ -60,6 +60,7 @@ _SYMBOLS = {"none": "circle", "mean": "circle", "own": "diamond-open"}
 _TITLES = {"contribution": "Contribution", "effect": "Direct effect"}
 _READERS = {"query": "queries", "key": "keys", "value": "values", "mlp": "MLPs", "logit": "logit"}
 _PARTS = ("head", "mlp")
+_PRECISIONS = ("precision", "precision_random")
 _ENDS = ["writer", "reader"]
 _NAMES = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+)|N(?P<neuron>\d+)| MLP)")
 
@@ -615,6 +616,19 @@ def describe(frame: pd.DataFrame) -> str:
     )
 
 
+def describe_ranking(frame: pd.DataFrame) -> str:
+    """Say how well scores find the largest edges between heads, from what `rank` returns."""
+    rows = frame[(frame["component"] == "head") & frame["kind"].isin(["query", "key", "value"])]
+    parts = []
+    for (model, score), group in rows.groupby(["model", "score"], sort=False):
+        own, random = (np.average(group[column], weights=group["edges"]) for column in _PRECISIONS)
+        parts.append(f"{model}, {SCORES[score]}: {own:.2f} against {random:.2f}")
+    return (
+        "Average precision between heads, mean over edges to queries, keys and values, against that of random weights: "
+        f"{'; '.join(parts)}. Where nothing divides, the strength does not know how long the stream is."
+    )
+
+
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure` returns: how much of each kind of edge from heads and MLPs virtual weights predict."""
@@ -641,6 +655,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 def plot_distances(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_distances` returns: the R² of direct effects of heads over distance, a panel a reader."""
     heads = frame[(frame["component"] == "head") & (frame["kind"] != "logit")]
+    heads = heads.sort_values("kind", key=lambda kinds: kinds.map([*KINDS].index), kind="stable")
     heads = heads.assign(kind=heads["kind"].map(KINDS), divisor=heads["divisor"].replace(_ONE))
     figure = figures.lines(
         heads, "distance", {"r2_effect": "R² of direct effects,<br>median edge"}, column="kind", dash="divisor"
@@ -656,8 +671,8 @@ def plot_ranking(frame: pd.DataFrame) -> go.Figure:
     )
     frame = frame[frame["component"].isin(_PARTS)]
     for (name, score), rows in frame.groupby(["model", "score"], sort=False):
-        for column, symbol in {"precision": "circle", "precision_random": "circle-open"}.items():
-            is_random = column != "precision"
+        for column, symbol in zip(_PRECISIONS, ("circle", "circle-open"), strict=True):
+            is_random = column != _PRECISIONS[0]
             figure.add_scatter(
                 name=name,
                 legendgroup=name,

@@ -27,8 +27,8 @@ def code_cells(path: Path) -> list[Any]:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def test_there_are_eight_and_those_of_the_sweeps():
-    assert len(NOTEBOOKS) == 8
+def test_there_are_nine_and_those_of_the_sweeps():
+    assert len(NOTEBOOKS) == 9
     assert {path.stem for path in SWEEPS} == {
         "best",
         "cover",

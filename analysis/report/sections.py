@@ -337,6 +337,7 @@ ANALYSES = (
                 "The largest edges, found without a prompt",
                 composition.plot_ranking,
                 "composition.measure_ranking(models, few)",
+                note=composition.describe_ranking,
             ),
             Table(
                 "circuit",

@@ -259,6 +259,8 @@ def test_ranking(make_gpt2):
     assert row["precision_random"] < 0.5
     assert row["precision_random_sd"] == pytest.approx(0)
     assert ("mlp", "query", "kernel") not in frame.index, "MLPs fill the stream"
+    expected = frame.loc[("head", ["query", "key", "value"], "kernel"), "precision"].mean()  # of equally many edges
+    assert f"ln_free, Projection Kernel: {expected:.2f} against" in composition.describe_ranking(frame.reset_index())
 
 
 @torch.no_grad()
