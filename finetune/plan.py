@@ -5,6 +5,7 @@ code that trains: every tensor that would be alive is counted, and every product
 """
 
 import dataclasses
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,9 @@ class Plan:
     """AdamW's two moments and, of each parameter, the count of its steps."""
     teacher: int
     """The original, which the model is fitted to; 0 where it is not."""
+    gathered: int
+    """What a process gathers of a sharded model beside its own part, at most: what is in no block, with its gradient,
+    and the original's; and two blocks, with the gradient of one."""
     activations: int
     """What else is alive at most in a forward and backward of a micro-batch, compiled or not: a compiled model may take
     less."""
@@ -59,8 +63,20 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """All that one process holds."""
-        return self.weights + self.gradients + self.optimizer + self.teacher + self.activations
+        """All that one process holds, if the model is not sharded."""
+        return sum(self.parts(shard=False).values())
+
+    def parts(self, shard: bool) -> dict[str, int]:
+        """Return the bytes that one process holds, by what they are of."""
+        held = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "AdamW's moments": self.optimizer,
+            "the original": self.teacher,
+        }
+        if shard:
+            held = {name: math.ceil(size / self.processes) for name, size in held.items()} | {"gathered": self.gathered}
+        return held | {"activations": self.activations}
 
     def hours(self, tflops: float, mfu: float) -> float:
         """Return how long both fits take, at `mfu` of `tflops`, 10¹² operations a second of one process."""
@@ -139,12 +155,16 @@ def _fit(recipe: Recipe, config: Any, context: int, device: str, removes: bool) 
     if not removes:
         return counted
     count = sum(parameter.numel() for parameter in parameters)
+    blocks = model.get_submodule(families.family_of(config, recipe.model).blocks).children()
+    of_blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    outside = count - sum(of_blocks)
     return counted | {
         "parameters": count,
         "weights": 4 * count,
         "gradients": 4 * count,
         "optimizer": 8 * count + 4 * len(parameters),
         "teacher": sum(p.numel() * p.element_size() for p in teacher.parameters()) if fitted else 0,
+        "gathered": (12 if fitted else 8) * outside + 12 * max(of_blocks),
         "activations": alive.peak,
     }
 
@@ -182,20 +202,20 @@ class _Alive(TorchDispatchMode):
 def describe(plan: Plan, tflops: float | None = None, mfu: float = 0.4) -> str:
     """Return a plan as it is printed: a rate, 10¹² operations a second of one process, gives hours too."""
     recipe, each = plan.recipe, f"{plan.processes} processes" if plan.processes > 1 else "one process"
-    parts = {
-        "weights": plan.weights,
-        "gradients": plan.gradients,
-        "AdamW's moments": plan.optimizer,
-        "the original": plan.teacher,
-        "activations": plan.activations,
-        "together": plan.bytes,
+    columns = {"": plan.parts(shard=False)} | ({"sharded": plan.parts(shard=True)} if plan.processes > 1 else {})
+    for parts in columns.values():
+        parts["together"] = sum(parts.values())
+    names = [name for name, size in [*columns.values()][-1].items() if size]
+    rows = {
+        name: [f"{size / 1e9:.3g}" if (size := parts.get(name)) else "" for parts in columns.values()] for name in names
     }
-    width = max(map(len, parts))
+    width = max(map(len, rows))
     lines = [
         f"{recipe.model}: {plan.parameters:,} parameters, products in {'bfloat16' if recipe.bf16 else 'float32'}.",
         f"Memory of {'each of ' if plan.processes > 1 else ''}{each}, in micro-batches of {recipe.micro_batch} × "
         f"{plan.context:,} tokens, GB:",
-        *(f"  {name:{width}}  {size / 1e9:.3g}" for name, size in parts.items() if size),
+        *([f"  {'':{width}}  {'whole':>7}  sharded"] if plan.processes > 1 else []),
+        *(f"  {name:{width}}  {'  '.join(f'{cell:>7}' for cell in row)}".rstrip() for name, row in rows.items()),
         f"The LN-free model: {plan.tokens:,} tokens, {plan.flops:.3g} operations.",
     ]
     if plan.control_flops:

@@ -83,12 +83,13 @@ class RemovalTrainer(RunTrainer):
             if self._dtype is not None:
                 cast_matrices(teacher, self._dtype)
             objective.defer_unembedding(teacher)
+            backend = self.args.torch_compile_backend if recipe.compile else None
             if self.shards:
-                sharding.shard(teacher)
+                sharding.shard(teacher, backend)
             else:
                 teacher.to(self.args.device)  # type: ignore[arg-type]
-            if recipe.compile:
-                teacher.base_model.compile(backend=self.args.torch_compile_backend)
+                if backend is not None:
+                    teacher.base_model.compile(backend=backend)
         self._softcap = objective.softcap_of(sites.model)
         self._centred = sites.norms[-1].style.centred
         # The streams between blocks are matched: one block has none.

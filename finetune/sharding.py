@@ -21,14 +21,17 @@ from transformers import PreTrainedModel
 from finetune.families import family_of
 
 
-def shard(model: PreTrainedModel) -> None:
+def shard(model: PreTrainedModel, backend: str | None = None) -> None:
     """Have every process hold its part of `model`, on its device; forward and backward are for all of them at once.
 
-    What is called has to be `model` itself. All processes give the same weights.
+    What is called has to be `model` itself. All processes give the same weights. With a `backend` of torch.compile each
+    block is compiled.
     """
     state = PartialState()
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
     for block in model.get_submodule(family_of(model).blocks):  # type: ignore[attr-defined]
+        if backend is not None:
+            block.compile(backend=backend)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
 

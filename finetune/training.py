@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -92,7 +92,9 @@ class RunTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self._dtype = torch.bfloat16 if self.args.bf16 else None
         if self.shards:
-            sharding.shard(model)
+            # The model itself is not compiled, blocks are: FSDP gathers their weights in between.
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            sharding.shard(model, self.args.torch_compile_backend if recipe.compile else None)
             # Another word for: leave the model as it is, and do not wrap it in DDP.
             self.is_distributed_loading_by_transformers = True
         self._of_logits = objective.loss_of_logits

@@ -27,6 +27,11 @@ from transformers import GPT2Config
 
 ROOT = Path(__file__).parents[2]
 REPEATS = 5
+PEAKS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
+    "A100": 312, "L40S": 362, "RTX 4090": 165,
+}
+"""TFLOP/s of a card in bfloat16, not sparse, as its maker publishes them; the first name that a device's contains."""
 
 
 def describe(device: str, threads: int | None = None) -> str:
@@ -56,13 +61,24 @@ def peak(device: str) -> float:
     return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) / 2**10 if status.exists() else math.nan
 
 
-def alone(*command: str | Path, **environment: str) -> Any:
-    """Run Python with `command` in a process of its own; return what the last line of its output is as JSON."""
+def published_peak(device: str) -> float:
+    """Return the FLOP/s that the card's maker publishes for bfloat16; NaN where this file does not know them."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((1e12 * peak for card, peak in PEAKS.items() if card in name), math.nan)
+
+
+def alone(*command: str | Path, timeout: float | None = None, **environment: str) -> Any:
+    """Run Python with `command` in a process of its own; return what the last line of its output is as JSON.
+
+    Raises:
+        subprocess.TimeoutExpired: it takes longer than so many seconds.
+    """
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        timeout=timeout,
         env=os.environ | environment,
     )
     return json.loads(done.stdout.splitlines()[-1])

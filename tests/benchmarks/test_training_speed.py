@@ -15,12 +15,17 @@ called after a family are models of it of micro's size, of random weights. Token
     kl         constant, with the recipe micro's objective: a teacher, its predictions and its residual stream
 
 MFU is the seconds that the step's products take alone over the seconds of the step; `kl` counts its teacher's forward.
+On a card that `machine.PEAKS` has, "of peak" is the same of the rate that its maker publishes.
+
+`--summary` is what a README needs, in at most eight minutes: on CUDA GPT-2 small, compiled, and XL, eager. What would
+take longer is left out of its tables.
 All but `published` have the activation function that a run puts in. No dropout anywhere. `published` is never compiled.
 
 `python tests/benchmarks/test_training_speed.py --help` has sizes, variants and lengths to choose from.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,6 +33,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +58,15 @@ from finetune.text import Blocks
 VARIANTS = ("products", "plain", "bare", "published", "live", "frozen", "constant", "kl")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 6
+SUMMARY = {
+    "cuda": {
+        ("small", "compiled"): ("plain", "constant", "kl", "live", "bare", "products"),
+        ("xl", "eager"): ("plain", "constant", "kl", "live", "bare", "products"),
+    },
+    "cpu": {("micro", "eager"): ("plain", "constant", "kl", "live", "bare", "products")},
+}
+"""By device the sizes and modes of the summary, and their variants, what matters most first."""
+SUMMARY_SECONDS = 460
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +115,7 @@ _SHAPES = {
 
 SIZES = {
     "micro": Size(None, batch=4, micro_batch=4, steps=20, rounds=5),
-    "small": Size({"n_embd": 768, "n_layer": 12, "n_head": 12}, batch=64, micro_batch=32),
+    "small": Size({"n_embd": 768, "n_layer": 12, "n_head": 12}, batch=64, micro_batch=16),
     "medium": Size({"n_embd": 1024, "n_layer": 24, "n_head": 16}, batch=64, micro_batch=16),
     "xl": Size({"n_embd": 1600, "n_layer": 48, "n_head": 25}, batch=32, micro_batch=4, steps=4, rounds=1),
 } | {name: Size(shape, batch=4, micro_batch=4, steps=20, family=name) for name, shape in _SHAPES.items()}
@@ -287,14 +303,39 @@ def _measure(variant: str, size: Size, compile: bool) -> dict[str, float]:
     }
 
 
-def _round(command: list[str], variants: list[str]) -> pd.DataFrame:
-    """Measure every variant once; return a row a variant."""
-    return pd.DataFrame({variant: machine.alone(*command, "--alone", variant) for variant in variants}).T
+def _round(command: list[str], variants: Sequence[str], until: float = math.inf) -> pd.DataFrame:
+    """Measure every variant once; return a row for each that is measured by `until`, on the monotonic clock."""
+    found = {}
+    for variant in variants:
+        left = until - time.monotonic()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if left > 0:
+                timeout = None if math.isinf(left) else left
+                found[variant] = machine.alone(*command, "--alone", variant, timeout=timeout)
+    return pd.DataFrame(found).T
 
 
-def _compare(rounds: list[pd.DataFrame], size: Size) -> pd.DataFrame:
+def _summarise() -> None:
+    """Print the tables of the summary; each half of it has its share of the time."""
+    began = time.monotonic()
+    for i, ((name, mode), variants) in enumerate(SUMMARY[DEVICE].items(), start=1):
+        size = dataclasses.replace(SIZES[name], steps=6, rounds=1)
+        command = [__file__, "--size", name, "--mode", mode, "--steps", str(size.steps)]
+        found = _round(command, variants, began + SUMMARY_SECONDS * i / len(SUMMARY[DEVICE]))
+        _print(found, size, name, mode)
+
+
+def _print(found: pd.DataFrame, size: Size, name: str, mode: str) -> None:
+    print(f"\n{machine.describe(DEVICE)}")
+    print(
+        f"{name}, {mode}, batch {size.batch}, micro-batch {size.micro_batch}, {size.steps} steps, rounds: {size.rounds}"
+    )
+    print(machine.markdown(_compare(found, size), "variant") if len(found) else "Nothing was done in time.", flush=True)
+
+
+def _compare(rounds: pd.DataFrame, size: Size) -> pd.DataFrame:
     """Return the table of what the rounds measured, a row a variant."""
-    table = pd.concat(rounds).groupby(level=0, sort=False).min()
+    table = rounds.groupby(level=0, sort=False).min()
     seconds = table["seconds a step"]
     tokens = size.batch * size.config.max_position_embeddings
     found = pd.DataFrame({"seconds a step": seconds})
@@ -307,6 +348,8 @@ def _compare(rounds: list[pd.DataFrame], size: Size) -> pd.DataFrame:
     if "products" in table.index:
         alone = pd.Series(seconds["products"], found.index)
         found["MFU"] = (alone + table.loc["products", "forward"] * (passes - 3)) / seconds
+    if DEVICE == "cuda" and size.family == "gpt2":
+        found["of peak"] = found["GFLOP/s"] * 1e9 / machine.published_peak(DEVICE)
     return found.join(table.reindex(columns=["peak MiB", "graphs"]))
 
 
@@ -319,7 +362,11 @@ def main() -> None:
     for field in ("batch", "micro_batch", "steps", "rounds"):
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, help="in place of the size's own")
     parser.add_argument("--alone", choices=VARIANTS, help="measure one variant in this process, and print JSON")
+    parser.add_argument("--summary", action="store_true", help="what a README needs, in eight minutes")
     options = parser.parse_args()
+    if options.summary:
+        _summarise()
+        return
     own = {name: getattr(options, name) for name in ("batch", "micro_batch", "steps", "rounds")}
     changed = {name: value for name, value in own.items() if value is not None}
     for name in options.size:
@@ -330,15 +377,8 @@ def main() -> None:
                 continue
             numbers = [part for key, value in changed.items() for part in (f"--{key.replace('_', '-')}", str(value))]
             command = [__file__, "--size", name, "--mode", mode, *numbers]
-            table = _compare(
-                [_round(command, [v for v in options.variant if v in size.variants]) for _ in range(size.rounds)], size
-            )
-            print(f"\n{machine.describe(DEVICE)}")
-            print(
-                f"{name}, {mode}, batch {size.batch}, micro-batch {size.micro_batch}, {size.steps} steps, "
-                f"{size.rounds} rounds"
-            )
-            print(machine.markdown(table, "variant"), flush=True)
+            variants = [variant for variant in options.variant if variant in size.variants]
+            _print(pd.concat([_round(command, variants) for _ in range(size.rounds)]), size, name, mode)
 
 
 def test_training_speed() -> None:

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -116,9 +117,20 @@ def test_killed_and_resumed_equals_uninterrupted(name, recipe: Recipe, directory
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@each_family
-def test_two_processes_equal_one(name, recipe: Recipe, directory_of, tmp_path: Path):
-    recipe = replace(recipe, model=str(directory_of(name)), control=False)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name in FAMILIES),
+        *((name, {"shard": True}) for name in ("gpt_neox", "gemma2")),
+        *(
+            (name, {"shard": True, "gradient_checkpointing": True, "bf16": True, "kl_weight": 1.0})
+            for name in ("llama",)
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_two_processes_equal_one(name, settings: dict[str, Any], recipe: Recipe, directory_of, tmp_path: Path):
+    recipe = replace(recipe, model=str(directory_of(name)), control=False, **settings)
     alone = remove_norms(recipe=recipe, out=tmp_path / "alone")
     (tmp_path / "tiny.yaml").write_text(recipes.dump(recipe))
     ends = in_two_processes(partial(finetune, "tiny.yaml", "--out", "two"), tmp_path)

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,18 @@ def test_processes_share_the_work(recipe: Recipe):
         plan.plan(recipe, 3)
 
 
+def test_of_a_sharded_model_each_holds_a_part(recipe: Recipe):
+    """And gathers embeddings, final norm and blocks, counted by hand."""
+    planned = plan.plan(replace(recipe, kl_weight=1.0), 2)
+    model = tiny_gpt2()
+    block = sum(parameter.numel() for parameter in model.transformer.h[0].parameters())
+    outside = model.num_parameters() - 2 * block
+    whole, sharded = (planned.parts(shard) for shard in (False, True))
+    assert sharded.pop("gathered") == 4 * (3 * outside + 3 * block)
+    assert sharded.pop("activations") == whole.pop("activations")
+    assert {name: 2 * size for name, size in sharded.items()} == whole
+
+
 def test_a_plan_for_cuda_is_in_bf16(recipe: Recipe):
     assert plan.plan(replace(recipe, bf16=None, device="cuda")).recipe.bf16
     assert not plan.plan(replace(recipe, bf16=False, device="cuda")).recipe.bf16
@@ -117,5 +130,7 @@ def test_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert "each of 2 processes, in micro-batches of 2 × 16 tokens" in said
     assert f"{32 * 4 * 16:,} tokens" in said
     assert "hours" in said
+    assert re.search(r"whole +sharded\n +weights +\S+ +\S+\n", said)
+    assert re.search(r"gathered +\d\S+\n", said)
     assert "control" not in said
     assert not (tmp_path / "runs").exists()

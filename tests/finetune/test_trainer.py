@@ -347,11 +347,11 @@ class TestTwoProcesses:
 
     @pytest.mark.slow
     def test_sharded_equal_one(self, short: Recipe, tmp_path: Path):
-        """As above; each process holds half of the bytes, and the run that is left is an ordinary one."""
+        """As above; each process holds half of the bytes, and a run goes on exactly, or in one process."""
         recipe = replace(
             short, control=True, kl_weight=0.5, match_weight=2.0, aux_weight=0.3, std_decay=0.5, shard=True
         )
-        recipe = replace(recipe, spread_weight=0.2, spread_live=True, guard=1.5)
+        recipe = replace(recipe, spread_weight=0.2, spread_live=True, guard=1.5, save_every=10)
         alone = remove_norms(recipe=recipe, out=tmp_path / "alone")
         file = tmp_path / "tiny.yaml"
         file.write_text(recipes.dump(recipe))
@@ -373,6 +373,18 @@ class TestTwoProcesses:
         columns = ["loss", "kl", "jsd"]
         one, two = (each[columns] for each in (alone.results, pd.read_csv(tmp_path / "two/results.csv")))
         np.testing.assert_allclose(two, one, atol=1e-5)
+
+        cut = [shutil.copytree(tmp_path / "two", tmp_path / name) for name in ("again", "by one")]
+        for directory in cut:
+            for left in ("ln_free", "control", "checkpoints/ln_free/checkpoint-16", "checkpoints/control"):
+                shutil.rmtree(directory / left)
+        ends = in_two_processes(partial(finetune, "resume", "again"), tmp_path)
+        assert [end.code for end in ends] == [0, 0], ends
+        for name in ("ln_free", "control"):
+            assert_close(last_state(cut[0], name), last_state(tmp_path / "two", name), 0)
+        setup = set_up(recipe)
+        fit(setup, cut[1], "ln_free", setup.events)
+        assert_close(last_state(cut[1]), last_state(alone.directory), 1e-6)
 
     def test_statistics_are_summed_not_copied(self, tmp_path: Path):
         """Each rank has seen stds of its own, and both get the mean over all tokens."""
