@@ -119,6 +119,10 @@ def next_token_loss(
     return NextTokenLoss(*_NextTokenLoss.apply(targets.flatten(), is_text, kl_weight, dtype, softcap, at_once, *ends))
 
 
+_UNEMBEDDING = 7
+"""The place of the model's unembedding among what `_NextTokenLoss` takes."""
+
+
 class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,7 +141,8 @@ class _NextTokenLoss(torch.autograd.Function):
             (ends[i].to(dtype), *_centred(ends[i + 1], dtype, wide)) for i in range(0, len(ends), 2)
         )
         cross_entropy, kl, teacher_cross_entropy, cover_kl = torch.zeros(4, dtype=wide, device=residual.device)
-        of_residual, of_unembedding = torch.empty_like(residual), torch.zeros_like(unembedding, dtype=wide)
+        of_residual = torch.empty_like(residual)
+        of_unembedding = torch.zeros_like(unembedding, dtype=wide) if ctx.needs_input_grad[_UNEMBEDDING] else None
         at_once = at_once or LOGITS_AT_ONCE.get(residual.device.type, 2**24)
         pieces = math.ceil(len(targets) * len(unembedding) / at_once)
         size = math.ceil(len(targets) / pieces)
@@ -179,9 +184,10 @@ class _NextTokenLoss(torch.autograd.Function):
             of_residual[piece] = gradient @ unembedding
             if softcap is not None:
                 of_residual[piece] += common
-            of_unembedding += gradient.T @ residual[piece]
+            if of_unembedding is not None:
+                of_unembedding += gradient.T @ residual[piece]
         ctx.gradients = [
-            (gradient / len(targets)).to(end)
+            None if gradient is None else (gradient / len(targets)).to(end)
             for gradient, end in zip((of_residual, of_unembedding), ends, strict=False)
         ]
         sums = cross_entropy, kl, teacher_cross_entropy, cover_kl
@@ -191,7 +197,7 @@ class _NextTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        of_residual, of_unembedding = (gradient * of_total for gradient in ctx.gradients)
+        of_residual, of_unembedding = (None if gradient is None else gradient * of_total for gradient in ctx.gradients)
         return None, None, None, None, None, None, of_residual, of_unembedding, None, None
 
 

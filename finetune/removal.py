@@ -14,6 +14,7 @@ RUN/results.csv    the same on all of each text
 import copy
 import dataclasses
 import gc
+import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
@@ -153,6 +154,8 @@ def set_up(
     """
     check_processes(recipe)
     check_cache(recipe)
+    if recipe.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        raise RecipeError("lora_rank needs peft, which is not installed: pip install 'noln[lora]', or leave it away.")
     config = checkpoint.load_config(recipe.model, recipe.revision) if model is None else model.config
     family = families.family_of(config, recipe.model) if model is None else families.family_of(model)
     sites = family.sites_of(config.num_hidden_layers)
@@ -237,6 +240,10 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
     recipe, context = setup.recipe, setup.text.train.context
     model = ready(copy.deepcopy(setup.model).float(), context)
     sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
+    if recipe.lora_rank is not None:
+        from finetune import low_rank  # and peft, which takes seconds
+
+        low_rank.adapt(sites, recipe)
     trainer = RemovalTrainer(
         sites,
         recipe,
@@ -255,6 +262,8 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
     )
     trainer.train(newest_whole(directory / "checkpoints" / name, anyway))
     objective.restore_unembedding(model)
+    if recipe.lora_rank is not None:
+        low_rank.merge(model)
     if PartialState().is_main_process:
         if trainer.pacing is not None:
             write(directory / "replay.yaml", recipes.dump(_replay(recipe, trainer.events)))

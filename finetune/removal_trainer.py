@@ -28,7 +28,7 @@ from finetune.recipe import Recipe
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import Blocks, StreamedBlocks
-from finetune.training import DivergedError, Record, RunTrainer, cast_matrices
+from finetune.training import DivergedError, Record, RunTrainer, cast_matrices, share_frozen
 
 _NOTABLE = 2
 """A live std so many times what divides it, rounded down, is worth saying when a run has diverged."""
@@ -79,9 +79,10 @@ class RemovalTrainer(RunTrainer):
             sites.keep_live_graph()
         self.teacher = teacher
         if teacher is not None:
-            teacher.requires_grad_(False).to(self.args.device)  # type: ignore[arg-type]
             if self._dtype is not None:
                 cast_matrices(teacher, self._dtype)
+            share_frozen(teacher, sites.model)
+            teacher.requires_grad_(False).to(self.args.device)  # type: ignore[arg-type]
             if recipe.compile:
                 teacher.base_model.compile(backend=self.args.torch_compile_backend)
         self._softcap = objective.softcap_of(sites.model)

@@ -191,6 +191,19 @@ def cast_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.weight.data = module.weight.data.to(dtype)
 
 
+def share_frozen(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Have `teacher`, the model as it was, hold no copy of what does not train in `model`."""
+    frozen = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }
+    for name, parameter in teacher.named_parameters():
+        own = frozen.get(name)
+        if own is not None and own.dtype == parameter.dtype:
+            parameter.data = own.data
+
+
 CAUSAL = "noln_causal"
 """transformers' SDPA by a name that it makes no masks for: without one it is causal, and flash kernels take it."""
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)

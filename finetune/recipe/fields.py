@@ -23,6 +23,9 @@ Phase = Literal["mlp", "qk", "v", "attn_out", "mlp_out", "final", "eot", "positi
 StdMean = Literal["arithmetic", "geometric", "harmonic"]
 """The kind of mean of the stds that a constant is."""
 
+LowRankTarget = Literal["readers", "writers", "embeddings"]
+"""What may train at low rank beside the norms."""
+
 _COVER_KIND = re.compile(
     r"uniform|shuffled|renamed|repeated|runs|(unigram|corrupted)(-(?=[\d.]*[1-9])(\d+(\.\d+)?|\.\d+))?"
 )
@@ -391,6 +394,16 @@ class Recipe(Training):
     """Between which fractions of the run the guard is lifted: 1/κ falls linearly to 0."""
     max_outlier: float = 1e6
     """The run stops when the live std of a token is so many times what divides it: the divisor has been left behind."""
+    lora_rank: int | None = None
+    """Train at low rank (LoRA, Hu et al. 2021): each matrix W stays as it is, and what trains is a product of rank
+    `lora_rank` that is added to it, with the gains and biases of norms. Memory for gradients and AdamW's moments is
+    that of what trains, and the exported models are ordinary ones. 0: gains and biases of norms alone. None: all
+    weights train. Needs the extra `lora`. A higher lr than that of all weights is usual."""
+    lora_alpha: float = 32.0
+    """At low rank, the product counts lora_alpha / lora_rank times."""
+    lora_targets: tuple[LowRankTarget, ...] = ("readers", "writers")
+    """At low rank, what trains beside the norms. readers: the matrices that read the norms of blocks; writers: those
+    through which attention and MLPs write to the residual stream; embeddings: embeddings and unembedding, whole."""
     control: bool = True
     """Also fine-tune with LayerNorm kept, by cross-entropy alone, to tell what fine-tuning did from what losing
     LayerNorm did. With `kl_weight` or `match_weight` the original tells the latter better."""
@@ -408,6 +421,10 @@ class Recipe(Training):
             raise RecipeError(f"context is {self.context}; at least 2 tokens are needed.")
         self._check_cover()
         self._check_outliers()
+        if self.lora_rank is not None and self.lora_rank < 0:
+            raise RecipeError(f"lora_rank is {self.lora_rank}; it must be at least 0, or None to train all weights.")
+        if not 0 < self.lora_alpha < math.inf:
+            raise RecipeError(f"lora_alpha is {self.lora_alpha}; it must be above 0.")
         if not 0 <= self.std_decay < 1:
             raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
         if self.schedule.start >= self.steps:
@@ -490,6 +507,7 @@ SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
         *("model", "revision", "control", "control_from", "context"),
         *("text", "seed", "steps", "batch", "micro_batch", "lr", "min_lr", "warmup", "lr_horizon", "max_rise"),
         *("weight_decay", "betas", "clip", "device", "bf16", "compile", "gradient_checkpointing"),
+        *("lora_rank", "lora_alpha", "lora_targets"),
     ),
     True,
 ) | dict.fromkeys(
