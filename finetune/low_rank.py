@@ -30,7 +30,14 @@ from finetune.sites import Sites
 _ADAPTER = "default"
 
 
-class _LowRankReader(lora.Linear):
+class _LowRank(lora.Linear):
+    """An adapter that stays where it is made, beside its module: shapes without numbers (`plan`) cannot be moved."""
+
+    def _move_adapter_to_device_of_base_layer(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+class _LowRankReader(_LowRank):
     """An adapter of a `NormedReader`, which uses its weight directly."""
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
@@ -65,7 +72,7 @@ def adapt(sites: Sites, recipe: Recipe) -> None:
             module: Any = model.get_submodule(path)
             is_linear = module.is_linear if isinstance(module, NormedReader) else not isinstance(module, Conv1D)
             config = LoraConfig(r=rank, lora_alpha=recipe.lora_alpha, fan_in_fan_out=not is_linear)  # type: ignore[arg-type]
-            kind = _LowRankReader if isinstance(module, NormedReader) else lora.Linear
+            kind = _LowRankReader if isinstance(module, NormedReader) else _LowRank
             adapter = kind(module, _ADAPTER, config=config, r=rank, lora_alpha=recipe.lora_alpha)  # type: ignore[arg-type]
             model.set_submodule(path, adapter)
     trained: list[nn.Module] = [*sites.norms]

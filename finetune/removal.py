@@ -16,9 +16,11 @@ import dataclasses
 import gc
 import importlib.util
 import math
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from finetune.cover import Cover
 from finetune.errors import CheckpointError
 from finetune.in_memory import plain_copy, unwrapped
 from finetune.names import is_local, public_name
-from finetune.processes import check_cache, check_processes, decided
+from finetune.processes import check_cache, check_processes, decided, with_micro_batch
 from finetune.recipe import Recipe, RecipeError, Text
 from finetune.removal_trainer import RemovalTrainer
 from finetune.run_directory import (
@@ -116,6 +118,7 @@ def start(
     directory = new_directory(recipe, out)
     with in_file(documents, directory) as file:
         setup = set_up(decided(of_file(recipe, file)), model, tokenizer)
+        setup = dataclasses.replace(setup, recipe=with_micro_batch(setup.recipe, partial(_attempt, setup)))
         directory = make(directory, out)
         # A run is replayed and resumed from files alone, and a model that was dequantised is kept as it was.
         recipe = of_file(setup.recipe, take_in(file, directory))
@@ -233,18 +236,16 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
         return Run(directory, _conclude(setup, directory))
 
 
-def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anyway: bool = False) -> None:
-    """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
-    if (directory / name).exists():
-        return
+def _trainer(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> RemovalTrainer:
+    """Return what trains a copy of the model through `events`."""
     recipe, context = setup.recipe, setup.text.train.context
     model = ready(copy.deepcopy(setup.model).float(), context)
     sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
     if recipe.lora_rank is not None:
-        from finetune import low_rank  # and peft, which takes seconds
+        from finetune import low_rank
 
         low_rank.adapt(sites, recipe)
-    trainer = RemovalTrainer(
+    return RemovalTrainer(
         sites,
         recipe,
         events,
@@ -260,22 +261,38 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         else None,
         decode=lambda token: str(setup.tokenizer.decode([token])),
     )
+
+
+def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anyway: bool = False) -> None:
+    """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
+    if (directory / name).exists():
+        return
+    recipe, trainer = setup.recipe, _trainer(setup, directory, name, events)
     trainer.train(newest_whole(directory / "checkpoints" / name, anyway))
-    objective.restore_unembedding(model)
+    objective.restore_unembedding(trainer.sites.model)
     if recipe.lora_rank is not None:
-        low_rank.merge(model)
+        from finetune import low_rank  # and peft, which takes seconds
+
+        low_rank.merge(trainer.sites.model)
     if PartialState().is_main_process:
         if trainer.pacing is not None:
             write(directory / "replay.yaml", recipes.dump(_replay(recipe, trainer.events)))
         if events:
-            _check_stds(sites, setup)
-        plain = sites.to_plain()
+            _check_stds(trainer.sites, setup)
+        plain = trainer.sites.to_plain()
         if events:
             plain = folding.convert(plain, recipe.export_format)
         plain.config.use_cache = setup.model.config.use_cache  # training does without
         plain.set_attn_implementation(setup.model.config._attn_implementation)
         checkpoint.save(plain, directory / name, setup.tokenizer)
     PartialState().wait_for_everyone()
+
+
+def _attempt(setup: Setup, size: int) -> None:
+    """Try a micro-batch of `size` sequences in the fit of the LN-free model."""
+    setup = dataclasses.replace(setup, recipe=dataclasses.replace(setup.recipe, micro_batch=size))
+    with tempfile.TemporaryDirectory() as directory:
+        _trainer(setup, Path(directory), "ln_free", setup.events).try_out()
 
 
 @torch.no_grad()

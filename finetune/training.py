@@ -105,6 +105,24 @@ class RunTrainer(Trainer):
         finally:
             self._record.bar.close()
 
+    def try_out(self) -> None:
+        """Take two steps of one micro-batch, without the other processes; what is left is not to be trained.
+
+        The second holds all that training ever does: gradients and moments beside activations.
+        """
+        self.create_optimizer_and_scheduler(self.recipe.steps)
+        assert isinstance(self.model, PreTrainedModel)
+        assert self.optimizer is not None
+        if self.args.activation_checkpointing:
+            self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+        model = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # cast and compiled, not shared
+        block: dict[str, Tensor] = next(iter(self.train_dataset))  # type: ignore[arg-type]
+        size = self.args.per_device_train_batch_size
+        inputs = {name: torch.stack([tensor] * size).to(self.args.device) for name, tensor in block.items()}
+        for _ in range(2):
+            self.compute_loss(model, inputs).backward()
+            self.optimizer.step()
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Go through the text, unless the last step is done: a stream, which has no end, would begin anew."""
         self.control.should_training_stop = self.state.global_step >= self.state.max_steps
@@ -223,6 +241,7 @@ def attend_without_masks(model: PreTrainedModel, context: int) -> None:
 
 def training_arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArguments:
     """Return what the Trainer is told of `recipe`; `others` are more of its arguments, or others in place of these."""
+    assert recipe.micro_batch != "auto"
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=recipe.steps,

@@ -239,8 +239,9 @@ class Training:
     """Optimizer steps of the run."""
     batch: int
     """Sequences a step, over all processes and micro-batches. `context` or `n_positions` says how long they are."""
-    micro_batch: int
-    """Sequences in one forward of one process; the batch is made up by accumulating gradients."""
+    micro_batch: int | Literal["auto"]
+    """Sequences in one forward of one process; the batch is made up by accumulating gradients. auto: as many as fit
+    into memory, tried before the first step; the recipe in the run directory says how many that are."""
     lr: float
     """The highest learning rate, after the warm-up."""
     min_lr: float
@@ -284,9 +285,9 @@ class Training:
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch", "micro_batch", "log_every", "save_every"):
-            if getattr(self, field) < 1:
+            if getattr(self, field) != "auto" and getattr(self, field) < 1:
                 raise RecipeError(f"{field} is {getattr(self, field)}; at least 1 is needed.")
-        if self.batch % self.micro_batch:
+        if self.micro_batch != "auto" and self.batch % self.micro_batch:
             raise RecipeError(f"batch is {self.batch}, no multiple of micro_batch, {self.micro_batch}: change either.")
         if not 0 <= self.min_lr <= self.lr < math.inf or self.lr == 0:
             raise RecipeError(f"min_lr is {self.min_lr} and lr {self.lr}; 0 <= min_lr <= lr and lr > 0 are needed.")
