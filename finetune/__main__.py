@@ -146,7 +146,7 @@ def _plan(arguments: list[str]) -> None:
 
     from finetune import plan
 
-    print(plan.describe(plan.plan(options.recipe, options.processes), options.tflops, options.mfu))
+    print(plan.describe(plan.side_by_side(options.recipe, options.processes), options.tflops, options.mfu))
 
 
 def _pretrain(arguments: list[str]) -> None:

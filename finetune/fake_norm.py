@@ -305,17 +305,25 @@ class NormedReader(nn.Module):
         self.__dict__["norm"] = norm  # a module of the model, but not of this one
         self.weight: Tensor = linear.weight  # type: ignore[assignment]
         self.bias: Tensor | None = linear.bias  # type: ignore[assignment]
-        self.paths, self.groups, self._is_linear = paths, groups, isinstance(linear, nn.Linear)
+        self.paths, self.groups, self.is_linear = paths, groups, isinstance(linear, nn.Linear)
 
     @property
     def matrix(self) -> Float[Tensor, "out d"]:
         """The weight as `F.linear` takes it."""
-        return self.weight if self._is_linear else self.weight.T
+        return self._oriented(self.weight)
 
-    def forward(self, y: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos out"]:
-        """Return norm(x)·W + b, each part with the scale of its path, from what the norm returns of x."""
+    def _oriented(self, weight: Float[Tensor, "_ _"]) -> Float[Tensor, "out d"]:
+        return weight if self.is_linear else weight.T
+
+    def forward(
+        self, y: Float[Tensor, "batch pos d"], delta: Float[Tensor, "_ _"] | None = None
+    ) -> Float[Tensor, "batch pos out"]:
+        """Return norm(x)·W + b, each part with the scale of its path, from what the norm returns of x.
+
+        An adapter adds `delta` to the weight, in the weight's shape.
+        """
         norm = self.norm
-        matrix = self.matrix
+        matrix = self.matrix if delta is None else self._oriented(self.weight + delta)
         if norm.is_live:
             return F.linear(y, matrix, self.bias)
         bias = self.bias

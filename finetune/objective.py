@@ -173,6 +173,10 @@ def next_token_loss(
     return NextTokenLoss(*_NextTokenLoss.apply(*given, *ends))
 
 
+_UNEMBEDDING = 8
+"""The place of the model's unembedding among what `_NextTokenLoss` takes."""
+
+
 class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -192,7 +196,8 @@ class _NextTokenLoss(torch.autograd.Function):
         unembeddings, offsets = zip(*(_centred(end, dtype, wide) for end in ends[1::2]), strict=True)
         (residual, *_), (unembedding, *_), (offset, *_) = residuals, unembeddings, offsets
         sums = torch.zeros(4, dtype=wide, device=residual.device)
-        of_residual, of_unembedding = torch.empty_like(residual), torch.zeros_like(unembedding, dtype=wide)
+        of_residual = torch.empty_like(residual)
+        of_unembedding = torch.zeros_like(unembedding, dtype=wide) if ctx.needs_input_grad[_UNEMBEDDING] else None
         at_once = at_once or logits_at_once(residual.device.type, len(unembedding))
         size = _piece(len(targets), len(unembedding), at_once)
         for start in range(0, len(targets), size):
@@ -212,18 +217,22 @@ class _NextTokenLoss(torch.autograd.Function):
             of_residual[piece] = gradient @ unembedding
             if softcap is not None:  # without a soft-cap each token's gradients add up to 0
                 of_residual[piece] += common * offset
-            of_unembedding += gradient.T @ given[0]
+            if of_unembedding is not None:
+                of_unembedding += gradient.T @ given[0]
+        if of_unembedding is not None:  # without what it was padded with
+            of_unembedding = of_unembedding[: len(ends[1])]
         ctx.gradients = [
-            (gradient / len(targets)).to(end)
-            for gradient, end in zip((of_residual, of_unembedding[: len(ends[1])]), ends, strict=False)
+            None if gradient is None else (gradient / len(targets)).to(end)
+            for gradient, end in zip((of_residual, of_unembedding), ends, strict=False)
         ]
-        cross_entropy, kl, *others = parts = (sums / len(targets)).unbind()
-        ctx.mark_non_differentiable(*parts)
-        return (1 - kl_weight) * cross_entropy + kl_weight * (kl + others[1]), *parts
+        means = (sums / len(targets)).unbind()
+        cross_entropy, kl, *others = means
+        ctx.mark_non_differentiable(*means)
+        return (1 - kl_weight) * cross_entropy + kl_weight * (kl + others[1]), *means
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        of_residual, of_unembedding = (gradient * of_total for gradient in ctx.gradients)
+        of_residual, of_unembedding = (None if gradient is None else gradient * of_total for gradient in ctx.gradients)
         return *[None] * 7, of_residual, of_unembedding, None, None
 
 

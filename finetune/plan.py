@@ -5,11 +5,14 @@ code that trains: every tensor that would be alive is counted, and every product
 """
 
 import dataclasses
+import importlib.util
 import math
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,8 +24,10 @@ from finetune import checkpoint, families, objective, removal
 from finetune.processes import check_shares, decided
 from finetune.recipe import Recipe
 from finetune.sites import Sites
-from finetune.training import cast_matrices
+from finetune.training import cast_matrices, share_frozen
 
+_RANK = 16
+"""The rank that a plan is beside which trains all weights."""
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -41,12 +46,15 @@ class Plan:
     context: int
     processes: int
     parameters: int
+    """Adapters among them."""
+    trained: int
+    """The parameters that train."""
     weights: int
     gradients: int
     optimizer: int
     """AdamW's two moments and, of each parameter, the count of its steps."""
     teacher: int
-    """The original, which the model is fitted to; 0 where it is not."""
+    """The original, which the model is fitted to; 0 where it is not. Less what it shares with a model of low rank."""
     gathered: int
     """What a process gathers of a sharded model beside its own part, at most: what is in no block, with its gradient,
     and the original's; and two blocks, with the gradient of one."""
@@ -95,9 +103,12 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     check_shares(recipe, processes)
     config = checkpoint.load_config(recipe.model, recipe.revision)
     context = removal.context_of(recipe, config)
+    if recipe.micro_batch == "auto":
+        recipe = dataclasses.replace(recipe, micro_batch=1)  # the least that a run can do with
     on_cuda = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
     recipe = dataclasses.replace(recipe, bf16=True) if on_cuda and recipe.bf16 is None else decided(recipe)
     fit = _fit(recipe, config, context, "cuda" if on_cuda else "cpu", removes=True)
+    assert recipe.micro_batch != "auto"
     micro_batches = recipe.steps * recipe.batch // recipe.micro_batch
     control_flops = 0.0
     if recipe.control and recipe.control_from is None:
@@ -113,8 +124,24 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     )
 
 
+def side_by_side(recipe: Recipe, processes: int = 1) -> dict[str, Plan]:
+    """Return by name the plan of `recipe`, and beside it those of ways to train the same in less memory, or in more.
+
+    Raises:
+        RecipeError, CheckpointError: as `plan`.
+    """
+    ranks = [recipe.lora_rank]
+    if importlib.util.find_spec("peft") is not None:
+        ranks.append(_RANK if recipe.lora_rank is None else None)
+    return {
+        "all weights" if rank is None else f"rank {rank}": plan(dataclasses.replace(recipe, lora_rank=rank), processes)
+        for rank in ranks
+    }
+
+
 def _fit(recipe: Recipe, config: Any, context: int, device: str, removes: bool) -> dict[str, int]:
     """Count one micro-batch of a fit, the removal's or the control's."""
+    assert recipe.micro_batch != "auto"
     kind: Any = families.family_of(config, recipe.model).model_class
     dtype = torch.bfloat16 if recipe.bf16 else None
     fitted = removes and (recipe.kl_weight or recipe.match_weight)
@@ -125,10 +152,16 @@ def _fit(recipe: Recipe, config: Any, context: int, device: str, removes: bool) 
             cast_matrices(teacher.requires_grad_(False), dtype)
         if recipe.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        parameters = list(model.parameters())
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
         sites = Sites(model, None, recipe.schedule.classes, recipe.std_mean)
+        if recipe.lora_rank is not None:
+            from finetune import low_rank
+
+            low_rank.adapt(sites, recipe)
+        share_frozen(teacher, model)
+        parameters = list(model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
         objective.defer_unembedding(model)
         softcap = objective.softcap_of(model)
         with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops, _Alive() as alive:
@@ -154,16 +187,19 @@ def _fit(recipe: Recipe, config: Any, context: int, device: str, removes: bool) 
     counted = {"flops": flops.get_total_flops()}
     if not removes:
         return counted
-    count = sum(parameter.numel() for parameter in parameters)
+    count, trained_count = (sum(parameter.numel() for parameter in those) for those in (parameters, trained))
+    own = {_Alive.key(parameter) for parameter in parameters}
+    of_teacher = [parameter for parameter in teacher.parameters() if fitted and _Alive.key(parameter) not in own]
     blocks = model.get_submodule(families.family_of(config, recipe.model).blocks).children()
     of_blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     outside = count - sum(of_blocks)
     return counted | {
         "parameters": count,
+        "trained": trained_count,
         "weights": 4 * count,
-        "gradients": 4 * count,
-        "optimizer": 8 * count + 4 * len(parameters),
-        "teacher": sum(p.numel() * p.element_size() for p in teacher.parameters()) if fitted else 0,
+        "gradients": 4 * trained_count,
+        "optimizer": 8 * trained_count + 4 * len(trained),
+        "teacher": sum(parameter.numel() * parameter.element_size() for parameter in of_teacher),
         "gathered": (12 if fitted else 8) * outside + 12 * max(of_blocks),
         "activations": alive.peak,
     }
@@ -179,10 +215,10 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`, and count what it returns but for views and what was there before."""
-        given = {self._key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {self.key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor) and (key := self._key(leaf)) not in given | self._counted:
+            if isinstance(leaf, Tensor) and (key := self.key(leaf)) not in given | self._counted:
                 storage = leaf.untyped_storage()
                 self._counted.add(key)
                 self.now += storage.nbytes()
@@ -191,7 +227,7 @@ class _Alive(TorchDispatchMode):
         return made
 
     @staticmethod
-    def _key(tensor: Tensor) -> int:
+    def key(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
 
     def _forget(self, key: int, size: int) -> None:
@@ -199,28 +235,32 @@ class _Alive(TorchDispatchMode):
         self.now -= size
 
 
-def describe(plan: Plan, tflops: float | None = None, mfu: float = 0.4) -> str:
-    """Return a plan as it is printed: a rate, 10¹² operations a second of one process, gives hours too."""
-    recipe, each = plan.recipe, f"{plan.processes} processes" if plan.processes > 1 else "one process"
-    columns = {"": plan.parts(shard=False)} | ({"sharded": plan.parts(shard=True)} if plan.processes > 1 else {})
-    for parts in columns.values():
-        parts["together"] = sum(parts.values())
-    names = [name for name, size in [*columns.values()][-1].items() if size]
-    rows = {
-        name: [f"{size / 1e9:.3g}" if (size := parts.get(name)) else "" for parts in columns.values()] for name in names
-    }
-    width = max(map(len, rows))
+def describe(plans: Mapping[str, Plan], tflops: float | None = None, mfu: float = 0.4) -> str:
+    """Return plans of one run as a table, the recipe's own first, by the names that they have in `plans`.
+
+    Of several processes, each plan is there twice, whole and sharded. A rate, 10¹² operations a second of one process,
+    gives hours too.
+    """
+    first = next(iter(plans.values()))
+    columns = {}
+    for name, plan in plans.items():
+        for shard in [False, True] if plan.processes > 1 else [False]:
+            parts = plan.parts(shard)
+            parts["together"] = sum(parts.values())
+            column = {"parameters that train": f"{plan.trained:,}"}
+            column |= {f"{part}, GB": f"{size / 1e9:.3g}" for part, size in parts.items()}
+            column |= {"operations": f"{plan.flops:.3g}", "operations, control": f"{plan.control_flops:.3g}"}
+            if tflops is not None:
+                column["hours of training"] = f"{plan.hours(tflops, mfu):.3g}"
+            columns[f"{name}, sharded" if shard else name] = column
+    table = pd.DataFrame(columns, index=max((list(column) for column in columns.values()), key=len)).fillna("")
+    table = table[~table.isin(["0", ""]).all(axis=1)]  # without the original or a control, if there is none
+    processes = f"each of {first.processes} processes" if first.processes > 1 else "one process"
     lines = [
-        f"{recipe.model}: {plan.parameters:,} parameters, products in {'bfloat16' if recipe.bf16 else 'float32'}.",
-        f"Memory of {'each of ' if plan.processes > 1 else ''}{each}, in micro-batches of {recipe.micro_batch} × "
-        f"{plan.context:,} tokens, GB:",
-        *([f"  {'':{width}}  {'whole':>7}  sharded"] if plan.processes > 1 else []),
-        *(f"  {name:{width}}  {'  '.join(f'{cell:>7}' for cell in row)}".rstrip() for name, row in rows.items()),
-        f"The LN-free model: {plan.tokens:,} tokens, {plan.flops:.3g} operations.",
+        f"{first.recipe.model}: {first.tokens:,} tokens, products in {'bfloat16' if first.recipe.bf16 else 'float32'}. "
+        f"Memory is that of {processes}, in micro-batches of {first.recipe.micro_batch} × {first.context:,} tokens.",
+        table.to_string(),
     ]
-    if plan.control_flops:
-        lines.append(f"The control: {plan.tokens:,} tokens, {plan.control_flops:.3g} operations.")
     if tflops is not None:
-        hours = plan.hours(tflops, mfu)
-        lines.append(f"At {mfu:.0%} of {tflops:g} TFLOP/s, {each}: {hours:.3g} hours of training.")
+        lines.append(f"Hours are at {mfu:.0%} of {tflops:g} TFLOP/s of {processes}.")
     return "\n".join(lines)

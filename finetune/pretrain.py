@@ -9,8 +9,11 @@ RUN/documents.csv  its loss on each document of held-out text
 RUN/results.csv    the same on all of it
 """
 
+import copy
 import math
+import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from finetune import begun_with, blocks, checkpoint, evaluate, families, objecti
 from finetune import recipe as recipes
 from finetune.blocks import BlocksConfig, BlocksForCausalLM
 from finetune.checkpoints import discard, newest_whole, read_log
-from finetune.processes import check_cache, check_processes, decided
+from finetune.processes import check_cache, check_processes, decided, with_micro_batch
 from finetune.recipe import PretrainRecipe, RecipeError, Text
 from finetune.run_directory import Run, directory_lock, make, new_directory, push, render, write, write_recipe
 from finetune.text import TextSplits, load_text
@@ -64,6 +67,7 @@ def start(recipe: PretrainRecipe, out: str | Path | None = None, documents: Docu
     directory = new_directory(recipe, out)
     with in_file(documents, directory) as file:
         setup = set_up(decided(of_file(recipe, file)))
+        setup = replace(setup, recipe=with_micro_batch(setup.recipe, partial(_attempt, setup)))
         directory = make(directory, out)
         setup = replace(setup, recipe=of_file(setup.recipe, take_in(file, directory)))
     if PartialState().is_main_process:
@@ -158,17 +162,29 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
 
 def fit(setup: Setup, directory: Path, anyway: bool = False) -> None:
     """Train the model, from the newest whole checkpoint in `directory` on."""
-    model = setup.model.train()
-    fuse_gelu(model)
-    implementation = model.config._attn_implementation
-    attend_without_masks(model, setup.recipe.n_positions)
-    objective.defer_unembedding(model)
-    trainer = PretrainTrainer(
-        model, setup.recipe, setup.text, directory / "checkpoints/model", directory / "log.jsonl", "model"
-    )
+    model, implementation = setup.model, setup.model.config._attn_implementation
+    trainer = _trainer(setup, directory)
     trainer.train(newest_whole(directory / "checkpoints/model", anyway))
     objective.restore_unembedding(model)
     model.set_attn_implementation(implementation)
+
+
+def _trainer(setup: Setup, directory: Path) -> "PretrainTrainer":
+    """Return what trains the model itself."""
+    model = setup.model.train()
+    fuse_gelu(model)
+    attend_without_masks(model, setup.recipe.n_positions)
+    objective.defer_unembedding(model)
+    return PretrainTrainer(
+        model, setup.recipe, setup.text, directory / "checkpoints/model", directory / "log.jsonl", "model"
+    )
+
+
+def _attempt(setup: Setup, size: int) -> None:
+    """Try a micro-batch of `size` sequences on a copy of the model."""
+    setup = replace(setup, model=copy.deepcopy(setup.model), recipe=replace(setup.recipe, micro_batch=size))
+    with tempfile.TemporaryDirectory() as directory:
+        _trainer(setup, Path(directory)).try_out()
 
 
 def export(setup: Setup, directory: Path) -> None:
@@ -234,7 +250,10 @@ class PretrainTrainer(RunTrainer):
         log_path: Path,
         name: str,
     ) -> None:
-        linear = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": recipe.min_lr, "power": 1.0}}
+        linear: dict[str, Any] = {
+            "lr_scheduler_type": "polynomial",
+            "lr_scheduler_kwargs": {"lr_end": recipe.min_lr, "power": 1.0},
+        }
         super().__init__(
             model,
             recipe,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -9,6 +10,8 @@ from typing import TypeVar
 import datasets
 import torch
 from accelerate import PartialState
+from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils.memory import clear_device_cache
 
 from finetune.errors import NolnError
 from finetune.recipe import Recipe, RecipeError, Training
@@ -68,13 +71,47 @@ def check_shares(recipe: Training, processes: int) -> None:
     """
     if processes < 1:
         raise RecipeError(f"{processes} processes cannot run anything: at least 1 is needed.")
-    if recipe.batch % (recipe.micro_batch * processes):
-        fitting = [n for n in range(1, recipe.micro_batch + 1) if recipe.batch % (n * processes) == 0]
+    size = 1 if recipe.micro_batch == "auto" else recipe.micro_batch
+    if recipe.batch % (size * processes):
+        fitting = [n for n in range(1, size + 1) if recipe.batch % (n * processes) == 0]
         remedy = f"micro_batch {fitting[-1]} would do" if fitting else "change batch or the number of processes"
         raise RecipeError(
             f"A batch of {recipe.batch} cannot be shared by {processes} processes in micro-batches of "
             f"{recipe.micro_batch}: {remedy}."
         )
+
+
+def with_micro_batch(recipe: Trains, attempt: Callable[[int], None]) -> Trains:
+    """Return `recipe` with the micro-batch that "auto" comes to: the largest that fits, the same in all processes.
+
+    `attempt` takes two steps with so many sequences, in this process alone, and runs out of memory or does not.
+
+    Raises:
+        RecipeError: not even one sequence fits.
+    """
+    if recipe.micro_batch != "auto":
+        return recipe
+    share = recipe.batch // processes(recipe).num_processes
+    sizes = iter([size for size in range(share, 0, -1) if share % size == 0] + [0])
+
+    @find_executable_batch_size(starting_batch_size=next(sizes), reduce_batch_size_fn=lambda: next(sizes))
+    def largest(size: int) -> int:
+        clear_device_cache(garbage_collection=True)  # what the error of the last attempt held
+        attempt(size)
+        return size
+
+    try:
+        fits = largest()
+    except RuntimeError as error:
+        if "reached zero" not in str(error):
+            raise
+        fits = 0
+    clear_device_cache(garbage_collection=True)
+    if not (fits := min(gather_object([fits]))):
+        raise RecipeError(
+            "Not even one sequence fits into memory: gradient_checkpointing, shorter sequences and lora_rank need less."
+        )
+    return dataclasses.replace(recipe, micro_batch=fits)
 
 
 def check_cache(recipe: Training) -> None:

@@ -15,11 +15,14 @@ RUN/results.csv    the same on all of each text
 import copy
 import dataclasses
 import gc
+import importlib.util
 import itertools
 import math
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from finetune.cover import Cover
 from finetune.errors import CheckpointError
 from finetune.in_memory import plain_copy, unwrapped
 from finetune.names import is_local, public_name
-from finetune.processes import check_cache, check_processes, decided
+from finetune.processes import check_cache, check_processes, decided, with_micro_batch
 from finetune.recipe import Recipe, RecipeError, Text
 from finetune.removal_trainer import RemovalTrainer
 from finetune.run_directory import (
@@ -117,6 +120,7 @@ def start(
     directory = new_directory(recipe, out)
     with in_file(documents, directory) as file:
         setup = set_up(decided(of_file(recipe, file)), model, tokenizer)
+        setup = dataclasses.replace(setup, recipe=with_micro_batch(setup.recipe, partial(_attempt, setup)))
         directory = make(directory, out)
         # A run is replayed and resumed from files alone, and a model that was dequantised is kept as it was.
         recipe = of_file(setup.recipe, take_in(file, directory))
@@ -155,6 +159,8 @@ def set_up(
     """
     check_processes(recipe)
     check_cache(recipe)
+    if recipe.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        raise RecipeError("lora_rank needs peft, which is not installed: pip install 'noln[lora]', or leave it away.")
     config = checkpoint.load_config(recipe.model, recipe.revision) if model is None else model.config
     family = families.family_of(config, recipe.model) if model is None else families.family_of(model)
     sites = family.sites_of(config.num_hidden_layers)
@@ -236,16 +242,28 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
         return Run(directory, _conclude(setup, directory))
 
 
-def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anyway: bool = False) -> None:
-    """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
-    if (directory / name).exists():
-        return
-    recipe, context = setup.recipe, setup.text.train.context
-    model = ready(copy.deepcopy(setup.model).float(), context)
-    if events and recipe.longest_write is not None:
-        _scale_down_massive_writes(model, setup, directory)
+def _sites(setup: Setup, scaled_in: Path | None = None) -> Sites:
+    """Return a copy of the model, ready to be trained.
+
+    `scaled_in` is the directory that says which massive writes were scaled down; None: none are.
+    """
+    recipe = setup.recipe
+    model = ready(copy.deepcopy(setup.model).float(), setup.text.train.context)
+    if scaled_in is not None and recipe.longest_write is not None:
+        _scale_down_massive_writes(model, setup, scaled_in)
     sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
-    trainer = RemovalTrainer(
+    if recipe.lora_rank is not None:
+        from finetune import low_rank  # and peft, which takes seconds
+
+        low_rank.adapt(sites, recipe)
+    return sites
+
+
+def _trainer(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> RemovalTrainer:
+    """Return what trains a copy of the model through `events`."""
+    recipe, context = setup.recipe, setup.text.train.context
+    sites = _sites(setup, directory if events else None)
+    return RemovalTrainer(
         sites,
         recipe,
         events,
@@ -256,22 +274,33 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         teacher=ready(copy.deepcopy(setup.model).float(), context)
         if events and (recipe.kl_weight or recipe.match_weight)
         else None,
-        cover=Cover(recipe, token_ids(setup.tokenizer, model.config.vocab_size), setup.text.train)
+        cover=Cover(recipe, token_ids(setup.tokenizer, setup.model.config.vocab_size), setup.text.train)
         if events and recipe.cover
         else None,
         decode=lambda token: str(setup.tokenizer.decode([token])),
     )
+
+
+def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anyway: bool = False) -> None:
+    """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
+    if (directory / name).exists():
+        return
+    recipe, trainer = setup.recipe, _trainer(setup, directory, name, events)
     trainer.train(newest_whole(directory / "checkpoints" / name, anyway))
     if events:
-        _check_stds(sites, setup)
+        _check_stds(trainer.sites, setup)
+    sites = trainer.sites
     if trainer.shards:
-        state = sharding.state_of(model)
+        state = sharding.state_of(sites.model)
         if PartialState().is_main_process:
-            model = ready(copy.deepcopy(setup.model).float(), context)
-            sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
-            model.load_state_dict(state, strict=False)  # tied weights are there once
+            sites = _sites(setup)
+            sites.model.load_state_dict(state, strict=False)  # tied weights are there once
     else:
-        objective.restore_unembedding(model)
+        objective.restore_unembedding(sites.model)
+    if recipe.lora_rank is not None:
+        from finetune import low_rank
+
+        low_rank.merge(sites.model)
     if PartialState().is_main_process:
         if trainer.pacing is not None:
             write(directory / "replay.yaml", recipes.dump(_replay(recipe, trainer.events)))
@@ -295,6 +324,13 @@ def _scale_down_massive_writes(model: PreTrainedModel, setup: Setup, directory: 
     if PartialState().is_main_process:
         frame = pd.DataFrame(writes, columns=massive_writes.MassiveWrite._fields)
         write(directory / "massive_writes.csv", frame.to_csv(index=False))
+
+
+def _attempt(setup: Setup, size: int) -> None:
+    """Try a micro-batch of `size` sequences in the fit of the LN-free model."""
+    setup = dataclasses.replace(setup, recipe=dataclasses.replace(setup.recipe, micro_batch=size))
+    with tempfile.TemporaryDirectory() as directory:
+        _trainer(setup, Path(directory), "ln_free", setup.events).try_out()
 
 
 @torch.no_grad()
@@ -354,7 +390,7 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
             if shards:
                 sharding.shard(model)  # all processes measure the same
             else:
-                model.to(state.device)  # type: ignore[arg-type]
+                model.to(state.device)
         documents = {
             text: evaluate.measure_documents(models, blocks)
             for text, blocks in ({HELD_OUT: setup.text.held_out} | setup.elsewhere).items()

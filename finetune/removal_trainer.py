@@ -28,7 +28,7 @@ from finetune.recipe import Recipe
 from finetune.schedule import Event
 from finetune.sites import Sites
 from finetune.text import Blocks, StreamedBlocks
-from finetune.training import DivergedError, Record, RunTrainer, cast_matrices
+from finetune.training import DivergedError, Record, RunTrainer, cast_matrices, share_frozen
 
 _NOTABLE = 2
 """A live std so many times what divides it, rounded down, is worth saying when a run has diverged."""
@@ -87,6 +87,7 @@ class RemovalTrainer(RunTrainer):
             if self.shards:
                 sharding.shard(teacher, backend)
             else:
+                share_frozen(teacher, sites.model)
                 teacher.to(self.args.device)  # type: ignore[arg-type]
                 if backend is not None:
                     teacher.base_model.compile(backend=backend)

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
@@ -99,6 +100,7 @@ class RunTrainer(Trainer):
             self.is_distributed_loading_by_transformers = True
         self._of_logits = objective.loss_of_logits
         if recipe.compile:
+            assert self.args.torch_compile_backend is not None
             self._of_logits = torch.compile(self._of_logits, backend=self.args.torch_compile_backend)
         # Mean losses of equally long micro-batches: the Trainer divides by their number, `forward` knows nothing of it.
         self.model_accepts_loss_kwargs = False
@@ -127,9 +129,28 @@ class RunTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Have a stream read ahead: a step's blocks while the step before it is taken. Other blocks take no time."""
         if isinstance(self.train_dataset, IterableDataset) and not isinstance(self.train_dataset, ReadAhead):
-            size = self.recipe.micro_batch
+            size = self.args.per_device_train_batch_size
             self.train_dataset = ReadAhead(self.train_dataset, size, 2 * self.recipe.batch // size)
         return super().get_train_dataloader()
+
+    def try_out(self) -> None:
+        """Take two steps of one micro-batch, without the other processes; what is left is not to be trained.
+
+        The second holds all that training ever does: gradients and moments beside activations.
+        """
+        self.create_optimizer_and_scheduler(self.recipe.steps)
+        assert isinstance(self.model, PreTrainedModel)
+        assert self.optimizer is not None
+        if self.args.activation_checkpointing:
+            self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+        model = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # cast and compiled, not shared
+        block: dict[str, Tensor] = next(iter(self.train_dataset))  # type: ignore[arg-type]
+        size = self.args.per_device_train_batch_size
+        inputs = {name: torch.stack([tensor] * size).to(self.args.device) for name, tensor in block.items()}
+        for _ in range(2):
+            loss: Any = self.compute_loss(model, inputs)
+            loss.backward()
+            self.optimizer.step()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Go through the text, unless the last step is done: a stream, which has no end, would begin anew."""
@@ -175,21 +196,30 @@ class RunTrainer(Trainer):
         if not self.shards:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = sharding.whole(self.optimizer.state_dict())
+        optimizer, scheduler = self._stepped()
+        state = sharding.whole(optimizer.state_dict())
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            torch.save(scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _stepped(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Return what takes steps."""
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        return self.optimizer, self.lr_scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.shards or checkpoint is None or not (Path(checkpoint) / "optimizer.pt").exists():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-        sharding.load_optimizer(self.optimizer, load(Path(checkpoint) / "optimizer.pt", mmap=True))
-        self.lr_scheduler.load_state_dict(load(Path(checkpoint) / "scheduler.pt"))
+        optimizer, scheduler = self._stepped()
+        sharding.load_optimizer(optimizer, load(Path(checkpoint) / "optimizer.pt", mmap=True))
+        scheduler.load_state_dict(load(Path(checkpoint) / "scheduler.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.shards:
+            assert isinstance(self.model, PreTrainedModel)
             sharding.load(self.model, load_file(Path(resume_from_checkpoint) / "model.safetensors"))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -245,6 +275,19 @@ def cast_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.weight.data = module.weight.data.to(dtype)
 
 
+def share_frozen(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Have `teacher`, the model as it was, hold no copy of what does not train in `model`."""
+    frozen = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }
+    for name, parameter in teacher.named_parameters():
+        own = frozen.get(name)
+        if own is not None and own.dtype == parameter.dtype and (isinstance(own, FakeTensor) or own.equal(parameter)):
+            parameter.data = own.data
+
+
 CAUSAL = "noln_causal"
 """transformers' SDPA by a name that it makes no masks for: without one it is causal, and flash kernels take it."""
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
@@ -264,6 +307,7 @@ def attend_without_masks(model: PreTrainedModel, context: int) -> None:
 
 def training_arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArguments:
     """Return what the Trainer is told of `recipe`; `others` are more of its arguments, or others in place of these."""
+    assert recipe.micro_batch != "auto"
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=recipe.steps,

@@ -138,7 +138,7 @@ def test_commands_run_one_after_another(tmp_path: Path, monkeypatch: pytest.Monk
             arguments += ["--steps", FEW_STEPS]
         call(module, arguments + LITTLE.get(arguments[0], []))
         run.append(arguments[0])
-    assert sorted(run) == ["graph", "report", "report", "resume", "run", "run"]
+    assert sorted(run) == ["graph", "report", "report", "resume", "run", "run", "run"]
     table = re.search(r"^\| file \| what \|\n\|---\|---\|\n((?:\|.*\n)+)", README, re.MULTILINE)
     assert table is not None
     files = {name for row in table[1].splitlines() for name in re.findall(r"`([\w./]+)`", row.split("|")[1])}

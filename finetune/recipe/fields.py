@@ -23,6 +23,9 @@ Phase = Literal["mlp", "qk", "v", "attn_out", "mlp_out", "final", "eot", "positi
 StdMean = Literal["arithmetic", "geometric", "harmonic"]
 """The kind of mean of the stds that a constant is."""
 
+LowRankTarget = Literal["readers", "writers", "embeddings"]
+"""What may train at low rank beside the norms."""
+
 _COVER_KIND = re.compile(
     r"uniform|shuffled|renamed|repeated|runs|(unigram|corrupted)(-(?=[\d.]*[1-9])(\d+(\.\d+)?|\.\d+))?"
 )
@@ -239,8 +242,9 @@ class Training:
     """Optimizer steps of the run."""
     batch: int
     """Sequences a step, over all processes and micro-batches. `context` or `n_positions` says how long they are."""
-    micro_batch: int
-    """Sequences in one forward of one process; the batch is made up by accumulating gradients."""
+    micro_batch: int | Literal["auto"]
+    """Sequences in one forward of one process; the batch is made up by accumulating gradients. auto: as many as fit
+    into memory, tried before the first step; the recipe in the run directory says how many that are."""
     lr: float
     """The highest learning rate, after the warm-up."""
     min_lr: float
@@ -284,9 +288,9 @@ class Training:
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch", "micro_batch", "log_every", "save_every"):
-            if getattr(self, field) < 1:
+            if getattr(self, field) != "auto" and getattr(self, field) < 1:
                 raise RecipeError(f"{field} is {getattr(self, field)}; at least 1 is needed.")
-        if self.batch % self.micro_batch:
+        if self.micro_batch != "auto" and self.batch % self.micro_batch:
             raise RecipeError(f"batch is {self.batch}, no multiple of micro_batch, {self.micro_batch}: change either.")
         if not 0 <= self.min_lr <= self.lr < math.inf or self.lr == 0:
             raise RecipeError(f"min_lr is {self.min_lr} and lr {self.lr}; 0 <= min_lr <= lr and lr > 0 are needed.")
@@ -401,6 +405,16 @@ class Recipe(Training):
     """Share out the model, its gradients and moments, and the original, among the processes: each holds a part, where
     otherwise each holds all. For models that are too large for one device; slower. So does `accelerate launch` with
     FSDP."""
+    lora_rank: int | None = None
+    """Train at low rank (LoRA, Hu et al. 2021): each matrix W stays as it is, and what trains is a product of rank
+    `lora_rank` that is added to it, with the gains and biases of norms. Memory for gradients and AdamW's moments is
+    that of what trains, and the exported models are ordinary ones. 0: gains and biases of norms alone. None: all
+    weights train. Needs the extra `lora`. A higher lr than that of all weights is usual."""
+    lora_alpha: float = 32.0
+    """At low rank, the product counts lora_alpha / lora_rank times."""
+    lora_targets: tuple[LowRankTarget, ...] = ("readers", "writers")
+    """At low rank, what trains beside the norms. readers: the matrices that read the norms of blocks; writers: those
+    through which attention and MLPs write to the residual stream; embeddings: embeddings and unembedding, whole."""
     control: bool = True
     """Also fine-tune with LayerNorm kept, by cross-entropy alone, to tell what fine-tuning did from what losing
     LayerNorm did. With `kl_weight` or `match_weight` the original tells the latter better."""
@@ -418,6 +432,10 @@ class Recipe(Training):
             raise RecipeError(f"context is {self.context}; at least 2 tokens are needed.")
         self._check_cover()
         self._check_outliers()
+        if self.lora_rank is not None and self.lora_rank < 0:
+            raise RecipeError(f"lora_rank is {self.lora_rank}; it must be at least 0, or None to train all weights.")
+        if not 0 < self.lora_alpha < math.inf:
+            raise RecipeError(f"lora_alpha is {self.lora_alpha}; it must be above 0.")
         if not 0 <= self.std_decay < 1:
             raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
         if self.schedule.start >= self.steps:
@@ -503,7 +521,7 @@ SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
         *("model", "revision", "control", "control_from", "context"),
         *("text", "seed", "steps", "batch", "micro_batch", "lr", "min_lr", "warmup", "lr_horizon", "max_rise"),
         *("weight_decay", "betas", "clip", "device", "bf16", "compile", "gradient_checkpointing"),
-        "shard",
+        *("shard", "lora_rank", "lora_alpha", "lora_targets"),
     ),
     True,
 ) | dict.fromkeys(

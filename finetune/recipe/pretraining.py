@@ -56,8 +56,9 @@ class PretrainRecipe(Training):
     """Optimizer steps of the run."""
     batch: int = 32
     """Sequences a step, over all processes and micro-batches. A sequence is as long as the model's context."""
-    micro_batch: int = 8
-    """Sequences in one forward of one process; the batch is made up by accumulating gradients."""
+    micro_batch: int | Literal["auto"] = 8
+    """Sequences in one forward of one process; the batch is made up by accumulating gradients. auto: as many as fit
+    into memory, tried before the first step; the recipe in the run directory says how many that are."""
     lr: float = 2e-3
     """The highest learning rate, after the warm-up."""
     min_lr: float = 2e-4

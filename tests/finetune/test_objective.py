@@ -70,6 +70,14 @@ def test_only_the_total_has_a_gradient_and_the_teacher_gets_none(tokens):
     assert teacher.unembedding.grad is None
 
 
+def test_an_unembedding_that_does_not_train_changes_nothing_else(tokens):
+    model = random_head(0)
+    (expected,) = torch.autograd.grad(next_token_loss(model, tokens).total, model.residual)
+    fixed = Head(model.residual, model.unembedding.detach())
+    (found,) = torch.autograd.grad(next_token_loss(fixed, tokens).total, model.residual)
+    assert torch.equal(found, expected)
+
+
 def test_a_model_that_is_its_teacher_has_no_kl_and_no_gradient_of_it(tokens):
     model = random_head(0)
     loss = next_token_loss(model, tokens, Head(*(end.detach() for end in model)), 1.0)

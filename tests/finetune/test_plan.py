@@ -37,7 +37,9 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Recip
             for event in profiler.profiler.kineto_results.events():
                 if event.name() == "[memory]":
                     peak = max(peak, now := now + event.nbytes())
-            gradients = bytes_of(parameter.grad for parameter in self.sites.model.parameters())
+            gradients = bytes_of(
+                parameter.grad for parameter in self.sites.model.parameters() if parameter.grad is not None
+            )
             found.update(gradients=gradients, activations=peak - gradients)
             return loss
 
@@ -45,7 +47,9 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Recip
             states = self.optimizer.state_dict()["state"].values()
             found["weights"] = bytes_of(self.sites.model.parameters())
             found["optimizer"] = bytes_of(tensor for state in states for tensor in state.values())
-            found["teacher"] = 0 if self.teacher is None else bytes_of(self.teacher.parameters())
+            own = {parameter.data_ptr() for parameter in self.sites.model.parameters()}
+            of_teacher = [] if self.teacher is None else self.teacher.parameters()
+            found["teacher"] = bytes_of(parameter for parameter in of_teacher if parameter.data_ptr() not in own)
             save(self, *args)
 
         monkeypatch.setattr(RemovalTrainer, "training_step", profiled)
@@ -63,8 +67,10 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Recip
         {"aux_weight": 0.1},
         {"kl_weight": 1.0, "match_weight": 10.0, "bf16": True},
         {"kl_weight": 1.0, "gradient_checkpointing": True},
+        {"kl_weight": 1.0, "lora_rank": 4},
+        {"kl_weight": 1.0, "lora_rank": 4, "bf16": True},
     ],
-    ids=["text", "original in bf16", "recomputed"],
+    ids=["text", "original in bf16", "recomputed", "low rank", "low rank in bf16"],
 )
 def test_memory_is_what_training_takes(settings: dict[str, Any], recipe: Recipe, tokenizer, measured, tmp_path: Path):
     model = tiny_gpt2(n_embd=64, n_layer=3, n_positions=64)
@@ -77,7 +83,8 @@ def test_memory_is_what_training_takes(settings: dict[str, Any], recipe: Recipe,
         assert getattr(planned, part) == found[part], part
     assert planned.activations == pytest.approx(found["activations"], rel=0.25)
     assert planned.bytes == pytest.approx(sum(found.values()), rel=0.25)
-    assert planned.parameters == model.num_parameters()
+    assert planned.parameters == (planned.trained if "lora_rank" not in settings else found["weights"] // 4)
+    assert "lora_rank" in settings or planned.parameters == model.num_parameters()
 
 
 def test_operations_are_those_of_products(recipe: Recipe, tmp_path: Path):
@@ -133,4 +140,7 @@ def test_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert re.search(r"whole +sharded\n +weights +\S+ +\S+\n", said)
     assert re.search(r"gathered +\d\S+\n", said)
     assert "control" not in said
+    assert said.splitlines()[1].split() == ["all", "weights", "rank", "16"]
+    main(["plan", str(tmp_path / "tiny.yaml"), "--lora-rank", "0", "--no-bf16"])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["rank", "0", "all", "weights"]
     assert not (tmp_path / "runs").exists()

@@ -37,6 +37,8 @@ CONTRADICTING_FIELDS = {
     "batch": {"batch": 16, "micro_batch": 3},
     "micro_batch": {"micro_batch": 0},
     "min_lr": {"min_lr": 1.0},
+    "lora_rank": {"lora_rank": -1},
+    "lora_alpha": {"lora_alpha": 0.0},
     "std_decay": {"std_decay": 1.0},
     "warmup": {"warmup": B25.steps},
     "lr_horizon": {"lr_horizon": B25.steps - 1},
