@@ -13,7 +13,8 @@ every prompt changes, and that all else in the stream has a part in. What that c
    - `composition`: ‖W_OV W‖ / (‖W_OV‖ ‖W‖), with Frobenius norms, W_OV = W_V W_O what a head makes of what it reads,
      and W what the reader makes of the stream: W_Q W_Kᵀ (Q-composition), its transpose (K-composition), W_V W_O
      (V-composition), W_in of an MLP, W_U. In place of W_OV an MLP has W_out, an embedding its matrix.
-   - `strength`: ‖W_OV W‖ / ‖W‖: the same, of a writer that has a size.
+   - `strength`: ‖W_OV W‖ / ‖W‖: the same, of a writer that has a size. It takes a norm to know it: without one W_V
+     holds the divisor of its layer, and nothing says how long the stream is.
    - `kernel`: the Projection Kernel, ‖VᵀU‖² with V and U orthonormal bases of what the head writes in and the head
      reads from: the sum of the squared cosines of the angles between the two spaces (Yamagiwa et al. 2026, arXiv
      2601.10266), here over the smaller dimension, so that it is 1 where one space contains the other.
@@ -37,7 +38,7 @@ import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from plotly.subplots import make_subplots
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
@@ -62,9 +63,12 @@ _READERS = {"query": "queries", "key": "keys", "value": "values", "mlp": "MLPs",
 _PARTS = ("head", "mlp")
 _PRECISIONS = ("precision", "precision_random")
 _ENDS = ["writer", "reader"]
+_RANKED = ["model", "component", "kind", "score", *_PRECISIONS, "precision_random_sd", "rank", "rank_random"]
+_RANKED += ["edges", "largest"]
 _NAMES = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+)|N(?P<neuron>\d+)| MLP)")
 
 
+@torch.inference_mode()
 def virtual_weights(model: Any, writer: str, reader: str) -> FactoredMatrix:
     """Return the weights from the activations of a writer to a reader, not multiplied out: `.AB` does that.
 
@@ -115,8 +119,10 @@ def _read(stream: Stream, name: str) -> Float[Tensor, "d_model unit"]:
     for reader in stream.readers:
         W = stream.read_weights(reader)[0]
         for head in range(W.shape[1]):
-            if reader.label(head) == (name if neuron is None else f"{neuron[1]} MLP{neuron[3]}"):
-                return W[:, head] if neuron is None else W[:, head, int(neuron[2]), None]
+            if neuron is None and reader.label(head) == name:
+                return W[:, head]
+            if neuron and reader.label(head) == f"{neuron[1]} MLP{neuron[3]}" and int(neuron[2]) < W.shape[-1]:
+                return W[:, head, int(neuron[2]), None]
     raise ValueError(f"No reader is called {name}: names are such as L0H0 query, L0 MLP, L0N0 or logit.")
 
 
@@ -560,7 +566,8 @@ def _summarise(edges: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 def rank(weights: pd.DataFrame, edges: pd.DataFrame, top: float = TOP) -> pd.DataFrame:
     """Say how well scores find the largest edges of each kind, from `measure_weights` and `measure_edges`.
 
-    The largest are the `top` of a kind, at least one, by `size`. Returns one row per model, kind of edge and score.
+    The largest are the `top` of a kind, at least one, by `size`. Returns one row per model, kind of edge of which there
+    are two or more, and score, but where a kernel is NaN.
     Columns: model; component, what writes; kind, what reads; score, one of `SCORES`; precision, the average precision
     of the edges in the order of the score, precision_random, its mean over the draws of random weights, and
     precision_random_sd, their standard deviation; rank, the rank correlation of score and size over edges, and
@@ -577,7 +584,7 @@ def rank(weights: pd.DataFrame, edges: pd.DataFrame, top: float = TOP) -> pd.Dat
             precision, correlation = [], []
             for _, each in frame.groupby("draw", dropna=False, sort=False):  # the model's own come first
                 precision.append(average_precision(each[score].to_numpy(), largest.to_numpy()))
-                correlation.append(spearmanr(each[score], each["size"]).statistic)
+                correlation.append(_rank_correlation(each[score], each["size"]))
             rows.append(
                 {
                     "model": model,
@@ -585,15 +592,20 @@ def rank(weights: pd.DataFrame, edges: pd.DataFrame, top: float = TOP) -> pd.Dat
                     "kind": kind,
                     "score": score,
                     "precision": precision[0],
-                    "precision_random": np.mean(precision[1:]),
-                    "precision_random_sd": np.std(precision[1:], ddof=1),
+                    "precision_random": pd.Series(precision[1:]).mean(),
+                    "precision_random_sd": pd.Series(precision[1:]).std(),
                     "rank": correlation[0],
-                    "rank_random": np.mean(correlation[1:]),
+                    "rank_random": pd.Series(correlation[1:]).mean(),
                     "edges": len(own),
                     "largest": int(largest.sum()),
                 }
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=_RANKED)
+
+
+def _rank_correlation(x: pd.Series, y: pd.Series) -> float:
+    with np.errstate(invalid="ignore"):  # of scores that are all equal
+        return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
 def average_precision(score: Float[np.ndarray, " edge"], wanted: Bool[np.ndarray, " edge"]) -> float:
@@ -619,6 +631,8 @@ def describe(frame: pd.DataFrame) -> str:
 def describe_ranking(frame: pd.DataFrame) -> str:
     """Say how well scores find the largest edges between heads, from what `rank` returns."""
     rows = frame[(frame["component"] == "head") & frame["kind"].isin(["query", "key", "value"])]
+    if rows.empty:
+        return "There are too few edges between heads to rank."
     parts = []
     for (model, score), group in rows.groupby(["model", "score"], sort=False):
         own, random = (np.average(group[column], weights=group["edges"]) for column in _PRECISIONS)
@@ -655,6 +669,8 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 def plot_distances(frame: pd.DataFrame) -> go.Figure:
     """Plot what `measure_distances` returns: the R² of direct effects of heads over distance, a panel a reader."""
     heads = frame[(frame["component"] == "head") & (frame["kind"] != "logit")]
+    if heads.empty:  # in one layer of parallel blocks
+        return go.Figure().update_yaxes(title="R² of direct effects").update_layout(height=360)
     heads = heads.sort_values("kind", key=lambda kinds: kinds.map([*KINDS].index), kind="stable")
     heads = heads.assign(kind=heads["kind"].map(KINDS), divisor=heads["divisor"].replace(_ONE))
     figure = figures.lines(

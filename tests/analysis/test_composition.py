@@ -287,8 +287,9 @@ def test_what_is_not_known_is_refused(make_gpt2):
     for writer in ("L7H0", "L0H7", "b_O"):
         with pytest.raises(ValueError, match=f"No writer is called {writer}"):
             composition.virtual_weights(made, writer, "logit")
-    with pytest.raises(ValueError, match="No reader is called L0H0: names are such as L0H0 query"):
-        composition.virtual_weights(made, "embed", "L0H0")
+    for reader in ("L0H0", "L0N999"):
+        with pytest.raises(ValueError, match=f"No reader is called {reader}: names are such as L0H0 query"):
+            composition.virtual_weights(made, "embed", reader)
     blocks = {"m": load_hooked_blocks(random_model("blocks", block="pre-ln"))}
     with pytest.raises(NolnError, match="norms that are not folded"):
         composition.measure_weights(blocks)
@@ -307,3 +308,17 @@ def test_plots(make_gpt2):
         assert_plots_by_model(figure, list(models))
     maps = composition.plot_circuits(composition.measure_circuits(models))
     assert [note.text for note in maps.layout.annotations][:3] == list(models)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("gpt_neox", {"num_hidden_layers": 1}), ("gpt2", {"n_layer": 1, "n_head": 1, "n_embd": 3, "vocab_size": 3})],
+)
+def test_models_without_edges_between_heads(name, config):
+    models = {"m": load_bridge(random_model(name, **config))}
+    found = composition.measure_edges(models, SCORED % 3)
+    ranking = composition.rank(composition.measure_weights(models, draws=1), found)
+    assert composition.describe_ranking(ranking) == "There are too few edges between heads to rank."
+    distances = composition.summarise_distances(found)
+    for figure in (composition.plot_distances(distances), composition.plot_ranking(ranking)):
+        assert any(axis.title.text for axis in figure.select_yaxes())
