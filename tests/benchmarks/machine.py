@@ -28,8 +28,15 @@ from transformers import GPT2Config
 ROOT = Path(__file__).parents[2]
 REPEATS = 5
 PEAKS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
-    "A100": 312, "L40S": 362, "RTX 4090": 165,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
 }
 """TFLOP/s of a card in bfloat16, not sparse, as its maker publishes them; the first name that a device's contains."""
 
