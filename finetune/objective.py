@@ -224,9 +224,10 @@ class _NextTokenLoss(torch.autograd.Function):
             (gradient / len(targets)).to(end)
             for gradient, end in zip((of_residual, of_unembedding[: len(ends[1])]), ends, strict=False)
         ]
-        cross_entropy, kl, *others = parts = (sums / len(targets)).unbind()
-        ctx.mark_non_differentiable(*parts)
-        return (1 - kl_weight) * cross_entropy + kl_weight * (kl + others[1]), *parts
+        means = (sums / len(targets)).unbind()
+        ctx.mark_non_differentiable(*means)
+        cross_entropy, kl, _, cover_kl = means
+        return (1 - kl_weight) * cross_entropy + kl_weight * (kl + cover_kl), *means
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -234,7 +234,10 @@ class PretrainTrainer(RunTrainer):
         log_path: Path,
         name: str,
     ) -> None:
-        linear = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": recipe.min_lr, "power": 1.0}}
+        linear: dict[str, Any] = {
+            "lr_scheduler_type": "polynomial",
+            "lr_scheduler_kwargs": {"lr_end": recipe.min_lr, "power": 1.0},
+        }
         super().__init__(
             model,
             recipe,

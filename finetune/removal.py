@@ -337,7 +337,7 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
             if shards:
                 sharding.shard(model)  # all processes measure the same
             else:
-                model.to(state.device)  # type: ignore[arg-type]
+                model.to(state.device)
         documents = {
             text: evaluate.measure_documents(models, blocks)
             for text, blocks in ({HELD_OUT: setup.text.held_out} | setup.elsewhere).items()

@@ -99,7 +99,7 @@ class RunTrainer(Trainer):
             self.is_distributed_loading_by_transformers = True
         self._of_logits = objective.loss_of_logits
         if recipe.compile:
-            self._of_logits = torch.compile(self._of_logits, backend=self.args.torch_compile_backend)
+            self._of_logits = torch.compile(self._of_logits, backend=self.args.torch_compile_backend or "inductor")
         # Mean losses of equally long micro-batches: the Trainer divides by their number, `forward` knows nothing of it.
         self.model_accepts_loss_kwargs = False
 
@@ -175,6 +175,8 @@ class RunTrainer(Trainer):
         if not self.shards:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         state = sharding.whole(self.optimizer.state_dict())
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
@@ -184,12 +186,15 @@ class RunTrainer(Trainer):
         if not self.shards or checkpoint is None or not (Path(checkpoint) / "optimizer.pt").exists():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         load = functools.partial(torch.load, map_location="cpu", weights_only=True)
         sharding.load_optimizer(self.optimizer, load(Path(checkpoint) / "optimizer.pt", mmap=True))
         self.lr_scheduler.load_state_dict(load(Path(checkpoint) / "scheduler.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.shards:
+            assert isinstance(self.model, PreTrainedModel)
             sharding.load(self.model, load_file(Path(resume_from_checkpoint) / "model.safetensors"))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
