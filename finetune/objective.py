@@ -122,23 +122,30 @@ def loss_of_logits(
             logits[:, vocabulary:] = _NEVER
         log_probs.append(F.log_softmax(logits, -1, dtype=wide))
     own, *expected = log_probs
-    sums = [-_sum(own.gather(-1, target).squeeze(-1), text), *own.new_zeros(3)]
+    of_targets = [one.gather(-1, target) for one in log_probs]
+    sums = [-_sum(of_targets[0].squeeze(-1), text), *own.new_zeros(3)]
+    # The target's gradient is taken by itself: if it were added to the others' in float32, a compiler would not write
+    # these in the products' type alone.
+    gradient, at_target = own.exp(), of_targets[0].exp()
+    if text is not None and kl_weight < 1:
+        weight = (kl_weight + (1 - kl_weight) * text).unsqueeze(-1)
+        gradient, at_target = gradient.mul_(weight), at_target * weight
+    at_target = at_target - (1 - kl_weight) * (1 if text is None else text.unsqueeze(-1))
     if expected:
         probs = expected[0].exp()
         divergence = torch.linalg.vecdot(probs, expected[0] - own)
         cover_kl = sums[3] if text is None else divergence @ (1 - text)
-        sums[1:] = _sum(divergence, text), -_sum(expected[0].gather(-1, target).squeeze(-1), text), cover_kl
-    gradient = own.exp()
-    of_target = torch.full_like(target, kl_weight - 1, dtype=wide)
-    if text is not None and kl_weight < 1:
-        gradient *= (kl_weight + (1 - kl_weight) * text).unsqueeze(-1)
-        of_target *= text.unsqueeze(-1)
-    if expected:
+        sums[1:] = _sum(divergence, text), -_sum(of_targets[1].squeeze(-1), text), cover_kl
         gradient.sub_(probs, alpha=kl_weight)
-    gradient.scatter_add_(-1, target, of_target)
+        at_target = at_target - kl_weight * of_targets[1].exp()
+    common = at_target
     if tanhs:
-        gradient *= 1 - tanhs[0].square()
-    return gradient.to(products[0].dtype), torch.stack(sums), gradient.sum(-1, keepdim=True) if tanhs else of_target
+        slope = 1 - tanhs[0].square()
+        at_target = at_target * slope.gather(-1, target)
+        gradient = gradient.mul_(slope).scatter_(-1, target, at_target)
+        common = gradient.sum(-1, keepdim=True)
+    gradient = gradient.to(products[0].dtype)
+    return gradient.scatter_(-1, target, at_target.to(gradient)), torch.stack(sums), common
 
 
 def next_token_loss(
@@ -226,9 +233,9 @@ class _NextTokenLoss(torch.autograd.Function):
             for gradient, end in zip((of_residual, of_unembedding), ends, strict=False)
         ]
         means = (sums / len(targets)).unbind()
-        cross_entropy, kl, *others = means
         ctx.mark_non_differentiable(*means)
-        return (1 - kl_weight) * cross_entropy + kl_weight * (kl + others[1]), *means
+        cross_entropy, kl, _, cover_kl = means
+        return (1 - kl_weight) * cross_entropy + kl_weight * (kl + cover_kl), *means
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

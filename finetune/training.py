@@ -100,8 +100,7 @@ class RunTrainer(Trainer):
             self.is_distributed_loading_by_transformers = True
         self._of_logits = objective.loss_of_logits
         if recipe.compile:
-            assert self.args.torch_compile_backend is not None
-            self._of_logits = torch.compile(self._of_logits, backend=self.args.torch_compile_backend)
+            self._of_logits = torch.compile(self._of_logits, backend=self.args.torch_compile_backend or "inductor")
         # Mean losses of equally long micro-batches: the Trainer divides by their number, `forward` knows nothing of it.
         self.model_accepts_loss_kwargs = False
 
@@ -196,26 +195,22 @@ class RunTrainer(Trainer):
         if not self.shards:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        optimizer, scheduler = self._stepped()
-        state = sharding.whole(optimizer.state_dict())
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / "optimizer.pt")
-            torch.save(scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-
-    def _stepped(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Return what takes steps."""
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        return self.optimizer, self.lr_scheduler
+        state = sharding.whole(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.shards or checkpoint is None or not (Path(checkpoint) / "optimizer.pt").exists():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-        optimizer, scheduler = self._stepped()
-        sharding.load_optimizer(optimizer, load(Path(checkpoint) / "optimizer.pt", mmap=True))
-        scheduler.load_state_dict(load(Path(checkpoint) / "scheduler.pt"))
+        sharding.load_optimizer(self.optimizer, load(Path(checkpoint) / "optimizer.pt", mmap=True))
+        self.lr_scheduler.load_state_dict(load(Path(checkpoint) / "scheduler.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.shards:

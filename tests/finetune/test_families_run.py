@@ -122,6 +122,7 @@ def test_killed_and_resumed_equals_uninterrupted(name, recipe: Recipe, directory
     [
         *((name, {}) for name in FAMILIES),
         *((name, {"shard": True}) for name in ("gpt_neox", "gemma2")),
+        ("gpt2", {"shard": True, "compile": True, "kl_weight": 1.0}),
         *(
             (name, {"shard": True, "gradient_checkpointing": True, "bf16": True, "kl_weight": 1.0})
             for name in ("llama",)
@@ -131,12 +132,13 @@ def test_killed_and_resumed_equals_uninterrupted(name, recipe: Recipe, directory
 )
 def test_two_processes_equal_one(name, settings: dict[str, Any], recipe: Recipe, directory_of, tmp_path: Path):
     recipe = replace(recipe, model=str(directory_of(name)), control=False, **settings)
-    alone = remove_norms(recipe=recipe, out=tmp_path / "alone")
+    alone = remove_norms(recipe=replace(recipe, compile=False), out=tmp_path / "alone")
     (tmp_path / "tiny.yaml").write_text(recipes.dump(recipe))
-    ends = in_two_processes(partial(finetune, "tiny.yaml", "--out", "two"), tmp_path)
+    first = compile_quickly if recipe.compile else None
+    ends = in_two_processes(partial(finetune, "tiny.yaml", "--out", "two", first=first), tmp_path)
     assert [end.code for end in ends] == [0, 0], ends
     ours, theirs = (load_file(path / "ln_free/model.safetensors") for path in (tmp_path / "two", alone.directory))
-    assert_close(ours, theirs, 1e-5)
+    assert_close(ours, theirs, 1e-3 if recipe.compile else 1e-5)
 
 
 def compile_quickly() -> None:

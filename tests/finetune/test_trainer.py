@@ -2,6 +2,7 @@ import copy
 import gc
 import json
 import math
+import os
 import shutil
 import socket
 import weakref
@@ -31,6 +32,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, TrainingArgument
 from finetune import recipe as recipes
 from finetune import removal
 from finetune.objective import NextTokenLoss, next_token_loss
+from finetune.processes import check_processes, decided
 from finetune.recipe import Recipe, Text
 from finetune.removal import fit, remove_norms, set_up
 from finetune.removal_trainer import RemovalTrainer
@@ -290,6 +292,15 @@ def test_bf16_is_chosen_where_the_processor_is_made_for_it(
     assert recipe.bf16 is expected
     assert recipes.load(tmp_path / "run/recipe.yaml").bf16 is expected
     assert training_arguments(recipe, tmp_path).bf16 is expected
+
+
+def test_fsdp_of_accelerate_shards(short: Recipe, monkeypatch: pytest.MonkeyPatch):
+    """The recipe says so, and accelerate is not told a second time."""
+    assert not decided(short).shard
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert decided(short).shard
+    check_processes(short)
+    assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
 @pytest.mark.parametrize(("capabilities", "expected"), [(AMX, True), (AVX512, False)])
