@@ -225,13 +225,14 @@ class TestFit:
     @pytest.mark.slow
     @pytest.mark.parametrize("setting", ["gradient_checkpointing", "compile"])
     def test_compiled_and_checkpointed_equal_eager(self, setting: str, low: Recipe, tmp_path: Path):
+        low = replace(low, match_weight=0.0)  # hidden states are collected by hooks: more graphs, which take long
         setup = set_up(low)
         fit(setup, tmp_path / "plain", "ln_free", setup.events)
         (tmp_path / "tiny.yaml").write_text(recipes.dump(replace(low, **{setting: True})))
         other = run_forked(partial(finetune, "tiny.yaml", "--out", "other", first=compile_quickly), tmp_path)
         assert other.code == 0, other.output
         for ours, theirs in zip(read_log(tmp_path / "other"), read_log(tmp_path / "plain"), strict=True):
-            for part in ("loss", "kl", "distance"):
+            for part in ("loss", "kl"):
                 assert ours[part] == pytest.approx(theirs[part], rel=1e-3, abs=1e-6), (ours["step"], part)
 
 
