@@ -34,6 +34,7 @@ def test_there_are_nine_and_those_of_the_sweeps():
         "cover",
         "data",
         "llama",
+        "low_rank",
         "objective",
         "order",
         "pace",

@@ -434,6 +434,11 @@ class Recipe(Training):
         self._check_outliers()
         if self.lora_rank is not None and self.lora_rank < 0:
             raise RecipeError(f"lora_rank is {self.lora_rank}; it must be at least 0, or None to train all weights.")
+        if self.lora_rank and not {"readers", "writers"} & {*self.lora_targets}:
+            raise RecipeError(
+                f"lora_rank is {self.lora_rank}, but lora_targets has neither readers nor writers: add them, or set "
+                "lora_rank to 0."
+            )
         if not 0 < self.lora_alpha < math.inf:
             raise RecipeError(f"lora_alpha is {self.lora_alpha}; it must be above 0.")
         if not 0 <= self.std_decay < 1:

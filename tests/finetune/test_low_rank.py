@@ -139,7 +139,7 @@ def test_what_trains(settings: dict, trained: set[str], low: Recipe):
 
 def test_an_unembedding_of_its_own_trains_with_the_embeddings(low: Recipe):
     model = random_model("llama", tie_word_embeddings=False)
-    low_rank.adapt(Sites(model, None), replace(low, lora_targets=("embeddings",)))
+    low_rank.adapt(Sites(model, None), replace(low, lora_rank=0, lora_targets=("embeddings",)))
     assert model.lm_head.weight.requires_grad
     assert model.model.embed_tokens.weight.requires_grad
 
@@ -225,13 +225,14 @@ class TestFit:
     @pytest.mark.slow
     @pytest.mark.parametrize("setting", ["gradient_checkpointing", "compile"])
     def test_compiled_and_checkpointed_equal_eager(self, setting: str, low: Recipe, tmp_path: Path):
+        low = replace(low, match_weight=0.0)  # hidden states are collected by hooks: more graphs, which take long
         setup = set_up(low)
         fit(setup, tmp_path / "plain", "ln_free", setup.events)
         (tmp_path / "tiny.yaml").write_text(recipes.dump(replace(low, **{setting: True})))
         other = run_forked(partial(finetune, "tiny.yaml", "--out", "other", first=compile_quickly), tmp_path)
         assert other.code == 0, other.output
         for ours, theirs in zip(read_log(tmp_path / "other"), read_log(tmp_path / "plain"), strict=True):
-            for part in ("loss", "kl", "distance"):
+            for part in ("loss", "kl"):
                 assert ours[part] == pytest.approx(theirs[part], rel=1e-3, abs=1e-6), (ours["step"], part)
 
 
@@ -241,7 +242,7 @@ def test_a_model_in_memory_and_its_card_say_so(low: Recipe, tokenizer, tmp_path:
     run = remove_norms(tiny_gpt2(), tokenizer, recipe=low, out=tmp_path / "run")
     card = " ".join((run.directory / "ln_free/README.md").read_text().split())
     assert "products of rank 2, times 1.5, added to the weights of readers of the residual stream" in card
-    assert "merged here, and the embeddings - Objective" in card
+    assert "merged here, and the embeddings, whole - Objective" in card
     assert recipes.load(run.directory / "recipe.yaml").lora_rank == 2
 
 

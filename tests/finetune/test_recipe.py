@@ -39,6 +39,7 @@ CONTRADICTING_FIELDS = {
     "min_lr": {"min_lr": 1.0},
     "lora_rank": {"lora_rank": -1},
     "lora_alpha": {"lora_alpha": 0.0},
+    "lora_targets": {"lora_rank": 4, "lora_targets": ["embeddings"]},
     "std_decay": {"std_decay": 1.0},
     "warmup": {"warmup": B25.steps},
     "lr_horizon": {"lr_horizon": B25.steps - 1},
