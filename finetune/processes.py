@@ -22,7 +22,7 @@ def processes(recipe: Training) -> PartialState:
 
 
 def decided(recipe: Trains) -> Trains:
-    """Return `recipe` with what it leaves to the machine, as this one decides it: bf16."""
+    """Return `recipe` with `bf16`, which it may leave to the machine, decided for this one."""
     if recipe.bf16 is not None:
         return recipe
     accelerator = torch.accelerator.current_accelerator(check_available=True) if recipe.device != "cpu" else None
