@@ -22,7 +22,7 @@ Compare an LN-free model with what it was made from.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command that `arguments` (None: the process's own) name; what the user can mend is said in a line."""
+    """Run the command that `arguments` (None: the process's own) name; errors that the user can fix take one line."""
     speak(sys.stdout, sys.stderr)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] in ([], ["-h"], ["--help"]):

@@ -33,9 +33,9 @@ SINK_THRESHOLD = 0.3
 def measure_heads(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8) -> pd.DataFrame:
     """Measure the attention of each head.
 
-    Returns a row a model, layer and head: sink_rate (a share); sink_rate_code, which also counts query position 0, as
-    the paper's released code does, although it can attend to nothing else; attention_to_0 (a share) and entropy (nats),
-    means over blocks and query positions ≥ 1.
+    Returns one row per model, layer and head: sink_rate (a share); sink_rate_code, which also counts query position 0,
+    as the paper's released code does, although it can attend to nothing else; attention_to_0 (a share) and entropy
+    (nats), means over blocks and query positions ≥ 1.
     """
     queries = tokens.shape[1] - 1
     frames = []
@@ -66,7 +66,7 @@ def _add(pattern: Float[Tensor, "batch head query key"], hook: Any, *, total: Fl
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """Average what `measure_heads` returns over all heads: a row a model, the same columns without layer and head."""
+    """Average what `measure_heads` returns over all heads: one row per model, without the columns layer and head."""
     return frame.drop(columns=["layer", "head"]).groupby("model", sort=False).mean().reset_index()
 
 
@@ -96,7 +96,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_heads` returns as heat maps: a row a measure, a column a model."""
+    """Plot what `measure_heads` returns as heat maps: one row per measure, one column per model."""
     entropy = {"cmin": 0, "cmax": frame["entropy"].max()}
     return figures.heat_maps(
         frame,

@@ -20,7 +20,7 @@ _LOGITS_IN_A_PIECE = 2**22
 
 
 class Forward(NamedTuple):
-    """What one model made of one batch."""
+    """The output of one model for one batch."""
 
     logits: Float[Tensor, "batch pos vocab"]
     cache: Mapping[str, Tensor]
@@ -35,7 +35,7 @@ def forwards(
     description: str = "Measuring",
     float32: bool = False,
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], dict[str, Forward]]]:
-    """Yield batch after batch of `tokens` with what every model, all on one device, makes of it.
+    """Yield each batch of `tokens` with the output of every model for it. All models are on one device.
 
     `models` are what `load_trio` or `load_hooked_blocks` returns. Memory does not grow with the number of tokens as
     long as the caller reduces each batch before it takes the next. Batches are smaller than `batch_size` where the
@@ -58,7 +58,7 @@ def forwards(
 
 
 def _float32_logits(unembed: Any) -> AbstractContextManager[None]:
-    """As `float32_logits`, of TransformerLens's unembeddings and of plain ones."""
+    """Do what `float32_logits` does, for TransformerLens's unembeddings and for plain ones."""
     if isinstance(unembed, nn.Linear):
         return float32_logits(unembed, unembed.weight, unembed.bias)
     return float32_logits(unembed, unembed.W_U.T, unembed.b_U)
@@ -67,7 +67,7 @@ def _float32_logits(unembed: Any) -> AbstractContextManager[None]:
 def predictions(
     models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], batch_size: int = 8
 ) -> Iterator[tuple[Int[Tensor, " token"], dict[str, Float[Tensor, "token vocab"]]]]:
-    """Yield the tokens that have one before them, in order, and what each model says of them: log-probabilities.
+    """Yield, in order, the tokens that follow another token, and the log-probabilities that each model gives them.
 
     These are in float32, and come a piece of a block at a time: the temporaries of whole batches fit neither a CPU's
     cache nor, with a large vocabulary, its memory.
@@ -83,7 +83,7 @@ def predictions(
 
 
 def pieces(count: int, vocabulary: int, most: int = _LOGITS_IN_A_PIECE) -> Iterator[slice]:
-    """Yield slices of `count` tokens, one after another, so few at once that all have at most `most` logits."""
+    """Yield consecutive slices of `count` tokens, each small enough to have at most `most` logits."""
     size = max(1, most // vocabulary)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -51,7 +51,7 @@ else:
 Tasks = str | Sequence[str] | Mapping[str, str | Path | None]
 """NAME of a task, group or tag of the harness, on the Hub's data, or NAME=FILE.jsonl; several; or FILEs by NAME."""
 BOOTSTRAP_SAMPLES = 1_000
-"""For the standard errors of metrics that are no means, such as perplexity."""
+"""For the standard errors of metrics that are not means, such as perplexity."""
 SEED = 1234
 """Of the harness, for the examples that are shown as shots."""
 
@@ -82,14 +82,14 @@ class HarnessModel(TemplateLM):
             prefix: a token to put before each sequence, as `text.prefix` in a recipe.
 
         Raises:
-            BenchmarkError: there is no tokenizer.
+            BenchmarkError: neither the model nor the caller has a tokenizer.
             TextError: the tokenizer does not have the prefix.
         """
         super().__init__()
         self.model = model.eval()
         self.tokenizer: Any = tokenizer or getattr(model, "tokenizer", None)
         if self.tokenizer is None:
-            raise BenchmarkError("A model has no tokenizer of its own: give one.")
+            raise BenchmarkError("The model has no tokenizer of its own: pass one.")
         self.batch_size = batch_size
         self.prefix = prefix_of(Text(prefix=prefix), self.tokenizer)
         self.max_length = model.cfg.n_ctx if hasattr(model, "cfg") else model.config.max_position_embeddings
@@ -120,9 +120,9 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Raise: models that were made to be looked into are compared by the likelihood of texts."""
+        """Raise BenchmarkError: models are compared here by the likelihood of texts."""
         raise BenchmarkError(
-            "Tasks in which a model has to write are not supported: take one of choices or likelihood."
+            "Tasks in which a model writes text are not supported: choose one that compares likelihoods."
         )
 
     def _loglikelihood_tokens(
@@ -190,17 +190,17 @@ def measure(
         batch_size: texts in one forward; no number depends on it.
         prefix: a token to put before each text, as `text.prefix` in a recipe.
 
-    Returns a row a model, task and metric: model, task, metric (the harness's name), filter (what the harness did to
-    the answers, most often "none"), value (of an accuracy a fraction), difference (to `reference`, paired by example;
-    NaN without one, or where the metric is no mean), each with its standard error over examples, `…_error`; examples;
-    shots.
+    Returns one row per model, task and metric: model, task, metric (the harness's name), filter (what the harness did
+    to the answers, most often "none"), value (of an accuracy a fraction), difference (to `reference`, paired by
+    example; NaN without one, or where the metric is not a mean), each with its standard error over examples, `…_error`;
+    examples; shots.
 
     Raises:
         BenchmarkError: no such task, data that cannot be read or do not suit the task, or a task in which to write.
     """
     for what, least, number in (("limit", 1, limit), ("num_fewshot", 0, num_fewshot), ("batch_size", 1, batch_size)):
         if number is not None and number < least:
-            raise BenchmarkError(f"{what} is {number}, but is to be at least {least}.")
+            raise BenchmarkError(f"{what} is {number}, but must be at least {least}.")
     loaded = load_tasks(tasks, num_fewshot)
     from lm_eval.evaluator import evaluate
 
@@ -233,7 +233,7 @@ def load_tasks(tasks: Tasks, num_fewshot: int | None = None) -> dict[str, dict[s
     """Return what the harness's `evaluate` takes: its tasks and groups by name.
 
     Raises:
-        BenchmarkError: there is no such task, or its data cannot be read or do not suit it.
+        BenchmarkError: a task does not exist, or its data cannot be read or do not fit it.
     """
     if TemplateLM is object:
         raise BenchmarkError("Benchmarks need EleutherAI's lm-evaluation-harness: pip install 'noln[eval]'.")
@@ -241,7 +241,7 @@ def load_tasks(tasks: Tasks, num_fewshot: int | None = None) -> dict[str, dict[s
     if not isinstance(tasks, Mapping):
         tasks = dict(task.partition("=")[::2] for task in ([tasks] if isinstance(tasks, str) else tasks))
     if not tasks:
-        raise BenchmarkError("No task is named; hellaswag is one.")
+        raise BenchmarkError("No task is named: name one, such as hellaswag.")
     for name, file in tasks.items():
         manager = _manager(name)
         if name not in manager.task_index:
@@ -249,7 +249,9 @@ def load_tasks(tasks: Tasks, num_fewshot: int | None = None) -> dict[str, dict[s
             raise BenchmarkError(f"The harness has no task {name}; it has {', '.join(near)}.")
         is_plain = manager.task_index[name].kind.name == "TASK"
         if file and not is_plain:
-            raise BenchmarkError(f"{name} is several tasks, or reads data in its own way: no {file} can stand for it.")
+            raise BenchmarkError(
+                f"{name} is several tasks, or reads data in its own way: {file} cannot replace its data."
+            )
         data = datasets.DatasetDict(test=_read(expanded(file))) if file else None
         if data and num_fewshot and len(data["test"]) <= num_fewshot:
             raise BenchmarkError(f"{file} has {len(data['test'])} examples: too few for {num_fewshot} shots.")
@@ -259,12 +261,14 @@ def load_tasks(tasks: Tasks, num_fewshot: int | None = None) -> dict[str, dict[s
         except Exception as error:  # tasks run code of their own, which fails in any way
             why = f"{type(error).__name__}: {error}"
             if file:
-                raise BenchmarkError(f"{file} has not the fields and values of {name}'s data ({why}).") from error
+                raise BenchmarkError(f"{file} does not have the fields and values of {name}'s data ({why}).") from error
             instead = f" A file can stand for them: {name}=FILE.jsonl." if is_plain else ""
             raise BenchmarkError(f"The data of {name} was not available ({why}).{instead}") from error
         for task in found["tasks"].values():
             if task.OUTPUT_TYPE == "generate_until":
-                raise BenchmarkError(f"{task.task_name} has models write: take one of choices or of likelihood.")
+                raise BenchmarkError(
+                    f"In {task.task_name} a model writes text: choose a task that compares likelihoods."
+                )
             # As the harness does: what has no shots by its nature keeps none.
             if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot")):
                 task.set_config("num_fewshot", num_fewshot or 0)
@@ -276,7 +280,7 @@ def load_tasks(tasks: Tasks, num_fewshot: int | None = None) -> dict[str, dict[s
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot the values that `measure` returns, with standard errors, a panel a metric."""
+    """Plot the values that `measure` returns, with standard errors, one panel per metric."""
     panels = frame["metric"].where(frame["filter"] == "none", frame["metric"] + " (" + frame["filter"] + ")")
     metrics = list(panels.unique())
     figure = make_subplots(len(metrics), 1, subplot_titles=metrics, vertical_spacing=0.3 / len(metrics))
@@ -334,7 +338,7 @@ def _mean_and_error(values: Float[np.ndarray, " example"]) -> tuple[float, float
 
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
-    """Seed what tasks shuffle choices with, and leave it as it was."""
+    """Seed the random generators with which tasks shuffle choices, and restore them at the end."""
     states = random.getstate(), np.random.get_state()
     random.seed(SEED)
     np.random.seed(SEED)
@@ -369,7 +373,7 @@ def _manager_of_all() -> Any:
 
 
 def _in_place(name: str, data: datasets.DatasetDict) -> dict[str, Any]:
-    """Return the task `name` with `data` in place of its own: in a group the harness lets tasks be changed."""
+    """Return the task `name` with `data` in place of its own: the harness lets a group change its tasks."""
     splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": "test"}
     return {"group": "with data in place", "task": [{"task": name, "custom_dataset": lambda **_: data, **splits}]}
 
@@ -385,7 +389,7 @@ def _read(file: Path) -> datasets.Dataset:
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise BenchmarkError(f"{file}, line {number} is no JSON object.")
+                    raise BenchmarkError(f"{file}, line {number} is not a JSON object.")
                 if lacking := set(rows[0] if rows else ()) - set(row):
                     raise BenchmarkError(f"{file}, line {number} lacks {', '.join(sorted(lacking))}.")
                 rows.append(row)
@@ -393,6 +397,6 @@ def _read(file: Path) -> datasets.Dataset:
             raise BenchmarkError(f"{file} has no examples.")
         return datasets.Dataset.from_list(rows)
     except json.JSONDecodeError as error:
-        raise BenchmarkError(f"{file}, line {number} is no JSON: {error.msg}.") from error
+        raise BenchmarkError(f"{file}, line {number} is not JSON: {error.msg}.") from error
     except (OSError, UnicodeDecodeError, ArrowInvalid, ArrowTypeError) as error:
         raise BenchmarkError(f"{file} cannot be read: {error}.") from error

@@ -392,7 +392,7 @@ def measure_edges(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *
         stream = Stream(model)
         sides = inner_sides(stream)
         pairs, names = _all_edges(stream, sides)
-        readers = [len(side.names["reader"].unique()) for side in sides]
+        readers = [len(side.readers) for side in sides]
         fits = {pair: _Fit() for pair in pairs}
         means = {} if stream.norm is None else _mean_divisors(stream, tokens[::2], batch_size, name)
         scored = tokens[1::2] if len(tokens) > 1 else tokens
@@ -448,9 +448,9 @@ def _squares(reading: Reading, written: Written, readers: int, mean: float | Non
     """
     made: list[_Squares] = []
     sums = {"contribution": torch.zeros(()), "effect": torch.zeros(())}
-    for at, cw, without in reading.products(written):
+    for at, cw, alpha in reading.products(written):
         scale, xw = reading.scale[at], reading.xw[at]
-        alpha, beta = 1 / without, 1 / scale - 1 / without
+        beta = 1 / scale - alpha
         cc, cx, xx = (y.unflatten(-1, (readers, -1)).sum(-1) for y in (cw.square(), cw * xw, xw.square()[None]))
         squares = {"contribution": cc / scale.square(), "reader": (xx / scale.square()).expand_as(cc)}
         for key, share in {"effect": 0 * scale, **{k: 1 / by for k, by in _divisors(scale, mean).items()}}.items():

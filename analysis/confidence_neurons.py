@@ -60,11 +60,11 @@ def candidates(model: Any, count: int = 6) -> list[int]:
 def measure_neurons(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.DataFrame:
     """Measure the weights of every neuron of the last MLP.
 
-    Returns a row a model and neuron: norm, ‖w_out‖ (units of the residual stream); logit_var, LogitVar (a squared
-    cosine, no unit); candidate, whether it is one of `neurons`.
+    Returns one row per model and neuron: norm, ‖w_out‖ (units of the residual stream); logit_var, LogitVar (a squared
+    cosine, dimensionless); candidate, whether it is one of `neurons`.
 
     Raises:
-        NolnError: a neuron that a model does not have, or one given twice.
+        NolnError: a model does not have one of the neurons, or one is given twice.
     """
     frames = []
     for name, model in models.items():
@@ -82,13 +82,13 @@ def measure(
 ) -> pd.DataFrame:
     """Mean-ablate `neurons` in every model, the same in all: each alone, and the first k together, k from 1 to all.
 
-    Returns a row a model, ablation ("alone" or "together"), neuron (of several the last) and measure, entropy of the
-    prediction or loss (CE). ablated: how many neurons are. In nats/token, means over tokens that have a next one:
+    Returns one row per model, ablation ("alone" or "together"), neuron (of several the last) and measure, entropy of
+    the prediction or loss (CE). ablated: how many neurons are. In nats/token, means over tokens that have a next one:
     clean, without ablation; total, the change by the ablation; direct, the change with the final norm's scale frozen;
     through_ln, their difference.
 
     Raises:
-        NolnError: a neuron that a model does not have, or one given twice.
+        NolnError: a model does not have one of the neurons, or one is given twice.
     """
     neurons = list(neurons)
     groups = [("alone", [neuron]) for neuron in neurons]
@@ -106,7 +106,7 @@ def measure(
 
 
 def describe(frame: pd.DataFrame) -> str:
-    """Say how much entropy goes through the final norm at the most, from what `measure` returns of single neurons."""
+    """Say how much entropy goes through the final norm at most, from what `measure` returns of single neurons."""
     frame = frame[(frame["ablation"] == "alone") & (frame["measure"] == "entropy")]
     found = []
     for model, rows in frame.groupby("model", sort=False):
@@ -118,12 +118,12 @@ def describe(frame: pd.DataFrame) -> str:
 def measure_spectrum(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.DataFrame:
     """Measure where in the spectrum of W_U the last MLP writes.
 
-    Returns a row a model, group of neurons ("candidates", those of `neurons`, or "all"), and singular direction of W_U,
-    numbered from 1 at the largest: singular_value (logits per unit of what W_U reads); share, that of ‖w_out‖² in the
-    direction, mean over the group; cumulative, the shares summed from the first direction to this one.
+    Returns one row per model, group of neurons ("candidates", those of `neurons`, or "all"), and singular direction of
+    W_U, numbered from 1 at the largest: singular_value (logits per unit of what W_U reads); share, that of ‖w_out‖² in
+    the direction, mean over the group; cumulative, the shares summed from the first direction to this one.
 
     Raises:
-        NolnError: a neuron that a model does not have, or one given twice.
+        NolnError: a model does not have one of the neurons, or one is given twice.
     """
     frames = []
     for name, model in models.items():
@@ -151,7 +151,7 @@ def _check(name: str, model: Any, neurons: Sequence[int]) -> None:
             f"{name} has no neurons {unknown} in its last MLP: they are numbered 0 to {model.cfg.d_mlp - 1}."
         )
     if len(set(neurons)) < len(neurons):
-        raise NolnError(f"A neuron is given twice among {list(neurons)}.")
+        raise NolnError(f"{list(neurons)} names a neuron twice: name each once.")
 
 
 @torch.no_grad()
@@ -257,7 +257,7 @@ def _ablate_piece(
 def _through_post_norm(
     stream: Stream, excess: Float[Tensor, "1 pos d_model"], cache: Mapping[str, Tensor]
 ) -> Float[Tensor, "1 pos d_model"]:
-    """Return by what the stream changes when `excess` is taken out of the last MLP's output, which a norm normalises.
+    """Return how the stream changes when `excess` is taken out of the last MLP's output, which a norm normalises.
 
     With m the output, s what the norm divides it by, g its gain, n = m/s and e = excess/s, that is
     g·(n − e)/RMS(n − e) − g·n. The norm's eps is in units of m², and of n² it is eps/s².
@@ -279,7 +279,7 @@ def _entropy_and_loss(logits: Float[Tensor, "1 pos vocab"], targets: Int[Tensor,
 
 @figures.of_text
 def plot_neurons(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_neurons` returns: LogitVar against ‖w_out‖, a panel a model, candidates as diamonds."""
+    """Plot what `measure_neurons` returns: LogitVar against ‖w_out‖, one panel per model, candidates as diamonds."""
     models = list(frame["model"].unique())
     figure = make_subplots(1, len(models), shared_yaxes=True, column_titles=models, horizontal_spacing=0.03)
     for (model, candidate), group in frame.groupby(["model", "candidate"], sort=False):
@@ -307,7 +307,7 @@ def plot_neurons(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns of single neurons: the changes, a row a measure, a column a part."""
+    """Plot what `measure` returns of single neurons: the changes, one row per measure, one column per part."""
     figure = _plot_changes(frame[frame["ablation"] == "alone"].astype({"neuron": str}), "neuron", go.Bar)
     return figure.update_xaxes(type="category").update_xaxes(title="Neuron ablated", row=len(MEASURES))
 

@@ -115,7 +115,7 @@ def to_native_bridge(
 
 
 def normalization(source: PreTrainedModel, state: NormState) -> dict[str, Any]:
-    """Return what TransformerLens's configs say of norms whose weights are folded, or of none."""
+    """Return what TransformerLens's configs call norms whose weights are folded, or no norms."""
     family = family_of(source)
     if state != "live":
         return {"normalization_type": None, "eps": 0.0}
@@ -137,7 +137,7 @@ def centre_writing(model: PreTrainedModel) -> None:
 
 
 def _config(source: PreTrainedModel, state: NormState, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what `HookedTransformerConfig` and `TransformerBridgeConfig` call alike."""
+    """Return the fields that `HookedTransformerConfig` and `TransformerBridgeConfig` share."""
     config, family = source.config, family_of(source)
     activation = getattr(config, family.activation)
     if activation not in ACTIVATIONS:

@@ -42,9 +42,9 @@ KINDS = {"logit": "Logit", "query": "Queries", "key": "Keys", "value": "Values",
 Target = int | tuple[int, int]
 """A token, or two: how far the logit of the first is above that of the second."""
 
-_LOGIT = pd.DataFrame({"kind": ["logit"], "reader": ["logit"], "unit": [0]}).assign(
-    reader_layer=pd.array([None], "Int64"), reader_head=pd.array([None], "Int64")
-)
+_READER = ("kind", "reader", "reader_layer", "reader_head")
+_LOGIT = (("logit", "logit", None, None),)
+_NUMBERS = ("reader_layer", "reader_head", "layer", "head")
 _AT_ONCE = 2**17
 """Contributions computed at once: few enough for a core's cache, half again as fast as more."""
 _NO_PART = ["bias", "reader", "residue"]
@@ -68,23 +68,25 @@ class Reading:
         self._xx = self._x.square().sum(-1, keepdim=True)
         self._W, self.b = W.double(), b.double()
         self.xw, self.scale = self._x @ self._W, stream.scale(self._xx)
+        self._per_scale = 1 / self.scale
+        self._read = self.xw * self._per_scale
 
     def products(
         self, written: Written
     ) -> Iterator[tuple[slice, Float[Tensor, "part token unit"], Float[Tensor, "part token 1"]]]:
-        """Yield c·w of the parts of a component, and the scale without them, a piece of the tokens at a time."""
+        """Yield c·w of the parts of a component, and 1 over the scale without them, a piece of the tokens at a time."""
         into = written.into(self._W)
-        without = self._stream.scale(self._xx - 2 * written.dot(self._x) + written.square())
+        without = 1 / self._stream.scale(self._xx - 2 * written.dot(self._x) + written.square()).T.unsqueeze(-1)
         for at in pieces(len(self._x), len(into) * len(self.b), _AT_ONCE):
-            yield at, written.through(into, at), without[at].T.unsqueeze(-1)
+            yield at, written.through(into, at), without[:, at]
 
     def effects(
         self, written: Written
     ) -> Iterator[tuple[slice, Float[Tensor, "part token unit"], Float[Tensor, "part token unit"]]]:
         """Yield contributions and direct effects of the parts of a component, a piece of the tokens at a time."""
         for at, cw, without in self.products(written):
-            scale, xw = self.scale[at], self.xw[at]
-            yield at, cw / scale, xw / scale - (xw - cw) / without
+            effect = (cw - self.xw[at]).mul_(without).add_(self._read[at])  # in place: less to write
+            yield at, cw * self._per_scale[at], effect
 
 
 def measure(
@@ -111,7 +113,7 @@ def summarise(edges: pd.DataFrame) -> pd.DataFrame:
     %, as `logit_attribution` has it of the logit, NaN where the kind reads no head (in a model of one layer); nmae_all,
     the mean over the edges from all components, %; nmae_pooled, 100 · Σ mean|contribution − direct effect| / Σ
     mean|direct effect| over these, %; residue_relative, the largest |reader − sum of contributions| of a token and
-    unit over the largest |reader|, the most of any reader, without unit, and effect_residue_relative, the same with
+    unit over the largest |reader|, the most of any reader, dimensionless, and effect_residue_relative, the same with
     direct effects in place of contributions; edges, how many; tokens.
     """
     return _summarise(edges, ["model", "kind"])
@@ -183,7 +185,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_layers(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_layers` returns: NMAE over all components by layer of the reader, a panel a kind."""
+    """Plot what `measure_layers` returns: NMAE over all components by layer of the reader, one panel per kind."""
     kinds = [kind for kind in KINDS if kind != "logit"]
     figure = make_subplots(1, len(kinds), shared_yaxes=True, column_titles=[KINDS[kind] for kind in kinds])
     for (name, kind), rows in frame[frame["kind"] != "logit"].groupby(["model", "kind"], sort=False):
@@ -232,11 +234,11 @@ def measure_edges(
         NolnError: a model of `finetune.blocks`.
         ValueError: a final norm whose weights are not folded into the unembedding.
     """
-    frames = []
+    tables: list[dict[str, np.ndarray]] = []
     for name, model in models.items():
         stream = Stream(model)
         sides = inner_sides(stream)
-        sums, of_logit = [_Sums(side.names) for side in sides], _Sums(_LOGIT)
+        sums, of_logit = [_Sums(side.readers, side.widths) for side in sides], _Sums(_LOGIT, (1,))
         hooks = dict.fromkeys([*hook_names(model), *(hook for side in sides for hook in (side.point, *side.hooks))])
         for batch, outputs in forwards({name: model}, tokens, list(hooks), batch_size, f"Edges of {name}"):
             logits, cache = outputs[name]
@@ -253,13 +255,18 @@ def measure_edges(
                 for component in stream.components_at(side.point):
                     for at, contribution, effect in reading.effects(written[component]):
                         total.add(component, contribution, effect)
-                        residue[0, at] -= contribution.sum(0)
-                        residue[1, at] -= effect.sum(0)
+                        residue[0, at].sub_(contribution.sum(0))
+                        residue[1, at].sub_(effect.sum(0))
                 total.add(Component("bias", None, ""), *[reading.b.expand_as(reader).unsqueeze(0)] * 2)
                 total.add(Component("reader", None, ""), *[reader.unsqueeze(0)] * 2)
                 total.add(Component("residue", None, ""), *residue.unsqueeze(1))
-        frames += [total.frame().assign(model=name) for total in (of_logit, *sums)]
-    edges = pd.concat(frames, ignore_index=True)
+        for total, count in (
+            (of_logit, tokens.numel() - len(tokens) * (pair is None)),
+            *((total, tokens.numel()) for total in sums),
+        ):
+            columns = total.columns(count)
+            tables.append({"model": np.full(len(columns["label"]), name, object)} | columns)
+    edges = _typed(pd.DataFrame({column: np.concatenate([table[column] for table in tables]) for column in tables[0]}))
     is_part = ~edges["component"].isin(_NO_PART)
     edges["nmae"] = (100 * edges["error_abs"] / edges["direct_effect_abs"]).where(is_part)
     return edges[["model", *edges.columns.drop(["model", "tokens"]), "tokens"]]
@@ -315,10 +322,11 @@ def measure_prompt(
             target = int(after[0] if len(after) else logits[0, position].argmax())
         at = {hook: x[0, [position]] for hook, x in cache.items() if not hook.endswith("hook_pattern")}
         for side in (logit_side(stream, target, centre_unembedding), *sides):
-            wanted = np.ones(len(side.names), bool) if readers is None else _named(side.names, readers)
+            names = side.names
+            wanted = np.ones(len(names), bool) if readers is None else _named(names, readers)
             if not wanted.any():
                 continue
-            names, units = side.names[wanted], torch.tensor(wanted)
+            names, units = names[wanted], torch.tensor(wanted)
             W, b = side.W[:, units], side.b[units]
             for component in stream.components_at(side.point):
                 its_neurons = of_mlp.get((component.kind, component.layer))
@@ -408,12 +416,12 @@ def measure_scores(
 class _Sums:
     """Sums over tokens, and over the units of each reader, of what components do to what reads one point."""
 
-    def __init__(self, names: pd.DataFrame) -> None:
-        """Take the reader, among others, of each unit."""
-        self._readers = names.drop(columns="unit").drop_duplicates("reader").reset_index(drop=True)
-        self._units = names.groupby("reader", sort=False)["unit"].size().tolist()
-        self._group = torch.arange(len(self._units)).repeat_interleave(torch.tensor(self._units))
-        self._totals: dict[Component, dict[str, Any]] = {}
+    def __init__(self, readers: Sequence[tuple[Any, ...]], widths: Sequence[int]) -> None:
+        """Take the readers, as a `Side` has them, and how many units each has."""
+        self._readers, self._widths = readers, list(widths)
+        self._reader_of_unit = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
+        self._sums: dict[Component, Float[Tensor, "3 part reader"]] = {}
+        self._maxima: dict[Component, Float[Tensor, "2 part reader"]] = {}
 
     def add(
         self,
@@ -421,39 +429,35 @@ class _Sums:
         contribution: Float[Tensor, "part token unit"],
         effect: Float[Tensor, "part token unit"],
     ) -> None:
-        group = self._group.to(effect.device)
-        zeros = effect.new_zeros(len(effect), len(self._units))
-        values = {"contribution": contribution.abs(), "direct_effect": effect.abs()}
-        sums = {"tokens": effect.shape[1]} | {
-            column: zeros.index_add(1, group, value.sum(1))
-            for column, value in zip(_SUMS, (*values.values(), (contribution - effect).abs()), strict=True)
-        }
-        total = self._totals.setdefault(component, {})
-        total |= {column: value + total.get(column, 0) for column, value in sums.items()}
+        values = contribution.abs(), effect.abs(), (contribution - effect).abs_()
+        of_units = torch.stack([value.sum(1) for value in values])
+        sums = of_units.new_zeros(*of_units.shape[:2], len(self._widths))
+        sums.index_add_(2, self._reader_of_unit.to(sums.device), of_units)
+        self._sums[component] = sums + self._sums.get(component, 0)
         if component.kind in ("reader", "residue"):
-            for column, value in zip(_MAXIMA, values.values(), strict=True):
-                most = torch.stack([units.amax(1) for units in value.amax(1).split(self._units, dim=1)], dim=1)
-                total[column] = most.maximum(total.get(column, most))
+            largest = torch.stack([value.amax(1) for value in values[:2]])
+            maxima = torch.stack([units.amax(2) for units in largest.split(self._widths, dim=2)], dim=2)
+            self._maxima[component] = maxima.maximum(self._maxima.get(component, maxima))
 
-    def frame(self) -> pd.DataFrame:
-        """Return one row per component, each head by itself, and reader."""
-        frames = []
-        for component, total in self._totals.items():
-            tokens = total.pop("tokens")
-            parts, readers = next(iter(total.values())).shape
-            part = np.repeat(range(parts), readers)
-            frame = pd.concat([self._readers] * parts, ignore_index=True)
-            frame["component"] = component.kind
-            frame["label"] = [component.label(i) for i in part]
-            frame["layer"] = pd.array([component.layer] * len(frame), "Int64")
-            frame["head"] = pd.array(part if component.kind == "head" else [None] * len(frame), "Int64")
-            for column, values in total.items():
-                values = values.flatten().cpu().numpy()
-                frame[column] = values if column in _MAXIMA else values / np.tile(tokens * np.array(self._units), parts)
-            frames.append(frame.assign(tokens=tokens))
-        return pd.concat(frames, ignore_index=True).reindex(
-            columns=[*frames[0].columns.drop("tokens"), *_MAXIMA, "tokens"]
-        )
+    def columns(self, tokens: int) -> dict[str, np.ndarray]:
+        """Return the columns of a table with one row per component, each head by itself, and reader."""
+        parts = [(component, part) for component, sums in self._sums.items() for part in range(sums.shape[1])]
+        of_part = {
+            "component": [component.kind for component, _ in parts],
+            "label": [component.label(part) for component, part in parts],
+            "layer": [component.layer for component, _ in parts],
+            "head": [part if component.kind == "head" else None for component, part in parts],
+        }
+        count = len(self._widths)
+        of_reader = dict(zip(_READER, zip(*self._readers, strict=True), strict=True))
+        columns = {name: np.tile(np.array(values, dtype=object), len(parts)) for name, values in of_reader.items()}
+        columns |= {name: np.repeat(np.array(values, dtype=object), count) for name, values in of_part.items()}
+        means = torch.cat([*self._sums.values()], dim=1).cpu() / (tokens * torch.tensor(self._widths))
+        unknown = {component: torch.full_like(sums[:2], torch.nan) for component, sums in self._sums.items()}
+        maxima = torch.cat([*(unknown | self._maxima).values()], dim=1).cpu()
+        values = torch.cat([means, maxima]).flatten(1).numpy()
+        columns |= dict(zip((*_SUMS, *_MAXIMA), values, strict=True))
+        return columns | {"tokens": np.full(len(parts) * count, tokens)}
 
 
 def run(model: Any, prompt: Int[Tensor, " pos"], hooks: Iterable[str]) -> Forward:
@@ -466,31 +470,42 @@ class Side(NamedTuple):
     """What reads one point of the stream: the units of all heads there, or of the MLP, side by side."""
 
     point: str
-    names: pd.DataFrame
-    """What each unit is: kind; reader; reader_layer; reader_head, missing of MLPs; unit, which of the head or MLP."""
+    readers: tuple[tuple[str, str, int | None, int | None], ...]
+    """Kind, name, layer and head of each reader; an MLP has no head, the logit no layer either."""
+    widths: tuple[int, ...]
+    """How many units each reader has: the width of the head or the neurons of the MLP."""
     W: Float[Tensor, "d_model unit"]
     b: Float[Tensor, " unit"]
     hooks: tuple[str, ...]
     """The activations that are the units; of the logit none."""
+
+    @property
+    def names(self) -> pd.DataFrame:
+        """What each unit is, one row per unit: the columns `_READER`, and unit, which one of the head or MLP."""
+        units = [(*reader, i) for reader, width in zip(self.readers, self.widths, strict=True) for i in range(width)]
+        return _typed(pd.DataFrame(units, columns=[*_READER, "unit"]))
 
 
 def inner_sides(stream: Stream) -> list[Side]:
     """Return what reads the stream inside the blocks, point by point, heads and MLP apart: units of one width."""
     sides = []
     for (point, _), group in itertools.groupby(stream.readers, lambda reader: (reader.point, reader.kind == "mlp")):
-        readers, names, weights, biases = list(group), [], [], []
+        readers, rows, widths, weights, biases = list(group), [], [], [], []
         for reader in readers:
             W, b = stream.read_weights(reader)
-            head, unit = np.indices(b.shape).reshape(2, -1)
-            frame = pd.DataFrame({"kind": reader.kind, "reader": [reader.label(i) for i in head]})
-            frame["reader_layer"] = pd.array([reader.layer] * len(frame), "Int64")
-            frame["reader_head"] = pd.array([None] * len(frame) if reader.kind == "mlp" else head, "Int64")
-            names.append(frame.assign(unit=unit))
+            for head, its in enumerate(b):
+                rows.append((reader.kind, reader.label(head), reader.layer, None if reader.kind == "mlp" else head))
+                widths.append(len(its))
             weights.append(W.flatten(1))
             biases.append(b.flatten())
         hooks = tuple(reader.hook for reader in readers)
-        sides.append(Side(point, pd.concat(names), torch.cat(weights, dim=1), torch.cat(biases), hooks))
+        sides.append(Side(point, tuple(rows), tuple(widths), torch.cat(weights, dim=1), torch.cat(biases), hooks))
     return sides
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with its numbers of layers and heads as integers that may be missing."""
+    return frame.astype({name: "Int64" for name in _NUMBERS if name in frame})
 
 
 def logit_side(stream: Stream, target: Target, centre_unembedding: bool = True) -> Side:
@@ -501,7 +516,7 @@ def logit_side(stream: Stream, target: Target, centre_unembedding: bool = True) 
     """
     stream.require_folded_norm()
     W, b = (target_logit(x, target, centre_unembedding) for x in (stream.model.W_U, stream.model.b_U))
-    return Side(stream.final, _LOGIT, W.unsqueeze(1), b.view(1), ())
+    return Side(stream.final, _LOGIT, (1,), W.unsqueeze(1), b.view(1), ())
 
 
 def target_logit(

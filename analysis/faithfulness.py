@@ -58,10 +58,10 @@ def measure_tokens(
         reference: the model to compare with; it has rows of its own.
         batch_size: blocks in one forward; no result depends on it.
 
-    Returns a row a token and model. Columns: model; reference; block and position of the token that is predicted; jsd
-    and kl, KL(reference ‖ model), nats; agreement, whether both have the same top token; rank_correlation, Spearman's
-    over the logits of the reference's top 50 tokens; entropy, nats; confidence, the probability of the top token;
-    correct, whether that is the token.
+    Returns one row per token and model. Columns: model; reference; block and position of the token that is predicted;
+    jsd and kl, KL(reference ‖ model), nats; agreement, whether both have the same top token; rank_correlation,
+    Spearman's over the logits of the reference's top 50 tokens; entropy, nats; confidence, the probability of the top
+    token; correct, whether that is the token.
     """
     # Made whole: small arrays kept from each block would lie between the large ones, whose place could not be reused.
     values = {name: np.empty((tokens[:, 1:].numel(), len(_COLUMNS))) for name in models}
@@ -97,8 +97,8 @@ def measure_tokens(
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """Average what `measure_tokens` returns over the tokens of each model.
 
-    Returns a row a model. Columns: model; reference; the means over tokens of jsd and kl, nats, agreement, from 0 to 1,
-    rank_correlation, without unit, and entropy, nats; of jsd and kl also `…_median`, `…_percentile_95`,
+    Returns one row per model. Columns: model; reference; the means over tokens of jsd and kl, nats, agreement, from 0
+    to 1, rank_correlation, dimensionless, and entropy, nats; of jsd and kl also `…_median`, `…_percentile_95`,
     `…_percentile_99_9` and `…_max`; accuracy of the top token, from 0 to 1; ece, over 10 bins, from 0 to 1; tokens.
     """
     rows = []
@@ -118,10 +118,10 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def calibrate(frame: pd.DataFrame) -> pd.DataFrame:
-    """Say how often the top token is right by how probable it is, from what `measure_tokens` returns.
+    """Measure how often the top token is right, by its probability, from what `measure_tokens` returns.
 
-    Returns a row a model and bin of the top token's probability. Columns: model; bin_start and bin_end, which is in the
-    bin; confidence, the mean probability, and accuracy, both from 0 to 1, NaN in an empty bin; tokens.
+    Returns one row per model and bin of the top token's probability. Columns: model; bin_start and bin_end, which is in
+    the bin; confidence, the mean probability, and accuracy, both from 0 to 1, NaN in an empty bin; tokens.
     """
     edges = np.linspace(0, 1, _BINS + 1)
     frames = []
@@ -146,7 +146,7 @@ def measure(
     """Compare the predictions of models with a reference's: `summarise` of `measure_tokens`, whose arguments it takes.
 
     Raises:
-        ValueError: there is no such reference, or nothing else.
+        ValueError: no model is called `reference`, or there is no other model.
     """
     _check(models, reference)
     return summarise(measure_tokens(models, tokens, reference=reference, batch_size=batch_size))
@@ -154,7 +154,7 @@ def measure(
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns, a panel a quantity."""
+    """Plot what `measure` returns, one panel per quantity."""
     titles = {
         "jsd": "JSD to the<br>reference (nats)",
         "kl": "KL from the<br>reference (nats)",
@@ -188,7 +188,7 @@ def plot_tails(frame: pd.DataFrame) -> go.Figure:
 def measure_calibration(
     models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8
 ) -> pd.DataFrame:
-    """Measure how often the top token is right by how probable it is: `calibrate` of `measure_tokens`."""
+    """Measure how often the top token is right, by its probability: `calibrate` of `measure_tokens`."""
     first = next(iter(models))
     return calibrate(measure_tokens(models, tokens, reference=first, batch_size=batch_size))
 
@@ -220,9 +220,9 @@ def measure_layers(
 ) -> pd.DataFrame:
     """Compare the residual streams between blocks with those of `models[reference]`.
 
-    Arguments and errors are those of `measure`. Returns a row a model, positions ("all" or "after 0") and layer, the
-    number of blocks before. Columns: these; reference; cosine, of the two vectors of a token, its mean over tokens, and
-    cka, linear, over tokens, from 0 to 1: both without unit.
+    Arguments and errors are those of `measure`. Returns one row per model, positions ("all" or "after 0") and layer,
+    the number of blocks before. Columns: these; reference; cosine, of the two vectors of a token, its mean over tokens,
+    and cka, linear, over tokens, from 0 to 1: both dimensionless.
     """
     _check(models, reference)
     points = Stream(models[reference]).between_blocks
@@ -255,7 +255,7 @@ def measure_layers(
 
 @figures.of_text
 def plot_layers(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_layers` returns, a column a choice of positions."""
+    """Plot what `measure_layers` returns, one column per choice of positions."""
     frame = _compared(frame).replace({"positions": {name: f"positions: {name}" for name in _POSITIONS}})
     quantities = {"cosine": "Cosine similarity<br>(no unit)", "cka": "Linear CKA<br>(no unit)"}
     return figures.lines(frame, "layer", quantities, column="positions").update_xaxes(title="Blocks before", row=2)
@@ -271,7 +271,7 @@ def measure_heads(
 ) -> pd.DataFrame:
     """Compare each head with the same head of `models[reference]`.
 
-    Arguments and errors are those of `measure`. Returns a row a model, layer and head. Columns: these; reference;
+    Arguments and errors are those of `measure`. Returns one row per model, layer and head. Columns: these; reference;
     attention_distance, the total variation distance ½ Σ_key |difference| of attention patterns, from 0 to 1, its mean
     over blocks and query positions ≥ 1 (0 can only attend to itself); dla_correlation, Pearson's, over tokens, of the
     direct logit attribution of the next token (W_U centred), NaN where a head's is constant.
@@ -311,7 +311,7 @@ def measure_heads(
 
 @figures.of_text
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_heads` returns as heat maps: a row a quantity, a column a model."""
+    """Plot what `measure_heads` returns as heat maps: one row per quantity, one column per model."""
     return figures.heat_maps(
         _compared(frame),
         {
@@ -331,7 +331,7 @@ def measure_neurons(
 ) -> pd.DataFrame:
     """Compare the activation of each MLP neuron with that of the same neuron of `models[reference]`.
 
-    Arguments and errors are those of `measure`. Returns a row a model, layer and neuron. Columns: these; reference;
+    Arguments and errors are those of `measure`. Returns one row per model, layer and neuron. Columns: these; reference;
     correlation, Pearson's over tokens, NaN where a neuron is constant.
     """
     _check(models, reference)
@@ -376,7 +376,7 @@ def _check(models: Mapping[str, Any], reference: str) -> None:
 
 
 def _compared(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows without those of the reference, which are what they must be."""
+    """Return the rows of all models but the reference, whose own are known beforehand."""
     return frame[frame["model"] != frame["reference"]]
 
 
@@ -393,7 +393,7 @@ class _Correlation:
         self._sums = self._sums + torch.stack([series.sum(0) for series in (x, y, x * x, y * y, x * y)])
 
     def value(self) -> Float[Tensor, " series"]:
-        """Return the correlations: NaN where a series is constant, but for rounding, of which its variance consists."""
+        """Return the correlations: NaN where a series is constant, that is, where rounding alone makes its variance."""
         x, y, xx, yy, xy = self._sums / self._count
         variances = [
             torch.where(v > 1e-12 * square, v, torch.nan) for v, square in ((xx - x * x, xx), (yy - y * y, yy))

@@ -1,4 +1,4 @@
-"""Figures that several analyses draw alike: a colour a model, a panel a quantity."""
+"""Figures that several analyses draw alike: one colour per model, one panel per quantity."""
 
 import functools
 import html
@@ -18,7 +18,7 @@ _SYMBOLS = ("circle", "triangle-up", "diamond", "x")
 
 
 def of_text(plot: Callable[..., go.Figure]) -> Callable[..., go.Figure]:
-    """Let `plot` draw the texts in its frame (names, tokens, prompts) as they are: plotly takes them for HTML."""
+    """Escape the texts that `plot` draws (names, tokens, prompts), because plotly reads them as HTML."""
 
     @functools.wraps(plot)
     def escaped(frame: pd.DataFrame, *arguments: Any, **options: Any) -> go.Figure:
@@ -42,7 +42,7 @@ def add_tail(
     col: int,
     legend: bool = False,
 ) -> None:
-    """Add to a panel the percentiles in `tail`, by the names of `TAIL` one number each of `x`, as `TAIL_TITLE` says."""
+    """Add to a panel the percentiles in `tail`, which has one number per `x` for each name in `TAIL`."""
     for (name, values), symbol in zip(tail.items(), _SYMBOLS, strict=True):
         figure.add_scatter(
             x=x,
@@ -62,7 +62,7 @@ def add_tail(
 def lines(
     frame: pd.DataFrame, x: str, quantities: Mapping[str, str], *, column: str | None = None, dash: str | None = None
 ) -> go.Figure:
-    """Plot quantities over the column `x` of `frame`, one below the other, a line a model.
+    """Plot quantities over the column `x` of `frame`, one below the other, one line per model.
 
     Args:
         frame: tidy, with a column `model`.
@@ -102,7 +102,7 @@ def lines(
 
 
 def heat_maps(frame: pd.DataFrame, quantities: Mapping[str, tuple[str, dict[str, Any]]]) -> go.Figure:
-    """Plot quantities of heads over layer and head: a row of maps a quantity, a column a model.
+    """Plot quantities of heads over layer and head: one row of maps per quantity, one column per model.
 
     Args:
         frame: tidy, with columns `model`, `layer` and `head`.

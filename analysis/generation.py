@@ -35,15 +35,15 @@ def measure(
     reference: str = "original",
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Have each model go on from ten places spread over the blocks. Returns what `measure_prompts` does.
+    """Let each model continue the text from ten places spread over the blocks. Returns what `measure_prompts` does.
 
-    With the `prefix` that the blocks begin with, if any, prompts begin too.
+    Where blocks begin with a `prefix`, so do the prompts.
     """
     blocks, width = tokens.shape
     longest = min(width, *(model.cfg.n_ctx for model in models.values()))
     length = max(1, min(PROMPT_TOKENS, longest // 2))
     starts = np.linspace(0, blocks * width, PROMPTS, endpoint=False).astype(int)
-    # None goes over the end of its block, and of those that come to the same place there is one.
+    # None goes beyond the end of its block, and places that coincide count once.
     places = dict.fromkeys((start // width, min(start % width, width - length)) for start in starts)
     prompts = [tokens[block, start : start + length] for block, start in places]
     if prefix is not None:
@@ -59,7 +59,7 @@ def measure_prompts(
     reference: str = "original",
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Have each model go on from prompts, texts (no special token is added) or token ids.
+    """Let each model continue prompts, texts (no special token is added) or token ids.
 
     A text may be a chat, as `tokenizer.apply_chat_template(messages, tokenize=False)` writes it.
 
@@ -98,7 +98,7 @@ def measure_prompts(
 
 
 def side_by_side(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return what `measure` returns with one row per prompt: its text, and in one column per model what that wrote."""
+    """Return what `measure` returns with one row per prompt: its text, and one column per model: what that wrote."""
     texts = frame.pivot(index=["prompt", "prompt_text"], columns="model", values="text")
     return texts[list(frame["model"].unique())].rename_axis(columns=None).reset_index()
 

@@ -111,25 +111,27 @@ class HookedBlocks(TextTokens, HookedRootModule):
         """Run, and return the logits and a dict of activations by hook name.
 
         Raises:
-            NotImplementedError: `return_cache_object`: what an `ActivationCache` computes does not hold of all blocks.
+            NotImplementedError: `return_cache_object`: what an `ActivationCache` computes is not valid for all blocks.
         """
         if return_cache_object:
-            raise NotImplementedError("HookedBlocks has no ActivationCache: take the dict.")
+            raise NotImplementedError(
+                "HookedBlocks has no ActivationCache: use the dict that it returns without `return_cache_object`."
+            )
         return super().run_with_cache(*args, **kwargs)
 
     def skip_gain(self, layer: int, attention: bool = False) -> Float[Tensor, " 1"]:
-        """Return by what skips multiply a layer's output on its way to the final residual stream: no unit.
+        """Return by what skips multiply a layer's output on its way to the final residual stream: dimensionless.
 
         Args:
             layer: whose MLP's output it is; −1: the embeddings.
             attention: whether it is the attention's output instead.
 
         Raises:
-            NolnError: the final residual stream is no sum of what layers write, because norms lie on the way.
+            NolnError: the final residual stream is not a sum of what layers write, because norms lie on the way.
         """
         if self.model.config.norm_position == "post":
             raise NolnError(
-                "Under post-norm the residual stream goes through norms: it is no sum of components to attribute to."
+                "Under post-norm the residual stream goes through norms: it is not a sum of components to attribute to."
             )
         product = self.W_U.new_ones(1)
         for i, block in enumerate(self.blocks):

@@ -226,7 +226,7 @@ def load_trio(
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from error
         if (state == "live") != (name != "ln_free"):
-            raise CheckpointError(f"{name} is to be a model {'without' if name == 'ln_free' else 'with'} live norms.")
+            raise CheckpointError(f"{name} must be a model {'without' if name == 'ln_free' else 'with'} live norms.")
         if family not in (None, family_of(source)):
             raise CheckpointError(f"{name} is a {type(source).__name__}, unlike the original: a trio is of one family.")
         family = family_of(source)
@@ -302,7 +302,7 @@ def _read(model: Model, revision: str | None) -> tuple[PreTrainedModel, NormStat
     state = norm_state(source)
     published = None if isinstance(model, nn.Module) else PUBLISHED.get(str(model))
     if published is not None and (published.format is None) != (state == "live"):
-        raise CheckpointError(f"{model} has {state} norms, but its format is to be {published.format}.")
+        raise CheckpointError(f"{model} has {state} norms, but its format must be {published.format}.")
     return source, state
 
 

@@ -53,13 +53,13 @@ def measure(
 
 
 def summarise(components: pd.DataFrame) -> pd.DataFrame:
-    """Summarise what `measure_components` returns, a row a model, in the order of the models.
+    """Summarise what `measure_components` returns, one row per model, in the order of the models.
 
     Columns: model, target, unembedding; nmae, the mean over heads (those without any effect apart) of their NMAE, %, as
     in the paper; nmae_pooled, 100 · Σ mean|DLA − direct effect| / Σ mean|direct effect| over heads, %, as in its code;
     residue, the largest |logit − sum of the DLA of all components| of a token, logits; residue_relative, the same over
-    the largest |logit|, without unit; effect_residue and effect_residue_relative, these with direct effects in place of
-    DLA; tokens.
+    the largest |logit|, dimensionless; effect_residue and effect_residue_relative, these with direct effects in place
+    of DLA; tokens.
     """
     rows = []
     for model, frame in components.groupby("model", sort=False):
@@ -133,11 +133,11 @@ def measure_components(
         centre_unembedding: whether W_U is taken less its mean over the vocabulary. It cancels out in a pair.
         neurons: also measure every neuron of every MLP.
 
-    Returns a row a model and component. Columns: model; target; unembedding, "centred" or "as it is"; component, one of
-    embed, pos_embed, head, b_O, mlp (its bias in it), neuron, b_U, logit (the sum to be reached) and residue (what the
-    others, neurons apart, leave over); label, such as L2H3; layer, head and neuron where it has them; over tokens, in
-    logits, dla, its mean, dla_abs, that of its absolute value, and dla_max, the largest; direct_effect, …_abs, …_max,
-    the same of it; error_abs, the mean |DLA − direct effect|; nmae, %; tokens, how many.
+    Returns one row per model and component. Columns: model; target; unembedding, "centred" or "as it is"; component,
+    one of embed, pos_embed, head, b_O, mlp (its bias in it), neuron, b_U, logit (the sum to be reached) and residue
+    (what the others, neurons apart, leave over); label, such as L2H3; layer, head and neuron where it has them; over
+    tokens, in logits, dla, its mean, dla_abs, that of its absolute value, and dla_max, the largest; direct_effect,
+    …_abs, …_max, the same of it; error_abs, the mean |DLA − direct effect|; nmae, %; tokens, how many.
     """
     count = len(tokens) * (tokens.shape[1] - (pair is None))
     frames = []
@@ -204,7 +204,7 @@ def measure_prompt(
 ) -> pd.DataFrame:
     """Measure DLA and direct effect of every component at every token of one prompt that has a target.
 
-    Arguments are those of `measure_components`. Returns a row a model, position and component. Columns: model,
+    Arguments are those of `measure_components`. Returns one row per model, position and component. Columns: model,
     unembedding, component, label, layer, head and neuron, as there; position; token and target, their texts in quotes;
     dla and direct_effect, logits.
     """
@@ -276,7 +276,7 @@ def measure_lens(
 
     The final norm divides a layer's residual vector by that vector's own scale, not by the final one's.
 
-    Arguments are those of `measure_components`. Returns a row a model and layer, the number of blocks before it.
+    Arguments are those of `measure_components`. Returns one row per model and layer, the number of blocks before it.
     Columns: model, target, unembedding, layer; means over tokens of loss, of the next token, nats, agreement, how often
     the top token is the model's own, from 0 to 1, logit, that of the target, and scale, what the norm divides by, in
     units of the residual stream (1 without a norm).

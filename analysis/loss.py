@@ -45,7 +45,7 @@ def measure_tokens(
         reference: the model to subtract.
         batch_size: blocks in one forward; no result depends on it.
 
-    Returns a row a token and model: text, model, block, position and token (id) of the token that is predicted,
+    Returns one row per token and model: text, model, block, position and token (id) of the token that is predicted,
     document of the token before it, loss (nats), difference (loss less that of `reference`, NaN without one, nats).
     """
     # Made whole: small arrays kept from each batch would lie between the large ones, whose place could not be reused.
@@ -88,8 +88,9 @@ def measure_tokens(
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """Average what `measure_tokens` returns over the tokens of each text and model.
 
-    Returns a row a text and model, in nats/token: loss (the mean over tokens) and difference (to the reference), each
-    with its standard error over documents, `…_error`; median, percentile_95, percentile_99_9, max; tokens; documents.
+    Returns one row per text and model, in nats/token: loss (the mean over tokens) and difference (to the reference),
+    each with its standard error over documents, `…_error`; median, percentile_95, percentile_99_9, max; tokens;
+    documents.
     """
     rows = []
     for (text, model), group in frame.groupby(["text", "model"], sort=False):
@@ -108,7 +109,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 def average_positions(frame: pd.DataFrame) -> pd.DataFrame:
     """Average what `measure_tokens` returns over the blocks, position by position.
 
-    Returns a row a text, model and position (of the token that is predicted): loss, the mean over blocks, and its
+    Returns one row per text, model and position (of the token that is predicted): loss, the mean over blocks, and its
     standard error over blocks, loss_error, in nats/token; tokens.
     """
     by_position = frame.groupby(["text", "model", "position"], sort=False)["loss"]
@@ -194,7 +195,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_positions(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_positions` returns, a panel a text."""
+    """Plot what `measure_positions` returns, one panel per text."""
     texts = list(frame["text"].unique())
     figure = _panels(texts)
     for (model, text), group in frame.groupby(["model", "text"], sort=False):
@@ -217,7 +218,7 @@ def plot_positions(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_tokens(frame: pd.DataFrame, reference: str = "original") -> go.Figure:
-    """Plot how the differences to `reference` that `measure_tokens` returns are distributed, a panel a text."""
+    """Plot how the differences to `reference` that `measure_tokens` returns are distributed, one panel per text."""
     frame = frame[frame["model"] != reference]
     texts = list(frame["text"].unique())
     figure = _panels(texts)
@@ -241,6 +242,6 @@ def plot_tokens(frame: pd.DataFrame, reference: str = "original") -> go.Figure:
 
 
 def _panels(texts: list[str]) -> go.Figure:
-    """Return an empty figure with a panel a text, one below the other."""
+    """Return an empty figure with one panel per text, one below the other."""
     figure = make_subplots(len(texts), 1, shared_xaxes=True, subplot_titles=texts, vertical_spacing=0.2 / len(texts))
     return figure.update_layout(height=150 + 300 * len(texts))

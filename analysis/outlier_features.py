@@ -34,7 +34,7 @@ CLASSES = ("all", "all but position 0")
 def measure(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8) -> pd.DataFrame:
     """Measure outlier features of each model at every point of the residual stream.
 
-    Returns a row a model, point (hook name) and token_class, all without unit: kurtosis, from 1 to d_model;
+    Returns one row per model, point (hook name) and token_class, all dimensionless: kurtosis, from 1 to d_model;
     max_median_ratio (of an even number of features the lower median); kurtosis_code, the variance of s_j²;
     feature_correlation_rms over pairs of features; input_correlation (mean) and input_correlation_rms over pairs of
     tokens. tokens: their number.

@@ -88,7 +88,7 @@ def measure(
 
 
 def _patch_pair(model: Any, tokens: PairTokens, hook_points: Sequence[str], batch_size: int) -> list[pd.DataFrame]:
-    """Return a frame a layer and hook point."""
+    """Return one frame per layer and hook point."""
     device = model.cfg.device
     names = {f"blocks.{layer}.{point}": (layer, point) for layer in range(model.cfg.n_layers) for point in hook_points}
     corrupt = tokens.corrupt.to(device)
@@ -179,8 +179,8 @@ def _attribution(
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """Average the error of what `measure` returns over pairs, positions and heads.
 
-    Returns a row a model, hook point and layer: mean_error and error_spread, its mean and standard deviation, in shares
-    of LD_clean − LD_corrupt; places, how many there were.
+    Returns one row per model, hook point and layer: mean_error and error_spread, its mean and standard deviation, in
+    shares of LD_clean − LD_corrupt; places, how many there were.
     """
     errors = frame.groupby(["model", "hook_point", "layer"], sort=False)["error"]
     return errors.agg(mean_error="mean", error_spread="std", places="count").reset_index()
@@ -196,7 +196,7 @@ def measure_pairs(
 ) -> pd.DataFrame:
     """Measure whether the models can do the task: above 0 for the clean prompt and below 0 for the corrupt one.
 
-    Returns a row a model and pair (numbered from 1): the four texts of the pair; clean_difference and
+    Returns one row per model and pair (numbered from 1): the four texts of the pair; clean_difference and
     corrupt_difference, the logit of `correct` less that of `wrong` at the end of each prompt, behind `prefix` (logits).
 
     Raises:
@@ -232,7 +232,7 @@ def describe_pairs(frame: pd.DataFrame) -> str:
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: the mean error of attribution patching by layer, a panel a hook point."""
+    """Plot what `measure` returns: the mean error of attribution patching by layer, one panel per hook point."""
     points = list(frame["hook_point"].unique())
     columns = min(2, len(points))
     figure = make_subplots(
@@ -255,7 +255,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_effects(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: attribution against activation patching, a dot a place, a panel a model.
+    """Plot what `measure` returns: attribution against activation patching, one dot per place, one panel per model.
 
     On the grey line they agree.
     """

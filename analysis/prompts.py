@@ -42,7 +42,7 @@ class PairError(NolnError):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two prompts that want different answers, as text; the space before a word belongs to the answer."""
+    """Two prompts with different answers, as text; the space before a word belongs to the answer."""
 
     clean: str
     corrupt: str
@@ -72,11 +72,11 @@ def read_pairs(path: str | Path) -> list[Pair]:
     except (OSError, ValueError) as error:
         raise PairError(f"The prompt pairs of {path} cannot be read: {error}.") from error
     if not isinstance(entries, list) or not entries:
-        raise PairError(f"{path} holds no list of prompt pairs.")
+        raise PairError(f"{path} does not hold a list of prompt pairs.")
     keys = [field.name for field in fields(Pair)]
     for number, entry in enumerate(entries, 1):
         if not (isinstance(entry, dict) and set(entry) == set(keys) and all(isinstance(entry[k], str) for k in keys)):
-            raise PairError(f"Pair {number} of {path} is not of the texts {', '.join(keys)}: {json.dumps(entry)}.")
+            raise PairError(f"Pair {number} of {path} does not have the texts {', '.join(keys)}: {json.dumps(entry)}.")
     return [Pair(**entry) for entry in entries]
 
 
@@ -138,7 +138,9 @@ def _encode_pair(
     name = f"Prompt pair {number} ({pair.clean!r}, {pair.corrupt!r})"
     clean, corrupt = (tokenizer.encode(text, add_special_tokens=False) for text in (pair.clean, pair.corrupt))
     if len(clean) != len(corrupt):
-        raise PairError(f"{name}: the prompts have {len(clean)} and {len(corrupt)} tokens; they must have as many.")
+        raise PairError(
+            f"{name}: the prompts have {len(clean)} and {len(corrupt)} tokens; both must have the same number."
+        )
     if not 0 < len(clean) <= n_ctx - len(before):
         raise PairError(f"{name}: {len(clean)} tokens; the model takes 1 to {n_ctx - len(before)}.")
     if clean == corrupt:
@@ -158,7 +160,7 @@ def _encode_pair(
 
 
 def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """Return the token that `text` is, None if it is several, an unknown one, or one of a part of it."""
+    """Return the token that `text` is; None if it is several tokens, unknown, or cut short."""
     tokens = tokenizer.encode(text, add_special_tokens=False)
     if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
         return None

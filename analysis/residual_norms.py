@@ -52,9 +52,9 @@ def measure(
         eot_token_id: the end-of-text token; None: that of the model's tokenizer, if it has one.
         batch_size: blocks in one forward; no result depends on it.
 
-    Returns a row a model, point (hook name) and token_class with any tokens. norm and std: the mean over the tokens of
-    the class, and `…_spread` (std over the tokens), `…_median` (of an even number the lower, to 0.3 %) and `…_max`,
-    all in the units of the residual stream. growth and cosine: means over the tokens, without unit, NaN at the first
+    Returns one row per model, point (hook name) and token_class with any tokens. norm and std: the mean over the tokens
+    of the class, and `…_spread` (std over the tokens), `…_median` (of an even number the lower, to 0.3 %) and `…_max`,
+    all in the units of the residual stream. growth and cosine: means over the tokens, dimensionless, NaN at the first
     point. tokens: their number.
     """
     return pd.concat(
@@ -97,7 +97,7 @@ def _per_token(residuals: Sequence[Float[Tensor, "batch pos d_model"]]) -> Float
 
 
 class _Summary:
-    """What is reported of values that come batch by batch.
+    """The statistics that are reported of values that come batch by batch.
 
     A median is the mean in the bucket that the middle value is in, of buckets 0.3 % wide, so that memory does not grow
     with the number of tokens.
@@ -146,7 +146,7 @@ class _Summary:
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: norm and std by point, mean, spread and maximum, a row a class of token."""
+    """Plot what `measure` returns: norm and std by point, mean, spread and maximum, one row per class of token."""
     titles = {"norm": "L2 norm (no unit)", "std": "Std over the width (no unit)"}
     classes = [token_class for token_class in CLASSES if (frame["token_class"] == token_class).any()]
     figure = make_subplots(
@@ -188,7 +188,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_steps(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns from each point to the next: growth and cosine, a column a class of token."""
+    """Plot what `measure` returns from each point to the next: growth and cosine, one column per class of token."""
     steps = frame[frame["growth"].notna()].assign(point=lambda rows: rows["point"].map(label))
     quantities = {"growth": "Growth of the L2 norm<br>(ratio)", "cosine": "Cosine to the point<br>before (no unit)"}
     figure = figures.lines(steps, "point", quantities, column="token_class").update_yaxes(type="log", dtick="D2", row=1)

@@ -132,7 +132,7 @@ class Stream:
         return norm.w + 1 if getattr(self.model.cfg, "rmsnorm_uses_offset", False) else norm.w
 
     def skip_gain(self, component: Component) -> Float[Tensor, " 1"] | int:
-        """Return by what the skips after a component multiply it on its way to the final stream: no unit, 1 in GPT-2.
+        """Return the product of the gains of the skips between a component and the final stream: 1 in GPT-2.
 
         Raises:
             NolnError: the final stream is not a sum of components, because norms lie on the way.
@@ -198,7 +198,7 @@ class Stream:
     def rotate(
         self, layer: int, x: Float[Tensor, "*shape d_head"], position: int, cache: Mapping[str, Tensor]
     ) -> Float[Tensor, "*shape d_head"]:
-        """Return queries or keys at a position as they are turned there; as they are, in a model that turns none.
+        """Return queries or keys as rotary embeddings turn them at a position; unchanged in a model without these.
 
         Raises:
             NolnError: norms of queries and keys, after which a score is not a sum any more.

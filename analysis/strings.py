@@ -50,7 +50,7 @@ def with_padding(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> PreTrai
 
 
 class TextTokens:
-    """Turns texts into tokens for a model with `cfg` and `tokenizer`, given by `take_tokenizer`."""
+    """Turns texts into tokens, for a model with `cfg` and with a `tokenizer` that `take_tokenizer` sets."""
 
     tokenizer: PreTrainedTokenizerBase | None
     own_padding = True
@@ -84,13 +84,13 @@ class TextTokens:
         move_to_device: bool = True,
         truncate: bool = True,
     ) -> Int[Tensor, "text pos"]:
-        """Return the tokens of a text or of a list of texts: what TransformerLens's own `to_tokens` is to return.
+        """Return the tokens of a text or of a list of texts: what TransformerLens's own `to_tokens` should return.
 
         Raises:
             NolnError: there is no tokenizer, or padding on the left could not be told from text.
         """
         if self.tokenizer is None:
-            raise NolnError("The model has no tokenizer: give it one beside it, or run it on token ids.")
+            raise NolnError("The model has no tokenizer: put one beside it, or run it on token ids.")
         tokenizer, before = self.tokenizer, []
         if (
             self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
@@ -113,7 +113,7 @@ class TextTokens:
 
 
 class TextInput(TextTokens):
-    """What a model of TransformerLens does with texts."""
+    """How a model of TransformerLens handles texts."""
 
     def generate(
         self: Any,

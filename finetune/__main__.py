@@ -86,7 +86,7 @@ def can_print(text: str) -> bool:
 
 
 def _current_flag(word: str) -> str:
-    """Return a flag of a schedule's phase by today's name of the phase."""
+    """Return a flag of a schedule's phase with the current name of that phase."""
     if not word.startswith("--schedule."):
         return word
     flag, equals, value = word.partition("=")

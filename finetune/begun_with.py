@@ -49,8 +49,8 @@ def check(directory: Path, recipe: Training, model: PreTrainedModel | None, text
         changes = [f"{path} is missing"]
     if changes and not anyway:
         raise ChangedError(
-            f"{directory} is not what it was begun with: {'; '.join(changes)}. Put that back, begin another run, or "
-            "go on as it is with --anyway (in Python anyway=True)."
+            f"{directory} no longer matches what it was begun with: {'; '.join(changes)}. Restore that, begin another "
+            "run, or go on as it is with --anyway (in Python anyway=True)."
         )
     PartialState().wait_for_everyone()  # all have read it
     if PartialState().is_main_process and (changes or not path.exists()):
@@ -62,7 +62,7 @@ def check(directory: Path, recipe: Training, model: PreTrainedModel | None, text
 
 
 def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return what differs, in words; fields that an earlier or a later version does not have are passed over."""
+    """Return what differs, in words; fields that an earlier or a later version does not have are ignored."""
     now = json.loads(json.dumps(now))
     fields = now["recipe"].keys() & then["recipe"].keys()
     changes = [

@@ -50,7 +50,7 @@ def save(
     """
     directory = names.expanded(directory)
     if directory.exists():
-        raise CheckpointError(f"{directory} exists and is not written over: move it away or name another.")
+        raise CheckpointError(f"{directory} already exists and is not overwritten: move it away or name another.")
     folding.check_can_be_saved(model)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,8 @@ def load_config(name_or_path: str | Path, revision: str | None = None) -> PreTra
     """Read the config of a model: a short name, a directory, a GGUF file or a Hub id; no weights are fetched.
 
     Raises:
-        CheckpointError: nothing there, unreadable, or another architecture than those of `families` and `blocks`.
+        CheckpointError: the model does not exist or cannot be read, or neither `families` nor `blocks` has its
+            architecture.
     """
     if file := gguf_of(name_or_path, revision):
         return gguf_file.load_config(file)
@@ -119,7 +120,7 @@ def load(name_or_path: str | Path, revision: str | None = None, dtype: torch.dty
     shapes = {} if blocks else model_files.shapes_of(config, kind, name_or_path)
     model_files.check_weights(directory, name_or_path, kind, shapes)
     info: dict[str, Any]
-    remedy = "Copy the files anew from where the model is from."
+    remedy = "Copy the files again from the model's source."
     with model_files.reading(f"The weights of {name_or_path}", remedy), no_progress_bars(), _quiet():
         model, info = kind.from_pretrained(
             directory,
@@ -147,7 +148,7 @@ def load_tokenizer(name_or_path: str | Path, revision: str | None = None) -> Pre
         if published := names.PUBLISHED.get(str(name_or_path)):
             return load_tokenizer(published.base)
         raise NoTokenizerError(f"{name_or_path} has no tokenizer: load that of the model it was made from.")
-    with model_files.reading(f"The tokenizer of {name_or_path}", "Copy its files anew from where the model is from."):
+    with model_files.reading(f"The tokenizer of {name_or_path}", "Copy its files again from the model's source."):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 

@@ -64,9 +64,9 @@ def mean_and_error(
 def float32_logits(
     unembedding: nn.Module, weight: Float[Tensor, "vocab d"], bias: Float[Tensor, " vocab"] | None = None
 ) -> Iterator[None]:
-    """Have an unembedding, of a model in whatever dtype, return logits in float32 at least.
+    """Make an unembedding return logits in float32 at least, whatever the model's dtype.
 
-    In bfloat16, logits near 65 have steps of 0.5: their rounding costs more than what models are compared by.
+    In bfloat16, logits near 65 have steps of 0.5: rounding costs more than the models that are compared differ.
     """
 
     def product(_: nn.Module, given: tuple[Any, ...], __: Tensor) -> Tensor:
@@ -84,9 +84,9 @@ def measure_tokens(
 ) -> dict[str, dict[str, Float[np.ndarray, "block target"]]]:
     """Measure each model at every token of `blocks` that has a next one: model -> measure -> float64 values, nats.
 
-    Measures are `loss`, and to the model called `reference` `kl`, KL(reference ‖ model), and `jsd`. The models share
-    one device and are put in evaluation mode; logits and log-probabilities are taken in float32, whatever the models'
-    dtype.
+    The measures are `loss` and, against the model called `reference`, `kl`, KL(reference ‖ model), and `jsd`. The
+    models share one device and are put in evaluation mode; logits and log-probabilities are taken in float32, whatever
+    the models' dtype.
     """
     models = {reference: models[reference].eval()} | {name: model.eval() for name, model in models.items()}
     device = models[reference].device
@@ -116,7 +116,7 @@ def measure_tokens(
 def measure_documents(
     models: Mapping[str, PreTrainedModel], blocks: Blocks, reference: str = "original"
 ) -> pd.DataFrame:
-    """Measure each model on each document of `blocks`: a row each, with the number of its tokens and means over them.
+    """Measure each model on each document of `blocks`: one row per pair, with the number of tokens and means over them.
 
     Columns are model, document, tokens, loss, kl and jsd to `reference` in nats/token (see `measure_tokens`), and
     loss_max, the largest loss of a token, in nats.

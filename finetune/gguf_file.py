@@ -184,7 +184,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-_ANEW = "Copy the file anew from where the model is from."
+_ANEW = "Copy the file again from the model's source."
 
 
 def _supported() -> str:

@@ -54,7 +54,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of a model of a supported family, in float32 and of the class that its checkpoints are read as.
 
     Raises:
-        CheckpointError: it has other weights than that class, or computes something else.
+        CheckpointError: the model has other weights than that class, or computes something else.
     """
     family = families.family_of(model)
     with torch.device("meta"):

@@ -40,7 +40,7 @@ def read_json(path: Path, name: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, too large to be what it is called, or no JSON.
     """
-    with reading(f"The {path.name} of {name}", "Copy the file anew from where the model is from."):
+    with reading(f"The {path.name} of {name}", "Copy the file again from the model's source."):
         if (size := path.stat().st_size) > _LARGEST_JSON:
             raise CheckpointError(
                 f"The {path.name} of {name} has {size:,} bytes: it is not the {path.name} of a model."
@@ -106,7 +106,7 @@ def check_weights(directory: Path, name: str | Path, kind: Any, shapes: dict[str
         raise CheckpointError(f"{name} holds no model.safetensors{_instead(directory, kind.__name__)}")
     for file in files:
         if not file.exists():
-            raise CheckpointError(f"{name} lacks {file.name}: copy it from where the model is from.")
+            raise CheckpointError(f"{name} lacks {file.name}: copy it from the model's source.")
         try:
             with safe_open(file, "pt") as weights:
                 found = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
@@ -118,8 +118,8 @@ def check_weights(directory: Path, name: str | Path, kind: Any, shapes: dict[str
             expected = shapes.get(key) or shapes.get(f"{kind.base_model_prefix}.{key}")
             if expected not in (None, shape):
                 raise CheckpointError(
-                    f"Config and weights of {name} do not fit: by its config.json {key} is {_by(expected)}, but in "
-                    f"{file.name} it is {_by(shape)}. Correct either."
+                    f"The config and the weights of {name} do not match: by its config.json {key} is {_by(expected)}, "
+                    f"but in {file.name} it is {_by(shape)}. Correct one of them."
                 )
 
 
@@ -154,7 +154,9 @@ def check_loaded(info: dict[str, Any], name: str | Path, tied: bool) -> None:
     if surplus:
         problems.append(f"it holds {_some(sorted(surplus))} that the model of its config.json has no place for")
     if problems:
-        raise CheckpointError(f"Config and weights of {name} do not fit: {'; '.join(problems)}. Correct either.")
+        raise CheckpointError(
+            f"The config and the weights of {name} do not match: {'; '.join(problems)}. Correct one of them."
+        )
 
 
 def _some(names: list[str]) -> str:

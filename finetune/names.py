@@ -74,10 +74,10 @@ def is_local(name: str) -> bool:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path whose `~` is written out.
+    """Return a path with `~` expanded.
 
     Raises:
-        NolnError: there is no such home directory.
+        NolnError: the user that `~` names has no home directory.
     """
     try:
         return Path(path).expanduser()

@@ -91,7 +91,8 @@ def set_up(recipe: PretrainRecipe) -> Setup:
     """Load what `recipe` names, the cheapest checks first.
 
     Raises:
-        RecipeError, BlockError, CheckpointError, TextError: they do not do, or not together.
+        RecipeError, BlockError, CheckpointError, TextError: something that it names is invalid, or does not fit the
+        rest.
     """
     check_processes(recipe)
     check_cache(recipe)
@@ -147,7 +148,7 @@ def _config_of_family(recipe: PretrainRecipe, vocabulary: dict[str, Any]) -> Pre
 
 
 def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
-    """Do what is still to be done of a run: fit, export and measure; `anyway` is that of `resuming.resume`."""
+    """Do what remains of a run: fit, export and measure. `anyway` is that of `resuming.resume`."""
     with directory_lock(directory / "checkpoints", PartialState().is_main_process):
         begun_with.check(directory, setup.recipe, None, setup.text, anyway)
         if not (directory / "model").exists():

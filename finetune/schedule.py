@@ -38,7 +38,7 @@ class Event:
 
     @property
     def end(self) -> int:
-        """The first step that sees it complete."""
+        """The first step at which it is complete."""
         return self.step + self.fade - 1
 
     def progress(self, step: int) -> float:

@@ -170,7 +170,7 @@ def _run_jobs(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
 def _do_each(
     jobs: list[Job], controls: dict[tuple[Any, ...], Path], processes: int
 ) -> Iterator[tuple[Job, tuple[dict[str, Any], pd.DataFrame]]]:
-    """Do `jobs`, in this process or in several; yield each with what it came to, as it is done."""
+    """Do `jobs`, in this process or in several; yield each with its result as soon as it is done."""
     if processes == 1:
         for job in jobs:
             yield job, do(job, controls.get(job.control_settings))

@@ -13,8 +13,8 @@ def plot(graph: Graph) -> go.Figure:
     """Plot a graph: positions across, layers up, the logit on top.
 
     Dots are nodes, their size the value; lines are edges, their width the flow; blue raises the logit, orange lowers.
-    What a node is worth, how much of what flows into it is shown, and by how much direct effects differ, is shown when
-    one points at it.
+    Pointing at a node shows its value and how much of what flows into it is drawn; pointing at an edge, by how much its
+    direct effect differs from its flow.
     """
     nodes = graph.nodes.copy()
     layers = graph.held.model.cfg.n_layers
@@ -95,7 +95,7 @@ def _colour(value: float) -> str:
 
 
 def _node_texts(graph: Graph) -> list[str]:
-    """Say of each node what it is worth, and how much of what flows into it is shown."""
+    """Describe each node: its value, and how much of what flows into it is shown."""
     return [
         html.escape(f"{node.label} at {node.position}, {node.token}: {node.value:+.4g} logits", quote=False)
         + ("" if math.isnan(node.completeness) else f"; shown {100 * node.completeness:.0f} % of what flows in")
@@ -104,7 +104,7 @@ def _node_texts(graph: Graph) -> list[str]:
 
 
 def _edge_texts(graph: Graph) -> list[str]:
-    """Say of each edge what flows, and by how much the direct effect differs."""
+    """Describe each edge: its flow, and by how much the direct effect differs."""
     return [
         f"{edge.source} → {edge.target}: {edge.flow:+.4g} logits, direct effect {edge.direct_effect:+.4g}, "
         f"error {edge.flow - edge.direct_effect:+.2g}"

@@ -14,7 +14,7 @@ from analysis.graph.pruning import Graph
 
 
 def to_networkx(graph: Graph) -> nx.DiGraph:
-    """Return a graph as one of networkx, with the columns of its tables as attributes, those missing left out."""
+    """Return a graph as one of networkx, with the columns of its tables as attributes; missing values are omitted."""
     made = nx.DiGraph(model=graph.model, target=graph.target, logit=graph.held.logit, share=graph.share)
     made.graph["tokens"] = json.dumps(graph.tokens)
     for row in graph.nodes.to_dict("records"):
@@ -32,9 +32,13 @@ def to_circuit_tracer(graph: Graph) -> dict[str, Any]:
     """Return a graph as circuit-tracer's frontend reads it, schema version 1: `json.dump` it.
 
     That frontend knows features of transcoders, their errors, embeddings and logits. Heads, MLPs and neurons become
-    features, of their layer, called by their labels (`clerp`); position embeddings and biases of attention, which
-    nothing flows into, become errors. A head lies in its layer beside the MLP. Weights of links are flows, in logits;
-    the influence of a node is, as there, that of all nodes up to it, the most influential first.
+    features of their layer, with their labels as names (`clerp`); position embeddings and biases of attention, into
+    which nothing flows, become errors. A head lies in its layer beside the MLP. Weights of links are flows, in logits;
+    the influence of a node is, as there, that of all nodes up to it, the most influential first. A click on a head or
+    MLP shows what flows in and out of it; examples of texts, which the frontend looks for as well, do not exist.
+
+    Its server takes a directory with the graph as SLUG.json and `{"graphs": [METADATA]}` as graph-metadata.json, where
+    METADATA is the graph's `metadata` and SLUG the `slug` in it.
     """
     held, layers = graph.held, graph.held.model.cfg.n_layers
     tokens, heads = held.prompt.tolist(), held.model.cfg.n_heads

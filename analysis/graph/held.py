@@ -140,7 +140,7 @@ class Held:
         rest = through.clone()
         activation = self._cache[each.hook].double()
         worth = activation * (G / self.written_scale(each) @ W_out.T)
-        for top in worth.abs().topk(min(neurons, len(W_out)), dim=-1).indices.T.unsqueeze(-1):  # one a position
+        for top in worth.abs().topk(min(neurons, len(W_out)), dim=-1).indices.T.unsqueeze(-1):  # one per position
             alone = torch.zeros_like(rest).scatter(1, top, rest.gather(1, top))
             rest = rest - alone
             written = activation.gather(1, top) / self.written_scale(each) * W_out[top[:, 0]]

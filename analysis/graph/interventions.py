@@ -24,7 +24,7 @@ _ROWS = 32
 
 
 class Removal(NamedTuple):
-    """What is taken out at once: nodes of the stream, or edges out of what one node reads."""
+    """What is taken out at once: nodes, out of the stream, or edges, out of what one node reads."""
 
     what: str
     label: str
@@ -37,7 +37,7 @@ class Removal(NamedTuple):
 
 @torch.inference_mode()
 def intervene(graph: Graph, top: Sequence[int] = TOP) -> pd.DataFrame:
-    """Take out each node and each edge of a graph, and the largest together, and see what becomes of the logit.
+    """Take out each node and each edge of a graph, and the largest together, and measure by how much the logit falls.
 
     Returns one row per intervention. Columns: model; what, node, edge, nodes or edges (the largest by |value| or
     |flow|, together); label; count, of what is taken out; predicted, the fall of the logit that the graph says, held,
@@ -203,7 +203,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 @figures.of_text
 def plot_interventions(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: how much the logit falls over what the graph says; on the grey line the same."""
+    """Plot what `measure` returns: the fall of the logit over the predicted fall. On the grey line they are equal."""
     figure = make_subplots(
         1, 2, shared_yaxes=True, column_titles=["Patterns and gates held", "Nothing held"], horizontal_spacing=0.04
     )

@@ -39,16 +39,16 @@ def run(options: GraphOptions) -> Path:
     """Load models, write the page of a prompt, and return it: what `python -m analysis graph` does.
 
     Raises:
-        GraphError: `out` exists, a prompt or target that the models cannot take, or a share out of range.
+        GraphError: `out` exists, the models cannot take the prompt or target, or the share is out of range.
         CheckpointError: a model cannot be used.
     """
     out = expanded(options.out or Path("graphs") / time.strftime("%Y%m%d-%H%M%S"))
     if out.exists():
-        raise GraphError(f"{out} exists, and a graph writes over nothing: name another directory with --out.")
+        raise GraphError(f"{out} already exists, and nothing is overwritten: name another directory with --out.")
     if not 0 < options.share <= 1:
-        raise GraphError(f"--share is {options.share}, but is to be above 0 and at most 1.")
+        raise GraphError(f"--share is {options.share}, but must be above 0 and at most 1.")
     if options.paths < 1 or options.components < 0:
-        raise GraphError("--paths is to be at least 1, and --components at least 0.")
+        raise GraphError("--paths must be at least 1, and --components at least 0.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = load_trio(options.original, options.control, options.ln_free, revision=options.revision, device=device)
     tokenizer = models["original"].tokenizer
@@ -58,7 +58,7 @@ def run(options: GraphOptions) -> Path:
     tokens = [*([] if first is None else [first]), *tokenizer.encode(options.prompt, add_special_tokens=False)]
     longest = min(model.cfg.n_ctx for model in models.values())
     if not 1 <= len(tokens) <= longest:
-        raise GraphError(f"The prompt has {len(tokens)} tokens, but is to have 1 to {longest}.")
+        raise GraphError(f"The prompt has {len(tokens)} tokens, but must have 1 to {longest}.")
     target = _target(tokenizer, options)
     named = {"share": options.share, "most": options.most, "neurons": options.neurons}
     graphs = graph.build_all(models, torch.tensor(tokens), target, **named)
@@ -67,18 +67,18 @@ def run(options: GraphOptions) -> Path:
 
 
 def _target(tokenizer: Any, options: GraphOptions) -> Target | None:
-    """Return the tokens that are asked for."""
+    """Return the tokens that the options ask for."""
     ids = []
     for flag, text in {"target": options.target, "against": options.against}.items():
         if text is not None:
             found = tokenizer.encode(text, add_special_tokens=False)
             if len(found) != 1:
                 raise GraphError(
-                    f"--{flag} is {text!r}, which is {len(found)} tokens, but is to be one: mind the space."
+                    f"--{flag} is {text!r}, which is {len(found)} tokens, but must be one: mind the space."
                 )
             ids += found
     if options.against is not None and options.target is None:
-        raise GraphError("--against is what --target is compared with: name both.")
+        raise GraphError("--against is compared with --target: give both.")
     return (ids[0], ids[1]) if len(ids) == 2 else ids[0] if ids else None
 
 
@@ -90,7 +90,7 @@ def write(
     count: int = 20,
     most: int = 3,
 ) -> Path:
-    """Write graphs of one prompt, what becomes of the logit when parts are taken out, and a page of them to `out`.
+    """Write graphs of one prompt, what happens to the logit when parts are taken out, and a page of them to `out`.
 
     Beside the page are, of each model, `NAME-nodes.csv`, `NAME-edges.csv`, `NAME-paths.csv`,
     `NAME.graphml`, and `NAME-circuit-tracer.json`, and of all `interventions.csv`.
@@ -109,7 +109,7 @@ def write(
     """
     out = Path(out)
     if out.exists():
-        raise GraphError(f"{out} exists, and a graph writes over nothing: name another directory.")
+        raise GraphError(f"{out} already exists, and nothing is overwritten: name another directory.")
     interventions = pd.concat([graph.intervene(each) for each in graphs], ignore_index=True)
     figures = {"interventions": graph.plot_interventions(interventions)}
     beside = next(parent for parent in out.absolute().parents if parent.exists())

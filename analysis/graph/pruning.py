@@ -60,19 +60,19 @@ def build(
         target: a token, or two for how far the logit of the first is above that of the second. None: the token that
             the model finds likeliest.
         name: of the model.
-        share: of the influence of all nodes, to be kept. Of that of the edges between these 95 % is kept, or all if the
-            share is 1.
-        most: nodes to be kept at most: `Graph.share` says what they come to.
-        neurons: of each MLP and position, to be nodes by themselves.
+        share: of the influence of all nodes, to keep. Of the influence of the edges between these, 95 % is kept, or all
+            of it if the share is 1.
+        most: how many nodes to keep at most: `Graph.share` says which share they have.
+        neurons: how many neurons of each MLP and position are nodes by themselves.
         centre_unembedding: whether W_U is taken less its mean over the vocabulary. It cancels out in a difference.
 
     Raises:
         NolnError: a model of `finetune.blocks`.
-        ValueError: a share that is not above 0 and at most 1, or a final norm whose weights are not folded into the
+        ValueError: the share is not above 0 and at most 1, or the final norm's weights are not folded into the
             unembedding.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"The share is {share}, but is to be above 0 and at most 1.")
+        raise ValueError(f"The share is {share}, but must be above 0 and at most 1.")
     held = Held(model, prompt, target, centre_unembedding, neurons)
     influence = torch.zeros_like(held.values)
     for consumer in held.consumers:  # the root first, and each after all that it flows into

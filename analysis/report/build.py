@@ -110,18 +110,20 @@ def _of_newest_run(options: Options) -> tuple[Options, Any]:
 def check(options: Options) -> None:
     """Raise what `run` and `write` raise of these options, as far as that is known without a model."""
     if options.batch_size < 1:
-        raise ReportError(f"--batch-size is {options.batch_size}, but is to be at least 1.")
+        raise ReportError(f"--batch-size is {options.batch_size}, but must be at least 1.")
     if options.png and importlib.util.find_spec("kaleido") is None:
         raise ReportError(_PNG_NEEDS)
     if options.out is not None and options.out.exists():
-        raise ReportError(f"{options.out} exists, and a report writes over nothing: name another directory with --out.")
+        raise ReportError(
+            f"{options.out} already exists, and nothing is overwritten: name another directory with --out."
+        )
     known = [*(analysis.name for analysis in ANALYSES), *(["benchmarks"] if options.benchmark else [])]
     if unknown := [name for name in options.only if name not in known]:
         raise ReportError(f"There is no analysis {', '.join(unknown)}: name some of {', '.join(known)}.")
     if options.benchmark:
         benchmarks.check(options.benchmark)
     if options.tokens < 1:
-        raise ReportError(f"--tokens is {options.tokens}, but is to be at least 1.")
+        raise ReportError(f"--tokens is {options.tokens}, but must be at least 1.")
     if not options.text:
         raise ReportError("Name at least one text with --text, or omit it.")
 

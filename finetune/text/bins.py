@@ -78,10 +78,10 @@ def _not_numbers(sample: bytes, path: Path) -> str | None:
 
 
 def _other_type(sample: bytes, dtype: np.dtype, vocab_size: int, path: Path) -> str | None:
-    """Return what to do if the numbers look like another type, else None.
+    """Return what to do if the numbers look like those of another type, else None.
 
-    Read as too narrow a type, numbers have zeros between them; too wide, they are larger than any token. So the type
-    is the widest as which all are tokens.
+    Read as too narrow a type, the numbers have zeros between them; read as too wide a type, they exceed any token id.
+    So the right type is the widest one that makes every number a token id.
     """
     sample = sample[: len(sample) // 8 * 8]
     if len(sample) < 64:

@@ -215,7 +215,7 @@ def column_of(path: Path, column: str) -> Iterator[str]:
                 shown = json.dumps(value, default=str)[:40]
                 raise TextError(f"{path}, row {number:,}: its {column} is {shown}, which is not a string.")
     if number and not found:
-        raise TextError(f"{path} has nothing in a column {column!r}: name another as text.column, or leave it out.")
+        raise TextError(f"{path} has nothing in a column {column!r}: name another as text.column, or omit it.")
 
 
 def clean(document: str) -> str:

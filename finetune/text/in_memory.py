@@ -30,7 +30,7 @@ Documents: TypeAlias = Iterable[str] | Iterable[Mapping[str, Any]] | datasets.Da
 
 @contextmanager
 def in_file(documents: Documents | None, directory: Path) -> Iterator[Path | None]:
-    """Have documents in a file beside a directory, which is removed in the end if it has not been moved; None for None.
+    """Keep documents in a file beside a directory; at the end, remove it unless it has been moved. None: no file.
 
     Each process has a file of its own.
 

@@ -27,7 +27,7 @@ def stride(context: int, prefix: int | None) -> int:
 def with_prefix(
     block: UInt[np.ndarray, " pos"] | Int[np.ndarray, " pos"], prefix: int | None
 ) -> Int[np.ndarray, " context"]:
-    """Return a block's tokens, as int64, behind its prefix if it has one."""
+    """Return a block's tokens, as int64, after its prefix if it has one."""
     block = block.astype(np.int64)
     return block if prefix is None else np.concatenate([[prefix], block])
 

@@ -143,10 +143,10 @@ class Encoder:
                 yield ids + eot if last else ids, last
 
     def check(self) -> None:
-        """Check how much of what was encoded the tokenizer knows; warn where that is not all but a little.
+        """Check how much of what was encoded the tokenizer knows; warn where it misses more than a little.
 
         Raises:
-            TextError: it is less than a half.
+            TextError: it knows less than a half.
         """
         self.unknown.check(self.tokenizer, self.name)
 

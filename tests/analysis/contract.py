@@ -8,6 +8,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2LMHeadModel
 
 from analysis import load_trio, palette
@@ -43,6 +47,37 @@ def assert_keeps_contract(measure: Callable[..., pd.DataFrame], make_gpt2: Calla
     pd.testing.assert_frame_equal(one.reset_index(drop=True), other.reset_index(drop=True))
     if not TL4:
         assert_same(measure(trio(make_gpt2, "bridge"), TOKENS), measure(trio(make_gpt2, "hooked"), TOKENS))
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors that were made inside and lived at once; tracemalloc does not see them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self._live.values()))
+        return result
+
+
+def assert_flat_in_memory(measure: Callable[..., pd.DataFrame], make_gpt2: Callable[..., GPT2LMHeadModel]) -> None:
+    """Four times as many blocks take no more memory; four times as many at once do."""
+    models = {"original": trio(make_gpt2)["original"]}
+    peaks = {}
+    for blocks, batch_size in ((1, 1), (4, 1), (4, 4)):
+        with Peak() as peak:
+            measure(models, TOKENS[:blocks], batch_size=batch_size)
+        peaks[blocks, batch_size] = peak.bytes
+    assert peaks[4, 1] < 1.02 * peaks[1, 1]
+    assert peaks[4, 4] > 2 * peaks[4, 1], "this can see memory grow"
 
 
 def assert_plots_by_model(figure: go.Figure, models: list[str]) -> None:

@@ -246,8 +246,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            (json.dumps(EXAMPLES[0]) + "\n{", "line 2 is no JSON"),
-            ("[]", "line 1 is no JSON object"),
+            (json.dumps(EXAMPLES[0]) + "\n{", "line 2 is not JSON"),
+            ("[]", "line 1 is not a JSON object"),
             ("\n", "no examples"),
             (json.dumps(EXAMPLES[0]) + '\n\n{"label": "0"}', "line 3 lacks activity_label, ctx_a, ctx_b, endings"),
             ('{"question": "?"}', "ctx_a"),

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from contract import TOKENS, assert_keeps_contract, assert_plots_by_model, trio
+from contract import TOKENS, assert_flat_in_memory, assert_keeps_contract, assert_plots_by_model, trio
 from models import random_model
 from test_tools_on_families import (
     TOOLS,
@@ -311,6 +311,10 @@ def test_only_in_the_ln_free_model_every_edge_is_exact(make_gpt2):
 
 def test_contract(make_gpt2):
     assert_keeps_contract(edges.measure_edges, make_gpt2)
+
+
+def test_memory_is_flat(make_gpt2):
+    assert_flat_in_memory(edges.measure_edges, make_gpt2)
 
 
 def test_layers(make_gpt2):

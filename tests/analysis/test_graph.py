@@ -144,7 +144,7 @@ def test_pruning(make_gpt2):
     assert len(graph.build(model, SHORT, PAIR, most=3).nodes) <= 4
     merged = some.nodes.merge(whole.nodes, on="node")
     np.testing.assert_allclose(merged["value_x"], merged["value_y"])
-    with pytest.raises(ValueError, match="The share is 0, but is to be above 0"):
+    with pytest.raises(ValueError, match="The share is 0, but must be above 0"):
         graph.build(model, SHORT, share=0)
 
 
@@ -237,19 +237,19 @@ def test_the_page(tiny, tmp_path, capsys):
     assert 'tabindex="0"><td class="text">logit@' in text
     frame = pd.read_csv(out / "interventions.csv")
     assert {*frame["model"]} == {"original", "ln_free"}
-    with pytest.raises(SystemExit, match="exists, and a graph writes over nothing"):
+    with pytest.raises(SystemExit, match="already exists, and nothing is overwritten"):
         main(["graph", "It is", *flags])
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["It", "--share", "2"], "--share is 2.0, but is to be above 0"),
-        (["It", "--paths", "0"], "--paths is to be at least 1"),
-        (["It", "--target", " the a"], "--target is ' the a', which is 2 tokens, but is to be one"),
+        (["It", "--share", "2"], "--share is 2.0, but must be above 0"),
+        (["It", "--paths", "0"], "--paths must be at least 1"),
+        (["It", "--target", " the a"], "--target is ' the a', which is 2 tokens, but must be one"),
         (["It", "--against", " the"], "name both"),
-        (["", "--target", " the"], "The prompt has 0 tokens, but is to have 1 to 32"),
-        (["It is " * 40], "but is to have 1 to 32"),
+        (["", "--target", " the"], "The prompt has 0 tokens, but must have 1 to 32"),
+        (["It is " * 40], "but must have 1 to 32"),
     ],
 )
 def test_what_cannot_be_drawn(flags, message, tiny, tmp_path):

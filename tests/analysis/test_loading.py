@@ -316,9 +316,9 @@ def test_the_trio_is_centred_and_computes_the_same(tool):
             assert error(found[f"blocks.{i}.attn.hook_v"], v) < 1e-4, "value biases were folded"
         assert model.cfg.normalization_type == (None if name == "ln_free" else "LNPre")
     assert list(analysis.load_trio(plain["original"], None, plain["ln_free"])) == ["original", "ln_free"]
-    with pytest.raises(CheckpointError, match="ln_free is to be a model without live norms"):
+    with pytest.raises(CheckpointError, match="ln_free must be a model without live norms"):
         analysis.load_trio(plain["original"], None, plain["control"])
-    with pytest.raises(CheckpointError, match="original is to be a model with live norms"):
+    with pytest.raises(CheckpointError, match="original must be a model with live norms"):
         analysis.load_trio(plain["ln_free"], None, plain["ln_free"])
 
 

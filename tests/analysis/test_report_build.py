@@ -85,7 +85,7 @@ class TestBadInput:
         (tmp_path / "pairs.json").write_text(json.dumps([pair]))
         monkeypatch.setattr(loss, "measure_tokens", lambda *_, **__: pytest.fail("pairs are looked at too late"))
         flags = "--original", "micro", "--ln-free", ln_free, "--tokens", "256", "--out", "r"
-        assert "2 and 3 tokens; they must have as many" in self.fail(*flags, "--pairs", "pairs.json")
+        assert "2 and 3 tokens; both must have the same number" in self.fail(*flags, "--pairs", "pairs.json")
         assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
 
     def test_png_without_kaleido(self, tmp_path, monkeypatch):

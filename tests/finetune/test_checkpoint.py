@@ -268,7 +268,7 @@ def no_eps(saved):
         (drop_weight, r"lacks 1 weights.*c_fc\.bias"),
         (only_pickles, "safetensors"),
         (other_architecture, "GPTNeoForCausalLM"),
-        (other_width, "do not fit"),
+        (other_width, "do not match"),
         (no_eps, "layer_norm_epsilon to 1e\\+12"),
         (lambda saved: (saved / "config.json").unlink(), r"config\.json"),
         (lambda saved: (saved / "config.json").write_text("{"), r"config\.json"),

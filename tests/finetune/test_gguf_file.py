@@ -135,7 +135,7 @@ def test_damaged_files(tmp_path: Path, tiny_gguf: Path):
     }.items():
         file = tmp_path / f"{name}.gguf"
         file.write_bytes(damaged)
-        refuse(file, rf"The GGUF file .*{name}\.gguf cannot be read: .* Copy the file anew")
+        refuse(file, rf"The GGUF file .*{name}\.gguf cannot be read: .* Copy the file again")
     renamed = tmp_path / "model.bin"
     renamed.write_bytes(content)
     assert checkpoint.load_config(renamed).model_type == "llama"
