@@ -1,8 +1,8 @@
-"""What the README says can be done is done here: its snippets and commands are run on little text and for few steps.
+"""What README and docs say can be done is done here: snippets and commands are run on little text and for few steps.
 
 Commands that pretrain or sweep are read as far as their flags, recipes and files; tests of their own run such ones.
 
-What it marks `# from the Hub` is checked up to the download: commands as far as their flags, recipes and files,
+What they mark `# from the Hub` is checked up to the download: commands as far as their flags, recipes and files,
 snippets with the bundled LN-free model in place of the published one.
 """
 
@@ -29,17 +29,24 @@ from finetune.bundled import MODELS
 from finetune.processes import check_processes
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    page: page.read_text(encoding="utf-8")
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README, CONTRIBUTING = PAGES[ROOT / "README.md"], PAGES[ROOT / "CONTRIBUTING.md"]
+DOCS = "\n".join(PAGES.values())
 HUB = "# from the Hub"
 
 
-def blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [code for its_language, code in fenced if its_language == language]
+def blocks(language: str, text: str = DOCS) -> list[str]:
+    """The blocks of code in a language, each once."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return list(dict.fromkeys(code for its_language, code in fenced if its_language == language))
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
-INLINE = sorted(set(re.findall(r"`(python -m [^`]+)`", README)))
+COMMANDS = list({line.split("  #")[0]: line for block in blocks("sh") for line in block.splitlines()}.values())
+"""Each once, whatever the comments say."""
+INLINE = sorted(set(re.findall(r"`(python -m [^`]+)`", DOCS)))
 
 STAND_INS = {"schaeff/gpt2-small_LNFree300": str(MODELS["micro-ln-free"]), "gpt2-small_LNFree300": "micro-ln-free"}
 """For published models, in snippets."""
@@ -139,7 +146,7 @@ def test_commands_run_one_after_another(tmp_path: Path, monkeypatch: pytest.Monk
         call(module, arguments + LITTLE.get(arguments[0], []))
         run.append(arguments[0])
     assert sorted(run) == ["graph", "report", "report", "resume", "run", "run", "run"]
-    table = re.search(r"^\| file \| what \|\n\|---\|---\|\n((?:\|.*\n)+)", README, re.MULTILINE)
+    table = re.search(r"^\| file \| what \|\n\|---\|---\|\n((?:\|.*\n)+)", DOCS, re.MULTILINE)
     assert table is not None
     files = {name for row in table[1].splitlines() for name in re.findall(r"`([\w./]+)`", row.split("|")[1])}
     files -= {"replay.yaml", "original/"}  # of a schedule with a tolerance, and of a model in memory or a GGUF file
@@ -180,9 +187,27 @@ def test_snippet_runs(
         assert isinstance(left["text"], str)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)|(?:src|srcset)=\"([^\"]+)\"", README))))
-def test_link_leads_somewhere(path: tuple[str, str]):
-    assert (ROOT / (path[0] or path[1])).is_file()
+LINKS = sorted(
+    {
+        (page, found[1] or found[2])
+        for page, text in PAGES.items()
+        for found in re.finditer(r"\]\(([^):]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    }
+)
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: value.name if isinstance(value, Path) else value)
+def test_link_leads_somewhere(page: Path, link: str):
+    path, _, anchor = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    assert target.is_file()
+    if anchor:
+        titles = re.findall(r"^#+ (.*)$", PAGES[target], re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_readme_takes_five_minutes():
+    assert len(README.splitlines()) <= 250
 
 
 def test_modules_are_named():
@@ -195,7 +220,7 @@ def test_modules_are_named():
         assert top - {"__init__.py", "__main__.py"} <= named <= all_of_them
         packages = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
         assert {*re.findall(r"\b(\w+)/(?=[, ])", part[1])} == packages
-    analyses = set(re.findall(r"^\| .*\? \| `(\w+)`", README, re.MULTILINE))
+    analyses = set(re.findall(r"^\| .*\? \| `(\w+)`", DOCS, re.MULTILINE))
     assert analyses - {"loading"} == {entry.name for entry in importlib.import_module("analysis.report").ANALYSES} | {
         "benchmarks"
     }
@@ -203,11 +228,11 @@ def test_modules_are_named():
 
 def test_extras_and_scripts():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {*re.findall(r"extra `(\w+)`", README), *re.findall(r"\.\[(\w+)\]", README)}
+    extras = {*re.findall(r"extra `(\w+)`", DOCS), *re.findall(r"\.\[(\w+)\]", DOCS)}
     assert extras
     assert extras <= {*project["optional-dependencies"]}
-    assert {*re.findall(r"`(noln-\w+)`", README)} == {*project["scripts"]}
+    assert {*re.findall(r"`(noln-\w+)`", DOCS)} == {*project["scripts"]}
 
 
 def test_every_shipped_recipe_is_named():
-    assert {*recipes.shipped()} <= {*re.findall(r"`([\w.-]+)`", README)}
+    assert {*recipes.shipped()} <= {*re.findall(r"`([\w.-]+)`", DOCS)}

@@ -432,6 +432,10 @@ class Recipe(Training):
             raise RecipeError(f"context is {self.context}; at least 2 tokens are needed.")
         self._check_cover()
         self._check_outliers()
+        if self.shard and self.lora_rank is not None:
+            raise RecipeError("shard and lora_rank cannot be combined: low rank makes a model small, so leave shard out.")
+        if self.shard and self.micro_batch == "auto":
+            raise RecipeError("With shard, micro_batch cannot be auto, which tries each process alone: give a number.")
         if self.lora_rank is not None and self.lora_rank < 0:
             raise RecipeError(f"lora_rank is {self.lora_rank}; it must be at least 0, or None to train all weights.")
         if self.lora_rank and not {"readers", "writers"} & {*self.lora_targets}:

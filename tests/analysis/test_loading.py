@@ -467,15 +467,15 @@ def test_importing_the_package_is_cheap():
         analysis.load_everything  # noqa: B018
 
 
-def readme_snippets() -> list[str]:
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    section = re.search(r"^## Load an LN-free model\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+def snippets_of_the_docs() -> list[str]:
+    text = (Path(__file__).parents[2] / "docs/analyse.md").read_text()
+    section = re.search(r"^# Load and analyse LN-free models\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     snippets = re.findall(r"^```python\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
     return [snippet for snippet in snippets if "from analysis" in snippet]
 
 
-@pytest.mark.parametrize("snippet", readme_snippets(), ids=lambda snippet: re.search(r"load_\w+", snippet)[0])
-def test_the_readme_snippets_run(snippet, tmp_path, monkeypatch):
+@pytest.mark.parametrize("snippet", snippets_of_the_docs(), ids=lambda snippet: re.search(r"load_\w+", snippet)[0])
+def test_the_snippets_of_the_docs_run(snippet, tmp_path, monkeypatch):
     if TL4 and "load_hooked" in snippet:
         pytest.skip("TransformerLens 4 has no HookedTransformer")
     monkeypatch.chdir(tmp_path)

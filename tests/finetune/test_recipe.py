@@ -33,6 +33,8 @@ CONTRADICTIONS = {
     "text.train_blocks takes": lambda: Text(train_blocks=1, streaming=True),
 }
 CONTRADICTING_FIELDS = {
+    "shard and lora_rank": {"shard": True, "lora_rank": 4},
+    "With shard, micro_batch": {"shard": True, "micro_batch": "auto"},
     "steps": {"steps": 0},
     "batch": {"batch": 16, "micro_batch": 3},
     "micro_batch": {"micro_batch": 0},
