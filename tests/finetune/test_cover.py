@@ -329,13 +329,13 @@ def fit_compiled(recipe: Recipe) -> None:
 
 @pytest.mark.slow
 def test_compiled(short: Recipe, tokenizer, tmp_path: Path):
-    """As many graphs as without cover and penalty, the teacher's among them, and the same model as not compiled."""
+    """As many graphs as without cover and penalty, with loss and teacher, and the same model as not compiled."""
     tiny_gpt2(n_layer=1).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     recipe = replace(short, model=str(tmp_path / "model"), spread_weight=0.1).scaled(12)
     end = run_forked(partial(fit_compiled, replace(recipe, compile=True)), tmp_path)
     assert end.code == 0, end.output
-    assert json.loads((tmp_path / "counted.json").read_text()) == {"graphs": 3, "breaks": []}
+    assert json.loads((tmp_path / "counted.json").read_text()) == {"graphs": 4, "breaks": []}
     assert_close(last_state(tmp_path / "compiled"), fitted(recipe, tmp_path / "eager"), 1e-3)
 
 
