@@ -433,7 +433,9 @@ class Recipe(Training):
         self._check_cover()
         self._check_outliers()
         if self.shard and self.lora_rank is not None:
-            raise RecipeError("shard and lora_rank cannot be combined: low rank makes a model small, so leave shard out.")
+            raise RecipeError(
+                "shard and lora_rank cannot be combined: low rank makes a model small, so leave shard out."
+            )
         if self.shard and self.micro_batch == "auto":
             raise RecipeError("With shard, micro_batch cannot be auto, which tries each process alone: give a number.")
         if self.lora_rank is not None and self.lora_rank < 0:
