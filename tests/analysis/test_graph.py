@@ -246,7 +246,7 @@ def test_the_page(tiny, tmp_path, capsys):
     [
         (["It", "--share", "2"], "--share is 2.0, but must be above 0"),
         (["It", "--target", " the a"], "--target is ' the a', which is 2 tokens, but must be one"),
-        (["It", "--against", " the"], "name both"),
+        (["It", "--against", " the"], "give both"),
         (["", "--target", " the"], "The prompt has 0 tokens, but must have 1 to 32"),
         (["It is " * 40], "but must have 1 to 32"),
     ],
