@@ -251,7 +251,7 @@ class TestBadInput:
             ("\n", "no examples"),
             (json.dumps(EXAMPLES[0]) + '\n\n{"label": "0"}', "line 3 lacks activity_label, ctx_a, ctx_b, endings"),
             ('{"question": "?"}', "ctx_a"),
-            (json.dumps(EXAMPLES[0] | {"label": ""}), "not the fields and values of hellaswag"),
+            (json.dumps(EXAMPLES[0] | {"label": ""}), "not have the fields and values of hellaswag"),
             (json.dumps(EXAMPLES[0]) + "\n" + json.dumps(EXAMPLES[0] | {"label": [1]}), "cannot be read"),
             (json.dumps(EXAMPLES[0] | {"label": "4"}), "list index out of range"),
         ],

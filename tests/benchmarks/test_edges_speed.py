@@ -7,9 +7,9 @@
    out at that point alone.
 
 All three compute the same direct effects on the same tokens. Neither forwards nor edges can do with less than one value
-per component, token and unit of a reader. What forwards spend on it is a product as long as the model is wide, in
-float32; here it is one as long as a head, in float64, and some ten passes over the values. That is a few times less in
-a model as narrow as micro, and grows with the width.
+per component, token and unit of a reader. Forwards spend on it a product as long as the model is wide, in float32;
+edges one as long as a head, in float64, and some ten passes over the values, and they multiply the weights of heads and
+readers once per batch. That is a few times less, at any width, so that 20 times is out of reach of the first.
 
 `python tests/benchmarks/test_edges_speed.py` prints the table, with seconds and share of a graph of one prompt.
 """
