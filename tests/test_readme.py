@@ -44,7 +44,7 @@ def blocks(language: str, text: str = DOCS) -> list[str]:
     return list(dict.fromkeys(code for its_language, code in fenced if its_language == language))
 
 
-COMMANDS = list({line.split("  #")[0]: line for block in blocks("sh") for line in block.splitlines()}.values())
+COMMANDS = list({line.split("  #")[0].strip(): line for block in blocks("sh") for line in block.splitlines()}.values())
 """Each once, whatever the comments say."""
 INLINE = sorted(set(re.findall(r"`(python -m [^`]+)`", DOCS)))
 

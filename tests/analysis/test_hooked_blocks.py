@@ -184,9 +184,9 @@ def test_direct_effects_are_those_of_taking_out(name, knobs):
 def test_under_post_norm_nothing_is_attributed():
     hooked = load_hooked_blocks(make("post-ln"))
     for measure in (logit_attribution.measure, logit_attribution.measure_components):
-        with pytest.raises(NolnError, match="no sum of components"):
+        with pytest.raises(NolnError, match="not a sum of components"):
             measure({"m": hooked}, TOKENS)
-    with pytest.raises(NolnError, match="no sum of components"):
+    with pytest.raises(NolnError, match="not a sum of components"):
         logit_attribution.measure_prompt({"m": hooked}, TOKENS[0])
 
 

@@ -273,8 +273,8 @@ def test_pairs_are_read_as_written(tmp_path):
     [
         (None, "cannot be read"),
         ("[{", "cannot be read"),
-        ("{}", "no list"),
-        ("[]", "no list"),
+        ("{}", "not hold a list"),
+        ("[]", "not hold a list"),
         ('[{"clean": "a", "corrupt": "b", "correct": "c"}]', "Pair 1 .*clean, corrupt, correct, wrong"),
         ('[{"clean": "a", "corrupt": "b", "correct": "c", "wrong": 3}]', "Pair 1 "),
         ("[3]", "Pair 1 "),

@@ -137,10 +137,11 @@ def test_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert "each of 2 processes, in micro-batches of 2 × 16 tokens" in said
     assert f"{32 * 4 * 16:,} tokens" in said
     assert "hours" in said
-    assert re.search(r"whole +sharded\n +weights +\S+ +\S+\n", said)
-    assert re.search(r"gathered +\d\S+\n", said)
+    assert re.search(r"\nweights, GB( +\d\S+){4}\n", said)
+    assert re.search(r"\ngathered, GB( +\d\S+){2}\n", said)
     assert "control" not in said
-    assert said.splitlines()[1].split() == ["all", "weights", "rank", "16"]
+    header = " ".join(said.splitlines()[1].split())
+    assert header == "all weights all weights, sharded rank 16 rank 16, sharded"
     main(["plan", str(tmp_path / "tiny.yaml"), "--lora-rank", "0", "--no-bf16"])
     assert capsys.readouterr().out.splitlines()[1].split() == ["rank", "0", "all", "weights"]
     assert not (tmp_path / "runs").exists()
