@@ -25,7 +25,7 @@ _FEWEST_TOKENS = 256
 _ALIGNED = 64
 """Products of narrow numbers are fast where sizes are multiples of it."""
 _NEVER = -1e30
-"""The logit of a token that the vocabulary is padded with: not −∞, of which the difference of two is no number."""
+"""The logit of a token that the vocabulary is padded with: not −∞, because −∞ − (−∞) is NaN."""
 
 
 class Head(NamedTuple):

@@ -160,7 +160,7 @@ def set_up(
     check_processes(recipe)
     check_cache(recipe)
     if recipe.lora_rank is not None and importlib.util.find_spec("peft") is None:
-        raise RecipeError("lora_rank needs peft, which is not installed: pip install 'noln[lora]', or leave it away.")
+        raise RecipeError("lora_rank needs peft, which is not installed: pip install 'noln[lora]', or omit lora_rank.")
     config = checkpoint.load_config(recipe.model, recipe.revision) if model is None else model.config
     family = families.family_of(config, recipe.model) if model is None else families.family_of(model)
     sites = family.sites_of(config.num_hidden_layers)

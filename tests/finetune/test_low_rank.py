@@ -189,6 +189,19 @@ class TestFit:
         alone = {key for key, parameter in trainer.teacher.named_parameters() if parameter.data_ptr() not in own}
         assert alone == {key for key, _ in trainer.teacher.named_parameters() if ".ln_" in key}
 
+    def test_the_original_keeps_the_writes_that_are_scaled_down(self, low: Recipe, tmp_path: Path):
+        from finetune.removal import _trainer
+
+        setup = set_up(replace(low, longest_write=1e-3))
+        trainer = _trainer(setup, tmp_path, "ln_free", setup.events)
+        writes = {name: weight for name, weight in setup.model.named_parameters() if name.endswith("mlp.c_proj.weight")}
+        assert writes
+        scaled = {name.replace(".base_layer.", "."): weight for name, weight in trainer.model.named_parameters()}
+        for name, weight in trainer.teacher.named_parameters():
+            if name in writes:
+                assert torch.equal(weight, writes[name])
+                assert scaled[name].norm() < 0.5 * weight.norm()
+
     def test_a_control_differs_from_the_original_by_products_of_that_rank(self, low: Recipe, tmp_path: Path):
         setup = set_up(replace(low, control=True))
         fit(setup, tmp_path, "control", [])
