@@ -14,6 +14,10 @@ While training, the scale may be guarded: it is then at least σ/κ, κ > 1, so 
 the norm at most κ times as long as it would leave a live one. A gated MLP is quadratic in what it reads, and such
 excesses multiply from block to block. The guard is lifted, κ = ∞, before the norms fold into weights.
 
+So do gradients: what a live norm removes from them, the part along the vector that it divides, passes a constant, and
+in a deep gated model grows a thousandfold on its way down. Under the guard that part may be held back: the forward
+divides by a constant, the backward is a live norm's, and only a penalty on the std trains how long vectors are.
+
 The norm in front of attention is read on two paths, QK and V, that freeze at different times. The scale is one number
 a token, so it commutes with the weights: every product is taken of the vector scaled for QK, and what belongs to V is
 rescaled, be it columns of a packed QKV or a Linear of its own.
@@ -70,6 +74,8 @@ class Divisor(nn.Module):
     merged: Float[Tensor, "3"]
     least: Float[Tensor, ""]
     """1/κ, the least share of the live std that divides; 0 without a guard. Not saved: it follows from the step."""
+    held: Float[Tensor, ""]
+    """Which share of the gradient along a vector is held back, as a live norm does. Not saved either."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, std_mean: StdMean = "arithmetic") -> None:
         super().__init__()
@@ -77,7 +83,8 @@ class Divisor(nn.Module):
         for name, value in (("std_sum", 0), ("std_count", 0), ("frozen", 1), ("merged", 0)):
             self.register_buffer(name, torch.full((len(CLASSES),), float(value), dtype=dtype, device=device))
         self.register_buffer("alpha", torch.zeros((), dtype=dtype, device=device))
-        self.register_buffer("least", torch.zeros((), dtype=dtype, device=device), persistent=False)
+        for name in ("least", "held"):
+            self.register_buffer(name, torch.zeros((), dtype=dtype, device=device), persistent=False)
 
     def update(self, std_sum: Float[Tensor, "3"], count: Float[Tensor, "3"], decay: float) -> None:
         """Take one optimizer step into the running mean: the sum of its (transformed) stds and their number, by class.
@@ -156,13 +163,13 @@ class _Normalise(torch.autograd.Function):
     """Divide x, centred if `centred`, by s = σ^(1−α)·c; also return σ. Gradients in closed form, without temporaries.
 
     With y = (x − μ)/s, gradients g of y and h of σ, width d and C the centring (the identity under RMSNorm):
-    dx = C(g/s) + y · [h·s/(d·σ) − (1−α)·s/σ² · mean(g·y)]. At α = 1 no live term is left. With `least` = 1/κ (None:
-    no guard) c and α are those of `_guard`.
+    dx = C(g/s) + y · [h·s/(d·σ) − (1−α)·s/σ² · mean(g·y)]. At α = 1 no live term is left. With `least` =
+    1/κ (None: no guard) and `held`, the share η to be held back, c and α are those of `_guard`, and the live term's factor is 1 − α·(1−η).
     """
 
     @staticmethod
     def forward(
-        x: Tensor, c: Tensor, alpha: Tensor, eps: float, centred: bool, least: Tensor | None
+        x: Tensor, c: Tensor, alpha: Tensor, eps: float, centred: bool, least: Tensor | None, held: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x = _centre(x, centred)
         std = _std(x, eps)
@@ -172,19 +179,20 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, c, alpha, _, ctx.centred, least = inputs
-        ctx.save_for_backward(*output, c, alpha, least)
+        _, c, alpha, _, ctx.centred, least, held = inputs
+        ctx.save_for_backward(*output, c, alpha, least, held)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
-        y, std, c, alpha, least = ctx.saved_tensors
+        y, std, c, alpha, least, held = ctx.saved_tensors
         if least is not None:
             c, alpha = _guard(std, c, alpha, least)
         scale = std.pow(1 - alpha) * c
+        live = 1 - alpha if held is None else 1 - alpha * (1 - held)
         width = y.shape[-1]
         along = torch.linalg.vecdot(g, y).unsqueeze(-1) / width
-        slope = h * scale / (width * std) - (1 - alpha) * scale / std.square() * along
-        return torch.addcmul(_centre(g, ctx.centred) / scale, y, slope), None, None, None, None, None
+        slope = h * scale / (width * std) - live * scale / std.square() * along
+        return torch.addcmul(_centre(g, ctx.centred) / scale, y, slope), None, None, None, None, None, None
 
 
 class FakeNorm(nn.Module):
@@ -246,10 +254,11 @@ class FakeNorm(nn.Module):
         classes = self.classes.index
         frozen_part = first.frozen_part(classes)
         x = x.to(_statistics_dtype(x.dtype))
-        least = first.least if self.guards else None
-        y, std = _Normalise.apply(x, frozen_part, first.alpha, self.eps, self.style.centred, least)
+        guard = (first.least, first.held) if self.guards else (None, None)
+        y, std = _Normalise.apply(x, frozen_part, first.alpha, self.eps, self.style.centred, *guard)
         self.live_std = std.squeeze(-1)
         if self.guards:
+            std = std + first.held * (std.detach() - std)  # the same number, with as much of its gradient as passes
             return y, [first.scale(std, classes) / other.scale(std, classes) for other in others]
         return y, [std.pow(other.alpha - first.alpha) * frozen_part / other.frozen_part(classes) for other in others]
 

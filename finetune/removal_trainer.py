@@ -246,7 +246,8 @@ class _RemovalRecord(Record):
         sites, recipe = self.trainer.sites, self.trainer.recipe
         constant = sites.constant
         if self.trainer.removes and recipe.guard is not None:
-            sites.guard(recipe.guard_at(state.global_step))
+            least = recipe.guard_at(state.global_step)
+            sites.guard(least, least * recipe.guard if recipe.live_gradients else 0.0)
         self._begun = [event.name for event in sites.advance(self.trainer.events, state.global_step)]
         if self._begun:
             self._frozen = self._begun[-1]

@@ -97,8 +97,10 @@ class Sites:
         """Iterate over the names of the sites."""
         return iter(self._divisors)
 
-    def guard(self, least: float) -> None:
+    def guard(self, least: float, held: float = 0.0) -> None:
         """Have no scale be less than `least`, 1/κ, times the live std; at 0 the guard is lifted.
+
+        Of the gradient along the vectors that constants divide, the share `held` is held back.
 
         Called before `advance`: while there is a guard, no norm becomes a constant.
         """
@@ -107,6 +109,7 @@ class Sites:
             norm.guards = True
             for divisor in norm.divisors:
                 divisor.least.fill_(least)
+                divisor.held.fill_(held)
 
     def spread(
         self, of: Bool[Tensor, " batch"] | None = None, live: bool = False, position_0: float = 1.0

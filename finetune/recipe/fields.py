@@ -399,6 +399,9 @@ class Recipe(Training):
     guard. The LN-free model has none."""
     guard_span: tuple[float, float] = (0.5, 0.9)
     """Between which fractions of the run the guard is lifted: 1/κ falls linearly to 0."""
+    live_gradients: bool = False
+    """While the guard is up, gradients pass a frozen site as they pass a live norm, without the part along the vector
+    that it divides, which grows from block to block. Needs a guard, and a spread_weight to hold stds together."""
     max_outlier: float = 1e6
     """The run stops when the live std of a token is so many times what divides it: the divisor has been left behind."""
     shard: bool = False
@@ -476,6 +479,11 @@ class Recipe(Training):
             raise RecipeError(f"longest_write is {self.longest_write}; it must be above 0, or None.")
         if self.guard is not None and not 1 < self.guard < math.inf:
             raise RecipeError(f"guard is {self.guard}; it must be above 1, or None for no guard.")
+        if self.live_gradients and (self.guard is None or not self.spread_weight):
+            raise RecipeError(
+                "live_gradients needs a guard, under which it acts, and a spread_weight, since nothing else then trains "
+                "how long residual vectors are: set both, or live_gradients to False."
+            )
         start, end = self.guard_span
         if not 0 <= start < end <= 1:
             raise RecipeError(f"guard_span is {start}, {end}; it must begin before it ends, between 0 and 1.")
@@ -540,7 +548,7 @@ SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
         *("schedule", "std_decay", "std_mean", "kl_weight", "match_weight", "aux_weight", "export_format"),
         *("cover", "cover_kinds", "cover_span", "cover_stds", "spread_weight", "spread_on"),
         *("spread_power", "spread_live", "spread_position_0", "longest_write", "guard", "guard_span"),
-        *("max_outlier", "name", "also", "log_every", "save_every", "report_to", "push_to_hub"),
+        *("live_gradients", "max_outlier", "name", "also", "log_every", "save_every", "report_to", "push_to_hub"),
     ),
     False,
 )

@@ -159,6 +159,30 @@ def test_a_guard_is_the_least_share_of_the_live_std(style, alpha, least):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("held", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("alphas", [(0.0, 0.3), (0.7, 0.7), (1.0, 1.0)])
+@pytest.mark.parametrize("style", [LAYER_NORM, RMS_NORM])
+def test_gradients_along_the_vector_are_held_back(style, alphas, held):
+    """Against a norm whose std is, for autograd, `held` parts its own live one, divided by itself without a graph."""
+    norm, x, constants = make_norm(style), stream(), (2.0, 2.0, 2.0)
+    classes = TokenClasses(None)
+    classes.set(torch.zeros(x.shape[:2], dtype=torch.long))
+    fake = FakeNorm(norm, style, 2, classes)
+    fake.guards = True
+    for divisor, alpha in zip(fake.divisors, alphas, strict=True):
+        set_site(divisor, alpha, constants)
+        divisor.held.fill_(held)
+    for path, alpha in enumerate(alphas):
+        centred = x - x.mean(-1, keepdim=True) if style.centred else x
+        std = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        y, ratios = fake.normalise(x)
+        found = y * ratios[0] if path else y
+        expected = centred / (2.0**alpha * std ** (1 - alpha)) * (std.detach() / std) ** (alpha * held)
+        torch.testing.assert_close(found, expected)
+        if alphas[0] == alphas[1] or held in (0.0, 1.0):
+            torch.testing.assert_close(gradients(found, x), gradients(expected, x))
+
+
 def test_a_guard_on_two_paths_is_that_of_separate_norms():
     read = Read(alphas=(0.4, 1.0), groups=2)
     read.norm.guards = True
