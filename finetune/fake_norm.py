@@ -163,8 +163,8 @@ class _Normalise(torch.autograd.Function):
     """Divide x, centred if `centred`, by s = σ^(1−α)·c; also return σ. Gradients in closed form, without temporaries.
 
     With y = (x − μ)/s, gradients g of y and h of σ, width d and C the centring (the identity under RMSNorm):
-    dx = C(g/s) + y · [h·s/(d·σ) − (1−α)·s/σ² · mean(g·y)]. At α = 1 no live term is left. With `least` =
-    1/κ (None: no guard) and `held`, the share η to be held back, c and α are those of `_guard`, and the live term's factor is 1 − α·(1−η).
+    dx = C(g/s) + y · [h·s/(d·σ) − (1−α)·s/σ² · mean(g·y)]. At α = 1 no live term is left. With a guard, c and α are
+    those of `_guard` for `least` = 1/κ, and 1 − α·(1−η) takes the place of (1−α) for `held` = η.
     """
 
     @staticmethod

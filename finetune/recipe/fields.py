@@ -481,8 +481,8 @@ class Recipe(Training):
             raise RecipeError(f"guard is {self.guard}; it must be above 1, or None for no guard.")
         if self.live_gradients and (self.guard is None or not self.spread_weight):
             raise RecipeError(
-                "live_gradients needs a guard, under which it acts, and a spread_weight, since nothing else then trains "
-                "how long residual vectors are: set both, or live_gradients to False."
+                "live_gradients needs a guard, because it acts while the guard is up, and a spread_weight, because "
+                "nothing else then trains how long residual vectors are: set both, or set live_gradients to False."
             )
         start, end = self.guard_span
         if not 0 <= start < end <= 1:

@@ -46,6 +46,8 @@ def fitted(recipe: Recipe, directory: Path) -> list[dict]:
         ({"guard_span": (0.9, 0.5)}, "guard_span is 0.9, 0.5"),
         ({"guard": 2.0, "guard_span": (0.5, 1.0)}, "guard_span ends at 1.0: the guard would not be lifted by the last"),
         ({"max_outlier": 1.0}, "max_outlier is 1.0"),
+        ({"live_gradients": True, "spread_weight": 1.0}, "live_gradients needs a guard"),
+        ({"live_gradients": True, "guard": 2.0}, "live_gradients needs a guard"),
     ],
 )
 def test_contradictions_are_refused(fields: dict, said: str, short: Recipe):
@@ -155,6 +157,14 @@ class TestGuard:
         assert all(0 < share < 1 for share in shares[8:11])
         assert shares[13:] == [0.0] * 3
         assert "guarded" not in fitted(short, tmp_path / "without")[0]
+
+    def test_gradients_are_live_ones_while_it_is_up(self, short: Recipe, tmp_path: Path):
+        guarded = replace(short, guard=4.0, guard_span=(0.7, 0.8), spread_weight=1e-6)
+        ours, free = (fitted(replace(guarded, live_gradients=live), tmp_path / str(live)) for live in (True, False))
+        same = [a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"] for a, b in zip(ours, free, strict=True)]
+        begun = next(line["step"] for line in free if line["frozen"])
+        assert all(same[:begun])
+        assert not any(same[begun:])
 
 
 class TestLog:

@@ -7,7 +7,9 @@ OUT/held-out/KIND.jsonl  to measure on, of the same kind: of other books, packag
 OUT/contents.json        the packages with their versions, and of each file its documents, characters and digest
 
 Kinds are books (bundled), docs (descriptions, manuals and docstrings of the installed packages), code (their source)
-and peps (bundled). A package is held out whole. The same packages make the same files.
+and peps (bundled). Held out there is also chat: SmolLM2-Instruct's prompt format, in which the user asks for the
+docstring of a function and the assistant answers with it. A package is held out whole. The same packages make the same
+files.
 """
 
 import argparse
@@ -27,6 +29,12 @@ CHARACTERS = {"train": 4_000_000, "held-out": 200_000}
 """Of each kind, at most: a million tokens, and fifty thousand."""
 LONGEST, SHORTEST = 10_000, 400
 """Characters of a document: longer ones end at a line, shorter ones are left out."""
+LONGEST_FUNCTION = 1500
+"""Characters of a function that a conversation is about."""
+CHAT = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+)
 PACKAGES_HELD_OUT = PEPS_HELD_OUT = 5
 """One in so many."""
 
@@ -42,18 +50,34 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def docstrings(source: str) -> str:
-    """Return all docstrings of a module, in order."""
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def documented(source: str) -> list[Documented]:
+    """Return the nodes of a module that have a docstring, in order."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the module's own
+        warnings.simplefilter("ignore")  # from the source that is parsed
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError, RecursionError):
-            return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node)]
-    found.sort(key=lambda node: getattr(node, "lineno", 0))
-    return "\n\n".join(ast.get_docstring(node) or "" for node in found)
+            return []
+    found = [node for node in ast.walk(tree) if isinstance(node, Documented) and ast.get_docstring(node)]
+    return sorted(found, key=lambda node: getattr(node, "lineno", 0))
+
+
+def docstrings(source: str) -> str:
+    """Return all docstrings of a module, in order."""
+    return "\n\n".join(ast.get_docstring(node) or "" for node in documented(source))
+
+
+def conversations(source: str) -> Iterator[str]:
+    """Yield a conversation about each short function of a module that has a docstring."""
+    for node in documented(source):
+        if isinstance(node, ast.FunctionDef) and len(node.body) > 1:
+            docstring = ast.get_docstring(node)
+            del node.body[0]
+            if len(code := ast.unparse(node)) <= LONGEST_FUNCTION:
+                yield CHAT.format(question=f"Write a docstring for this Python function:\n\n{code}", answer=docstring)
 
 
 def read(path: Path) -> str:
@@ -65,12 +89,15 @@ def read(path: Path) -> str:
 
 
 def documents_of(package: importlib.metadata.Distribution, kind: str) -> Iterator[str]:
-    """Yield the documents of one kind (docs, code) of a package."""
+    """Yield the documents of one kind (docs, code, chat) of a package."""
     files = {str(file): Path(str(file.locate())) for file in package.files or () if ".." not in file.parts}
     names = sorted(files, key=digest)
     sources = (read(files[name]) for name in names if name.endswith(".py"))
     if kind == "code":
         yield from sources
+        return
+    if kind == "chat":
+        yield from itertools.chain.from_iterable(map(conversations, sources))
         return
     yield package.metadata.get_payload() or ""
     yield from (read(files[name]) for name in names if name.endswith((".md", ".rst")))
@@ -103,7 +130,7 @@ def mixture(part: str, packages: list[importlib.metadata.Distribution]) -> Itera
     held_out = part == "held-out"
     own = [p for p in packages if (int(digest(p.metadata["Name"]), 16) % PACKAGES_HELD_OUT == 0) == held_out]
     yield "books", iter(sorted(bundled("books-report" if held_out else "books-train"), key=digest))
-    for kind in ("docs", "code"):
+    for kind in ("docs", "code", *(["chat"] if held_out else [])):
         yield kind, take_turns([documents_of(package, kind) for package in own])
     yield "peps", (pep for i, pep in enumerate(bundled("shifted-peps")) if (i % PEPS_HELD_OUT == 0) == held_out)
 
