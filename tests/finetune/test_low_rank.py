@@ -256,8 +256,8 @@ def test_a_model_in_memory_and_its_card_say_so(low: Recipe, tokenizer, tmp_path:
     low = replace(low, bf16=True, lora_alpha=3.0, lora_targets=("readers", "embeddings"))
     run = remove_norms(tiny_gpt2(), tokenizer, recipe=low, out=tmp_path / "run")
     card = " ".join((run.directory / "ln_free/README.md").read_text().split())
-    assert "products of rank 2, times 1.5, added to the weights of readers of the residual stream" in card
-    assert "merged here, and the embeddings, whole - Objective" in card
+    assert "products of rank 2, scaled by 1.5, that were added to the weights of readers of the residual stream" in card
+    assert "merged with them here, and the embeddings in full - Objective" in card
     assert recipes.load(run.directory / "recipe.yaml").lora_rank == 2
 
 
@@ -271,7 +271,7 @@ def test_command(recipe: Recipe, tmp_path: Path):
     assert (written["lora_rank"], written["lora_alpha"]) == (0, 8.0)
     for name in ("ln_free", "control"):
         card = (tmp_path / f"run/{name}/README.md").read_text()
-        assert "- Low rank: what trained are the norms' gains and biases\n" in card
+        assert "- Low rank: training changed the norms' gains and biases\n" in card
 
 
 def test_what_is_missing_is_said_before_anything_is_loaded(low: Recipe, monkeypatch: pytest.MonkeyPatch):

@@ -61,7 +61,7 @@ def test_an_ordinary_model_of_its_family_learns(family: str, recipe: PretrainRec
     assert log[-1]["loss"] < log[0]["loss"] - 0.5
     card = (run.directory / "model/README.md").read_text()
     assert f"# tiny: a `{FAMILIES[family].architecture}`\n" in card
-    assert "takes its norms out" in card
+    assert "removes its norms" in card
 
 
 @pytest.mark.slow
