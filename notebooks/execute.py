@@ -1,6 +1,6 @@
 """Execute the notebooks in place, each from a clean kernel: `make notebooks`, or `python notebooks/execute.py FILE…`.
 
-Figures are stored as PNG, which every page shows: the extra `png`, and Chrome or Chromium.
+Figures are stored as PNG, which every page can show. This needs the extra `png`, and Chrome or Chromium.
 """
 
 import os
@@ -14,11 +14,11 @@ from nbclient import NotebookClient
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
 SWEEPS = sorted(Path(__file__).parent.glob("sweeps/*.ipynb"))
-"""These read the tables beside them."""
+"""These read the tables in their folder."""
 
 
 def execute(path: Path, directory: str | Path, renderer: str) -> nbformat.NotebookNode:
-    """Return the notebook `path` with new outputs, executed in `directory`, figures as plotly's `renderer` has them."""
+    """Execute the notebook `path` in `directory` and return it, with figures from plotly's `renderer`."""
     notebook = nbformat.read(path, as_version=4)
     environment = os.environ | {"PLOTLY_RENDERER": renderer, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     client = NotebookClient(
@@ -31,12 +31,12 @@ def execute(path: Path, directory: str | Path, renderer: str) -> nbformat.Notebo
     )
     client.execute(env=environment)
     for cell in notebook.cells:
-        if cell.cell_type == "code":  # without progress bars
+        if cell.cell_type == "code":  # drop progress bars
             cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
             for output in cell.outputs:
                 if "text" in output:
                     output["text"] = output["text"].replace(f"{directory}{os.sep}", "")
-    notebook.metadata["language_info"] = {"name": "python"}  # without the version that it happened to be
+    notebook.metadata["language_info"] = {"name": "python"}  # drop the Python version
     return notebook
 
 

@@ -1,7 +1,8 @@
-"""The figure of the README, light and dark: `make notebooks`, or `python notebooks/readme_figure.py`.
+"""Draw the README's figure, light and dark: `make notebooks`, or `python notebooks/readme_figure.py`.
 
-Original against LN-free: how long residual vectors are, and what heads are said to do to a logit (their direct logit
-attribution, DLA) over what they do (their direct effect). It takes the extra `png`, and Chrome or Chromium.
+It compares the original with the LN-free model: the norms of residual vectors, and what heads do to a logit according
+to direct logit attribution (DLA) against what they really do (their direct effect). This needs the extra `png`, and
+Chrome or Chromium.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ TICKS = [factor * 10**power for power in range(-2, 5) for factor in (1, 2, 5)]
 
 
 def measure(tokens: int = TOKENS) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return what is drawn of the bundled models: residual norms on a text, and effects of heads on its beginning."""
+    """Return what the figure shows of the bundled models: norms of residual vectors, and effects of heads."""
     models = load_trio("micro", None, "micro-ln-free")
     text = read_text("books-report", models["original"], tokens).tokens
     effects = logit_attribution.measure_prompt(models, text[0, :PROMPT_TOKENS])
@@ -30,7 +31,7 @@ def measure(tokens: int = TOKENS) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def draw(norms: pd.DataFrame, effects: pd.DataFrame, ink: str, lines: str) -> go.Figure:
-    """Draw what `measure` returns, on no background, text in `ink` and grid in `lines`."""
+    """Draw what `measure` returns on a transparent background, with text in `ink` and the grid in `lines`."""
     figure = make_subplots(
         1,
         3,

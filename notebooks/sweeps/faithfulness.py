@@ -1,8 +1,8 @@
-"""Does an LN-free model compute as the original does, or only answer as it does? Of the runs of sweeps, as a table.
+"""Measure for the runs of sweeps whether LN-free models compute like the original, or only answer like it.
 
-`python notebooks/sweeps/faithfulness.py FOLDER…` takes sweeps' folders with the runs in them, and writes
-faithfulness.csv beside it: a row for each of the longest runs, with measures of `analysis.faithfulness` on 8,192 tokens
-of books-report.
+`python notebooks/sweeps/faithfulness.py FOLDER…` takes the folders of sweeps, with their runs, and writes
+faithfulness.csv beside this script. The table has one row for each of the longest runs, with the measures of
+`analysis.faithfulness` on 8,192 tokens of books-report.
 """
 
 import sys
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def measure(sweep: Path) -> pd.DataFrame:
-    """Return a row a run of `sweep`: means over tokens (jsd, nats), heads, neurons, and streams behind blocks."""
+    """Return one row per run of `sweep`: means over tokens (jsd in nats), heads, neurons, and streams after blocks."""
     rows = []
     results = pd.read_csv(sweep / "results.csv")
     results = results[results["tokens"] == results["tokens"].max()]

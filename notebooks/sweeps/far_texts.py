@@ -1,8 +1,9 @@
-"""How near are LN-free models to the original far from their training text? Of runs of sweeps, as a table.
+"""Measure how close LN-free models are to the original on text that is far from their training text.
 
 `python notebooks/sweeps/far_texts.py RUN…` takes run directories of models with the tokenizer of `micro`, and writes
-far_texts.csv beside it: one row per run, text and model, with its loss, that of the worst token, and the JSD to the
-original, nats/token, on at most 32 blocks of 256 tokens. Nothing here had a part in choosing a recipe.
+far_texts.csv beside this script. The table has one row per run, text and model, with the mean loss, the largest loss of
+a token, and the JSD to the original, in nats/token, on at most 32 blocks of 256 tokens. No recipe was chosen on these
+texts.
 """
 
 import base64
@@ -26,7 +27,7 @@ CONTEXT, MOST, REPEATS = 256, 32, 200
 
 
 def texts() -> dict[str, str]:
-    """Return texts by name that are far from the bundled books, each in its own way."""
+    """Return texts by name. Each is far from the bundled books in its own way."""
     rng = np.random.default_rng(0)
     library = Path(sysconfig.get_path("stdlib"))
     prompts = [
@@ -43,7 +44,7 @@ def texts() -> dict[str, str]:
 
 
 def blocks() -> dict[str, Blocks]:
-    """Return all texts, packed; and blocks of tokens that are none."""
+    """Return all texts, packed, and blocks of tokens that are not text."""
     tokenizer = checkpoint.load_tokenizer("micro")
     vocabulary = len(tokenizer)
     packed = {
@@ -55,7 +56,9 @@ def blocks() -> dict[str, Blocks]:
             file = Path(directory) / f"{name}.txt"
             file.write_text(text, encoding="utf-8")
             packed[name] = load_blocks(Text(str(file)), tokenizer, CONTEXT, vocabulary, most=MOST)
-            packed[name] = Blocks(np.array(packed[name].blocks).ravel(), CONTEXT)  # not from the file any more
+            packed[name] = Blocks(
+                np.array(packed[name].blocks).ravel(), CONTEXT
+            )  # in memory, because the file is deleted
     rng = np.random.default_rng(0)
     ids = token_ids(tokenizer, vocabulary)
     books = load_blocks(Text("books-report"), tokenizer, CONTEXT, vocabulary).blocks.ravel()

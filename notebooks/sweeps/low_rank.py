@@ -1,8 +1,9 @@
-"""Does low rank keep more of how the original computes? Of runs of sweeps, as a table.
+"""Measure whether low rank keeps more of how the original computes.
 
-`python notebooks/sweeps/low_rank.py FOLDER…` takes sweeps' folders with the runs in them, and writes low_rank.csv
-beside it: a row for each run of seed 0, with the JSD to the original and measures of `analysis.faithfulness` on 2,048
-tokens of books-report, and how far its matrices have turned away from the original's.
+`python notebooks/sweeps/low_rank.py FOLDER…` takes the folders of sweeps, with their runs, and writes low_rank.csv
+beside this script. The table has one row per run of seed 0: the JSD to the original and measures of
+`analysis.faithfulness` on 2,048 tokens of books-report, and the angle by which the matrices have turned away from the
+original's.
 """
 
 import sys
@@ -26,7 +27,7 @@ TOKENS = 2048
 
 
 def matrices(model: Any) -> dict[str, Float[Tensor, "_ _"]]:
-    """Return the matrices of a model's blocks by name, each part of a packed one by itself, norms folded in."""
+    """Return the matrices of a model's blocks by name, with norms folded in and packed matrices split into parts."""
     found = {}
     folded = {path: weight for path, weight, _ in folding.linear_maps(model)}
     for norm in folding.norms_of(model):
@@ -41,9 +42,9 @@ def matrices(model: Any) -> dict[str, Float[Tensor, "_ _"]]:
 
 
 def turned(model: Any, original: Any) -> float:
-    """Return the mean over matrices of the sine of the angle between a model's and the original's.
+    """Return the sine of the angle between a matrix of `model` and that of `original`, averaged over matrices.
 
-    What a matrix is multiplied by, as by the constant of its norm, has no part in it.
+    The angle does not depend on the scale of a matrix, such as the constant of its norm.
     """
     pairs = zip(matrices(model).values(), matrices(original).values(), strict=True)
     cosines = [torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) for ours, theirs in pairs]

@@ -1,8 +1,9 @@
-"""LN removed afterwards against LN never there: models that runs of this package made, measured alike, as a table.
+"""Compare models whose LN was removed with models that never had LN.
 
 `python notebooks/sweeps/removed_vs_never.py RUN…` takes run directories of `finetune pretrain BLOCK`, and of `finetune
-run` on the models of these, and writes removed_vs_never.csv beside it, one row per model, in order. Losses are of
-240 blocks of each text; outlier features and the attribution error of 8,192 tokens of books-report.
+run` on the resulting models. It writes removed_vs_never.csv beside this script, with one row per model, in order.
+Losses are measured on 240 blocks of each text, and outlier features and the attribution error on 8,192 tokens of
+books-report.
 """
 
 import sys
@@ -23,9 +24,9 @@ HERE = Path(__file__).parent
 
 
 def measure(model: Any, is_sum: bool = True) -> dict[str, float]:
-    """Return a model's losses, nats/token, its outlier features, averaged over the stream, and its heads' NMAE, %.
+    """Return a model's losses (nats/token), outlier features averaged over the stream, and the NMAE of its heads (%).
 
-    Where the stream is no sum of what parts write, as under post-norm, `is_sum` is False, and there is no NMAE.
+    If the stream is not the sum of what components write, as with post-norm, pass `is_sum=False`; the NMAE is then NaN.
     """
     row = {}
     for text in ("books-validation", "books-report"):
@@ -42,7 +43,7 @@ def measure(model: Any, is_sum: bool = True) -> dict[str, float]:
 
 
 def training(run: Path) -> dict[str, Any]:
-    """Return what a run of `finetune pretrain` was: its block, with what the block's recipe has otherwise."""
+    """Describe a run of `finetune pretrain`: its block, and what differs from the recipe of the block."""
     recipe: Any = recipe_of(run)
     shipped = load_pretraining(recipe.block)
     own = (recipe.knobs | {"lr": recipe.lr}).items() - (shipped.knobs | {"lr": shipped.lr}).items()
@@ -52,7 +53,7 @@ def training(run: Path) -> dict[str, Any]:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Return a row for each model that a run made."""
+    """Return one row for each model that a run made."""
     recipe = recipe_of(run)
     if isinstance(recipe, PretrainRecipe):
         config = load_config(run / "model")

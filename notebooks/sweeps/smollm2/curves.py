@@ -1,14 +1,16 @@
-"""What happens while SmolLM2 loses its norms: of the logs of runs, a table that is small enough to keep.
+"""Reduce the logs of runs that remove the norms of SmolLM2 to a table that is small enough to keep.
 
-`python notebooks/sweeps/smollm2/curves.py RUN…` writes curves.csv beside it: one row per run and ten steps, with
+`python notebooks/sweeps/smollm2/curves.py RUN…` writes curves.csv beside this script. It has one row per run and ten
+steps, with the columns
 
-run, step, tokens     the run directory's name, the first of the ten steps, and the tokens seen before it
-kl, kl_max, cover_kl  KL of the original to the model on text, nats/token: mean and most; and on cover
-distance, spread      of residual streams to the original's; of log RMS around the constants, as in the objective
-grad_norm             the median, before clipping
-frozen                how many of the sites have begun to freeze
-position_0            RMS at position 0 over that of other tokens, where it is most, by `std` in the log
-over_constant         the largest RMS of a token over what divides it, at any site
+run, step, tokens     the name of the run directory, the first of the ten steps, and the tokens seen before it
+kl, kl_max, cover_kl  KL of the original to the model in nats/token: mean and maximum on text, and mean on cover
+distance, spread      distance of residual streams to the original's; spread of log RMS around the constants, as in
+                      the objective
+grad_norm             the median gradient norm before clipping
+frozen                the number of sites that have begun to freeze
+position_0            RMS at position 0 over that of other tokens, where it is largest, from `std` in the log
+over_constant         the largest ratio of a token's RMS to its divisor, at any site
 """
 
 import sys

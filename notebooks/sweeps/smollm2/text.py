@@ -1,15 +1,15 @@
-"""A mixture of text that is at hand without a network: books, documentation, source code and PEPs.
+"""Write a mixture of text that is available without a network: books, documentation, source code and PEPs.
 
 `python notebooks/sweeps/smollm2/text.py OUT` writes
 
-OUT/train/KIND.jsonl     to train on: the recipe's text is the directory OUT/train
-OUT/held-out/KIND.jsonl  to measure on, of the same kind: of other books, packages and PEPs
-OUT/contents.json        the packages with their versions, and of each file its documents, characters and digest
+OUT/train/KIND.jsonl     text to train on; the text of the recipe is the directory OUT/train
+OUT/held-out/KIND.jsonl  text to measure on, of the same kind, from other books, packages and PEPs
+OUT/contents.json        the packages with their versions, and the documents, characters and digest of each file
 
-Kinds are books (bundled), docs (descriptions, manuals and docstrings of the installed packages), code (their source)
-and peps (bundled). Held out there is also chat: SmolLM2-Instruct's prompt format, in which the user asks for the
-docstring of a function and the assistant answers with it. A package is held out whole. The same packages make the same
-files.
+The kinds are books (bundled), docs (descriptions, manuals and docstrings of the installed packages), code (their
+source) and peps (bundled). The held-out text also has chat: SmolLM2-Instruct's prompt format, in which the user asks
+for the docstring of a function and the assistant answers with it. A package is held out as a whole. The same packages
+give the same files.
 """
 
 import argparse
@@ -26,17 +26,17 @@ from pathlib import Path
 from finetune.bundled import TEXTS
 
 CHARACTERS = {"train": 4_000_000, "held-out": 200_000}
-"""Of each kind, at most: a million tokens, and fifty thousand."""
+"""The maximum for each kind: a million tokens for training, and fifty thousand held out."""
 LONGEST, SHORTEST = 10_000, 400
-"""Characters of a document: longer ones end at a line, shorter ones are left out."""
+"""The length of a document in characters: longer documents are cut at a line, shorter ones are omitted."""
 LONGEST_FUNCTION = 1500
-"""Characters of a function that a conversation is about."""
+"""The maximum length of a function that a conversation is about, in characters."""
 CHAT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
 )
 PACKAGES_HELD_OUT = PEPS_HELD_OUT = 5
-"""One in so many."""
+"""One package or PEP in this many is held out."""
 
 
 def bundled(name: str) -> list[str]:
@@ -46,7 +46,7 @@ def bundled(name: str) -> list[str]:
 
 
 def digest(text: str) -> str:
-    """Return what text is ordered by: any order will do that depends on the text alone."""
+    """Return the key that text is sorted by. Any order would do that depends only on the text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -81,7 +81,7 @@ def conversations(source: str) -> Iterator[str]:
 
 
 def read(path: Path) -> str:
-    """Return a file's text, or nothing where it is none."""
+    """Return the text of a file, or "" if it is not a text file."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -89,7 +89,7 @@ def read(path: Path) -> str:
 
 
 def documents_of(package: importlib.metadata.Distribution, kind: str) -> Iterator[str]:
-    """Yield the documents of one kind (docs, code, chat) of a package."""
+    """Yield the documents of one kind (docs, code or chat) from a package."""
     files = {str(file): Path(str(file.locate())) for file in package.files or () if ".." not in file.parts}
     names = sorted(files, key=digest)
     sources = (read(files[name]) for name in names if name.endswith(".py"))
@@ -111,7 +111,7 @@ def take_turns(streams: Iterable[Iterator[str]]) -> Iterator[str]:
 
 
 def choose(documents: Iterable[str], characters: int) -> list[str]:
-    """Return the first documents, none twice, that `characters` suffice for."""
+    """Return the first documents that fit into `characters`, without duplicates."""
     chosen: dict[str, None] = {}
     left = characters
     for document in documents:
@@ -126,7 +126,7 @@ def choose(documents: Iterable[str], characters: int) -> list[str]:
 
 
 def mixture(part: str, packages: list[importlib.metadata.Distribution]) -> Iterator[tuple[str, Iterator[str]]]:
-    """Yield each kind of text and its documents, of a part (train, held-out)."""
+    """Yield each kind of text with its documents, for a part (train or held-out)."""
     held_out = part == "held-out"
     own = [p for p in packages if (int(digest(p.metadata["Name"]), 16) % PACKAGES_HELD_OUT == 0) == held_out]
     yield "books", iter(sorted(bundled("books-report" if held_out else "books-train"), key=digest))
@@ -157,5 +157,5 @@ def write(out: Path, characters: dict[str, int] = CHARACTERS) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the directory to make")
+    parser.add_argument("out", type=Path, help="the directory to create")
     write(parser.parse_args().out)
