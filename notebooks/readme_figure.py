@@ -37,7 +37,7 @@ def draw(norms: pd.DataFrame, effects: pd.DataFrame, ink: str, lines: str) -> go
         3,
         column_widths=[0.42, 0.29, 0.29],
         horizontal_spacing=0.06,
-        subplot_titles=["Length of residual vectors", *(f"Heads: said and done, {model}" for model in LABELS.values())],
+        subplot_titles=["Norms of residual vectors", *(f"Effects of heads, {model}" for model in LABELS.values())],
     )
     for (model, token_class), points in norms.groupby(["model", "token_class"], sort=False):
         if token_class == "end-of-text":

@@ -255,7 +255,7 @@ class TestRun:
     def test_the_model_card_says_so(self, short: Recipe, tmp_path: Path):
         recipe = replace(short, cover_kinds=("uniform", "runs"), spread_weight=0.5, cover_span=(0.25, 1.0))
         card = (remove_layernorm(recipe=recipe, out=tmp_path / "run").directory / "ln_free/README.md").read_text()
-        assert "Cover: 50 % of the blocks between 0.25 and 1 of the run were not text but tokens of the kinds" in card
+        assert "Cover: 50 % of the blocks between fractions 0.25 and 1 of the run were not text but tokens" in card
         assert "kinds uniform, runs, on which the\n  original's predictions were the only target\n" in card
         assert "weight 0.5\n" in card
 

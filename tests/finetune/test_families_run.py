@@ -100,7 +100,7 @@ def test_a_run_leaves_a_norm_free_model_beside_its_control(name, recipe: Recipe,
     assert f" without {norm}\n" in card
     assert f"live {divisor} now" in card
     assert f"tags: [{name}, " in card
-    assert "the token `bos` before each block" in card
+    assert "the token `bos` precedes each block" in card
 
 
 @each_family
