@@ -46,7 +46,7 @@ def bundled(name: str) -> list[str]:
 
 
 def digest(text: str) -> str:
-    """Return the key that text is sorted by. Any order would do that depends only on the text."""
+    """Return the key that text is sorted by. Any order that depends only on the text would do."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
