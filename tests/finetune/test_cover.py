@@ -167,7 +167,7 @@ class TestKinds:
     [
         ({"cover": -0.1}, "cover is -0.1"),
         ({"cover": 0.8}, "at most 0.75"),
-        ({"kl_weight": 0.0, "match_weight": 0.0}, "set kl_weight or match_weight"),
+        ({"kl_weight": 0.0, "match_weight": 0.0}, "Set kl_weight or match_weight"),
         ({"cover_kinds": ("uniform", "noise")}, "noise"),
         ({"cover_kinds": ("unigram-0",)}, "unigram-0"),
         ({"cover_kinds": ()}, "empty"),

@@ -44,7 +44,10 @@ def fitted(recipe: Recipe, directory: Path) -> list[dict]:
         ({"guard": 1.0}, "guard is 1.0; it must be above 1"),
         ({"guard": math.inf}, "guard is inf"),
         ({"guard_span": (0.9, 0.5)}, "guard_span is 0.9, 0.5"),
-        ({"guard": 2.0, "guard_span": (0.5, 1.0)}, "guard_span ends at 1.0: the guard would not be lifted by the last"),
+        (
+            {"guard": 2.0, "guard_span": (0.5, 1.0)},
+            "guard_span ends at 1.0, so the guard would not be lifted by the last",
+        ),
         ({"max_outlier": 1.0}, "max_outlier is 1.0"),
         ({"live_gradients": True, "spread_weight": 1.0}, "live_gradients needs a guard"),
         ({"live_gradients": True, "guard": 2.0}, "live_gradients needs a guard"),

@@ -214,20 +214,20 @@ def test_without_a_whole_checkpoint_a_run_stops(damage, cut: Path, uncut: Run, c
 def change_text(run: Path, model: Path, text: Path) -> str:
     lines = text.read_text().splitlines(keepends=True)
     text.write_text("".join([*lines[:30], json.dumps({"text": "Something else altogether."}) + "\n", *lines[31:]]))
-    return "the text to train on was .* tokens and is .* tokens"
+    return "the training text was .* tokens and is .* tokens"
 
 
 def change_a_word(run: Path, model: Path, text: Path) -> str:
     lines = text.read_text().splitlines(keepends=True)
     text.write_text("".join([lines[1], lines[0], *lines[2:]]))
-    return "text .* is another one"
+    return "the training text has changed"
 
 
 def change_weights(run: Path, model: Path, text: Path) -> str:
     weights = load_file(model / "model.safetensors")
     weights["transformer.h.1.mlp.c_fc.bias"][3] += 1e-3
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    return "the model has other weights"
+    return "the model's weights have changed"
 
 
 def change_config(run: Path, model: Path, text: Path) -> str:
@@ -271,7 +271,7 @@ def test_a_run_that_is_not_what_it_was_stops(change, cut: Path, moved: tuple[Pat
         touched = {"recipe.yaml", "begun_with.json", ".lock"}
         assert all(path.read_bytes() == content for path, content in before.items() if path.name not in touched)
         resume(cut, anyway=True)
-        assert "goes on with something else" in capsys.readouterr().out
+        assert "the run continues although it differs" in capsys.readouterr().out
         resume(cut)
     finally:
         shutil.copytree(kept[0], moved[0], dirs_exist_ok=True)
@@ -294,7 +294,7 @@ def test_a_stream_that_is_not_what_it_was_stops(change, own: Recipe, moved: tupl
     stream = replace(own.text, source=str(text), streaming=True, held_out_blocks=8)
     run = remove_norms(recipe=replace(own, model=str(model), text=stream), out=tmp_path / "run")
     change(run.directory, model, text)
-    with pytest.raises(ChangedError, match=r"bytes and is|other weights"):
+    with pytest.raises(ChangedError, match=r"bytes and is|weights have changed"):
         resume(run.directory)
     resume(run.directory, anyway=True)
 

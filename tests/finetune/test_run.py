@@ -442,7 +442,7 @@ def test_bundling_takes_the_place_of_what_is_bundled_only_when_it_is_whole(
 
 def test_a_run_that_is_not_bundled_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("finetune.bundled.__main__.MODELS", {"tiny": Path("micro"), "micro-ln-free": Path("micro")})
-    with pytest.raises(NolnError, match=r"holds no model of tiny, micro-ln-free: its recipe is tiny\."):
+    with pytest.raises(NolnError, match=r"a run of the recipe tiny, contains none of the models tiny, micro-ln-free\."):
         bundle(run.directory)
 
 

@@ -49,14 +49,14 @@ def test_documents_in_memory(kind, tmp_path):
     [
         ([], "is empty"),
         (iter(["", None]), "is empty"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": LINES})), "DatasetDict of train: pass one"),
-        ({"text": LINES}, "dict of text: pass one"),
-        (pd.DataFrame({"text": LINES}), "is a DataFrame: pass a list of strings, a column"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": LINES})), "DatasetDict of train. Pass one"),
+        ({"text": LINES}, "dict of text. Pass one"),
+        (pd.DataFrame({"text": LINES}), "is a DataFrame. Pass a list of strings, a column"),
         (b"bytes", "is a bytes"),
         (7, "is a int"),
-        ([1, 2], "holds a int at 0"),
-        ([*LINES, 3.5], "holds a float at 200"),
-        (np.arange(9), "holds a int64 at 0"),
+        ([1, 2], "Document 0 of the text is not a string but a int"),
+        ([*LINES, 3.5], "Document 200 of the text is not a string but a float"),
+        (np.arange(9), "not a string but a int64"),
         ([{"id": "a", "messages": [{"content": line}]} for line in LINES], "'messages', which is nested"),
         ([{"a": "b", "c": "d"}], "which column is the text"),
         ([__file__.replace(".py", ".txt")], None),
@@ -74,7 +74,7 @@ def test_what_is_not_documents(documents, message, tmp_path):
 def test_names_of_files_are_not_documents(tmp_path):
     for name in ("a.jsonl", "b.txt"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(TextError, match="names of files"):
+    with pytest.raises(TextError, match="list of file names"):
         write_documents([str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")], tmp_path / "c.jsonl")
 
 
