@@ -396,7 +396,7 @@ def test_every_loader_refuses_what_is_not_recognised(name, tmp_path):
         loader(gpt2("b25").half())
     with pytest.raises(CheckpointError, match="Linear"):
         loader(nn.Linear(2, 2))
-    with pytest.raises(CheckpointError, match="not a directory"):
+    with pytest.raises(CheckpointError, match="not a local directory"):
         loader(tmp_path / "missing")
 
 
@@ -440,7 +440,7 @@ def test_published_models_load_by_name_from_the_cache(hub):
             load(name).name_or_path == load(analysis.PUBLISHED[name].id, analysis.PUBLISHED[name].revision).name_or_path
         )
     assert error(load("apollo-research/gpt2_noLN", "v3").lm_head.weight, models["gpt2_noLN-v3"].lm_head.weight) == 0
-    with pytest.raises(CheckpointError, match=r"gpt2-xl_LNFree800 is not a directory here, and was not available"):
+    with pytest.raises(CheckpointError, match=r"gpt2-xl_LNFree800 is not a local directory, and was not available"):
         analysis.load_transformers("gpt2-xl_LNFree800")
 
 

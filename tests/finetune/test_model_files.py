@@ -133,7 +133,7 @@ def test_other_files_in_place_of_weights(tmp_path: Path):
     refuse(directory, r"only adapters\. Merge .*merge_and_unload")
     (directory / "model.safetensors").write_bytes(b"\xff" * 64)
     refuse(directory, r"model\.safetensors is damaged")
-    refuse(directory / "config.json", "is a file: name the directory")
+    refuse(directory / "config.json", "is a file. Pass the directory")
 
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/hostname", "sub/../../x.safetensors", "..", "x.bin"])

@@ -381,7 +381,7 @@ def test_batch_that_cannot_be_shared(recipe: Recipe, tmp_path: Path, monkeypatch
         monkeypatch.setattr(f"finetune.{module}.PartialState", lambda **_: three)
     monkeypatch.setattr("finetune.run_directory.broadcast_object_list", lambda objects: objects)
 
-    with pytest.raises(recipes.RecipeError, match=r"3 processes .*: change batch or the number of processes"):
+    with pytest.raises(recipes.RecipeError, match=r"3 processes .*\. Change batch or the number of processes"):
         remove_layernorm(recipe=recipe, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(recipes.RecipeError, match="in micro-batches of 3: micro_batch 2 would do"):

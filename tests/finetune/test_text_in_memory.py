@@ -101,6 +101,6 @@ def test_nothing_is_left_of_text_that_does_not_do(recipe, tmp_path):
 def test_a_tokenizer_by_name(recipe, tiny, tokenizer, text, tmp_path):
     for name in (str(tiny), tiny, "micro", tokenizer):
         assert tokenizer_of(name).get_vocab() == tokenizer.get_vocab()
-    for given, message in ((7, "is a int: pass a name"), (Tokenizer(BPE()), r"tokenizer_object=\.\.\.\)")):
+    for given, message in ((7, "is a int. Pass a name"), (Tokenizer(BPE()), r"tokenizer_object=\.\.\.\)")):
         with pytest.raises(CheckpointError, match=message):
             remove_norms(tiny_gpt2(), given, str(text), recipe, tmp_path / "other")
