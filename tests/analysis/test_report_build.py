@@ -77,7 +77,7 @@ class TestBadInput:
         weights["transformer.h.0.mlp.c_fc.weight"][0, 0] = math.nan
         save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
         message = self.fail("--original", "micro", "--ln-free", "broken", "--out", "r")
-        assert message.startswith("error: ln_free: transformer.h.0.mlp.c_fc.weight holds infinities or NaN")
+        assert message.startswith("error: ln_free: transformer.h.0.mlp.c_fc.weight contains infinities or NaN")
         assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
     def test_pairs_of_different_lengths(self, tmp_path, ln_free, monkeypatch):

@@ -372,12 +372,12 @@ class TestGuard:
         ours = trainer(replace(short, cover=0.0), tmp_path)
         self.spoil(monkeypatch, ours, "cross_entropy")
         with pytest.raises(
-            DivergedError, match=r"less the original's on the same tokens is \d\d\.\d+ .*step 14.*rise=3"
+            DivergedError, match=r"minus the original's on the same tokens is \d\d\.\d+ .*step 14.*rise=3"
         ):
             ours.train()
 
     def test_a_run_that_diverges(self, short: Recipe, tmp_path: Path):
-        with pytest.raises(DivergedError, match="less the original's"):
+        with pytest.raises(DivergedError, match="minus the original's"):
             fitted(replace(short, lr=10.0, min_lr=10.0, clip=0.0, max_outlier=math.inf), tmp_path)
 
     def test_cover_that_is_not_finite(self, short: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

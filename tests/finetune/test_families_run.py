@@ -214,7 +214,7 @@ def test_context(recipe: Recipe, directory_of):
 
 
 def test_a_format_that_a_family_cannot_have_is_refused_before_anything_is_trained(recipe: Recipe, directory_of):
-    with pytest.raises(CheckpointError, match=r"q_proj has no bias.*use the format b25"):
+    with pytest.raises(CheckpointError, match=r"q_proj has no bias.*Use b25"):
         set_up(replace(recipe, model=str(directory_of("gpt_neo")), export_format="h24"))
 
 

@@ -202,7 +202,7 @@ class TestStop:
             short, model=str(tmp_path / "model"), lr=1e-6, min_lr=1e-6, max_outlier=9.0, std_mean="geometric"
         )
         said = (
-            r"at step 8 the live std of token (\d+) \(' the'\) at position (\d+) is (\d+) times what divides it at "
+            r"at step 8 the live std of token (\d+) \(' the'\) at position (\d+) is (\d+) times its divisor at "
             r"h\.0\.qk, more than max_outlier=9: .*checkpoint is none"
         )
         with pytest.raises(DivergedError, match=said) as error:
@@ -222,5 +222,5 @@ class TestStop:
     def test_what_diverges_otherwise_says_the_worst(self, short: Recipe, tmp_path: Path):
         recipe = replace(short, lr=10.0, min_lr=10.0, clip=0.0, max_outlier=math.inf)
         recipe = replace(recipe, schedule=Schedule(start=1, gap=Gaps()))
-        with pytest.raises(DivergedError, match=r"at step \d.*; the live std of token \d+ .* times what divides it at"):
+        with pytest.raises(DivergedError, match=r"at step \d.*; the live std of token \d+ .* times its divisor at"):
             fitted(recipe, tmp_path)

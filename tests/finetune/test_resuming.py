@@ -115,7 +115,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(file: str, damage, cut: Pa
     run = resume(cut)
     said = capsys.readouterr().out
     assert f"checkpoint-10: {file} is {'missing' if damage is Path.unlink else 'damaged'}" in said
-    assert "goes on from checkpoint-5" in said
+    assert "continues from checkpoint-5" in said
     assert_same(run, uncut)
     assert [path.name for path in checkpoints(cut / "checkpoints/ln_free")] == ["checkpoint-15", "checkpoint-16"]
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_of_an_earlier_version_is_checked_by_opening_it(file: str, 
 def test_a_damaged_log_is_taken_from_the_checkpoint(damage, cut: Path, uncut: Run, capsys):
     damage(cut / "log.jsonl")
     run = resume(cut)
-    assert "log.jsonl is damaged: its lines are taken from checkpoint-10" in capsys.readouterr().out
+    assert "log.jsonl is damaged. Its copy in checkpoint-10 is used" in capsys.readouterr().out
     assert_same(run, uncut)
 
 
@@ -162,10 +162,10 @@ def test_a_damaged_log_of_a_complete_run(uncut: Run, tmp_path: Path, capsys):
     directory = shutil.copytree(uncut.directory, tmp_path / "run")
     spoil_line(directory / "log.jsonl", 1, lambda line: line[:9] + b"\n")
     assert resume(directory).results.equals(uncut.results)
-    assert "log.jsonl is damaged: its lines are taken from checkpoints/ln_free/checkpoint-16" in capsys.readouterr().out
+    assert "log.jsonl is damaged. Its copy in checkpoints/ln_free/checkpoint-16 is used" in capsys.readouterr().out
     shutil.rmtree(directory / "checkpoints")
     assert resume(directory).results.equals(uncut.results)
-    assert "log.jsonl is damaged: 1 lines of it are left out" in capsys.readouterr().out
+    assert "log.jsonl is damaged. 1 of its lines are skipped" in capsys.readouterr().out
 
 
 def kill_in_the_control() -> None:
@@ -194,7 +194,7 @@ def test_a_finished_fit_leaves_no_checkpoints(own: Recipe, tmp_path: Path, run: 
     spoil_line(directory / "log.jsonl", 1, lambda line: line[:9] + b"\n")
     capsys.readouterr()
     assert resume(directory).results.equals(again.results)
-    assert "log.jsonl is damaged: its lines are taken from checkpoints/control." in capsys.readouterr().out
+    assert "log.jsonl is damaged. Its copy in checkpoints/control is used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, halve])
@@ -205,7 +205,7 @@ def test_without_a_whole_checkpoint_a_run_stops(damage, cut: Path, uncut: Run, c
         resume(cut)
     run = resume(cut, anyway=True)
     start = "checkpoint-10" if damage is Path.unlink else "the first step"
-    assert f"goes on from {start}." in capsys.readouterr().out
+    assert f"continues from {start}." in capsys.readouterr().out
     assert [line["step"] for line in read_log(cut)] == list(range(16))
     if damage is halve:
         assert_same(run, uncut)
@@ -352,7 +352,7 @@ def test_a_cache_or_an_out_that_cannot_be_written_is_named(
 ):
     (tmp_path / "file").touch()
     place = Path(cache) if cache.startswith("/") else tmp_path / cache
-    with pytest.raises(NolnError, match=rf"The run directory {place}/run cannot be made.*--out"):
+    with pytest.raises(NolnError, match=rf"The run directory {place}/run cannot be created.*--out"):
         make(place / "run", place / "run")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place)
     with pytest.raises(NolnError, match=rf"The cache {place} cannot be written to.*HF_DATASETS_CACHE"):

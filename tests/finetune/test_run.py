@@ -449,7 +449,10 @@ def test_a_run_that_is_not_bundled_is_refused(run: Run, monkeypatch: pytest.Monk
 class TestDirectory:
     def test_is_held_by_one_process(self, run: Run, tmp_path: Path):
         directory = shutil.copytree(run.directory, tmp_path / "run")
-        with directory_lock(directory / "checkpoints"), pytest.raises(InUseError, match="Another process writes into"):
+        with (
+            directory_lock(directory / "checkpoints"),
+            pytest.raises(InUseError, match="Another process is writing into"),
+        ):
             resume(directory)
         resume(directory)
 
