@@ -215,7 +215,7 @@ def test_plots(make_gpt2):
 
 
 def test_blocks_are_refused():
-    with pytest.raises(NolnError, match="norms that are not folded"):
+    with pytest.raises(NolnError, match="norms are not folded"):
         graph.build(load_hooked_blocks(random_model("blocks", block="pre-ln")), SHORT)
 
 
@@ -246,10 +246,10 @@ def test_the_page(tiny, tmp_path, capsys):
     [
         (["It", "--share", "2"], "--share is 2.0, but must be above 0"),
         (["It", "--paths", "0"], "--paths must be at least 1"),
-        (["It", "--target", " the a"], "--target is ' the a', which is 2 tokens, but must be one"),
-        (["It", "--against", " the"], "give both"),
-        (["", "--target", " the"], "The prompt has 0 tokens, but must have 1 to 32"),
-        (["It is " * 40], "but must have 1 to 32"),
+        (["It", "--target", " the a"], "--target is ' the a', which is 2 tokens; it must be a single token"),
+        (["It", "--against", " the"], "Set both"),
+        (["", "--target", " the"], "The prompt has 0 tokens; it must have from 1 to 32"),
+        (["It is " * 40], "must have from 1 to 32"),
     ],
 )
 def test_what_cannot_be_drawn(flags, message, tiny, tmp_path):

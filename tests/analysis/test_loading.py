@@ -370,10 +370,10 @@ def test_the_self_check_raises(monkeypatch):
     original = conversion.linear_maps
     monkeypatch.setattr(conversion, "linear_maps", wrong)
     for tool in TOOLS:
-        with pytest.raises(CheckpointError, match="differ from plain transformers"):
+        with pytest.raises(CheckpointError, match="differ from those of plain transformers"):
             LOAD[tool](gpt2("b25"))
     monkeypatch.setattr(loading, "to_identity", lambda model: to_identity(gpt2("b25", seed=1)))
-    with pytest.raises(CheckpointError, match="differ from plain transformers"):
+    with pytest.raises(CheckpointError, match="differ from those of plain transformers"):
         analysis.load_transformers(gpt2("b25"))
 
 

@@ -203,7 +203,7 @@ class TestStop:
         )
         said = (
             r"at step 8 the live std of token (\d+) \(' the'\) at position (\d+) is (\d+) times its divisor at "
-            r"h\.0\.qk, more than max_outlier=9: .*checkpoint is none"
+            r"h\.0\.qk, more than max_outlier=9: .*checkpoint: none"
         )
         with pytest.raises(DivergedError, match=said) as error:
             fitted(recipe, tmp_path / "run")
