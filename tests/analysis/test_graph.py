@@ -144,7 +144,7 @@ def test_pruning(make_gpt2):
     assert len(graph.build(model, SHORT, PAIR, most=3).nodes) <= 4
     merged = some.nodes.merge(whole.nodes, on="node")
     np.testing.assert_allclose(merged["value_x"], merged["value_y"])
-    with pytest.raises(ValueError, match="The share is 0, but must be above 0"):
+    with pytest.raises(ValueError, match="The share is 0; it must be above 0"):
         graph.build(model, SHORT, share=0)
 
 
@@ -244,7 +244,7 @@ def test_the_page(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["It", "--share", "2"], "--share is 2.0, but must be above 0"),
+        (["It", "--share", "2"], "--share is 2.0; it must be above 0"),
         (["It", "--paths", "0"], "--paths must be at least 1"),
         (["It", "--target", " the a"], "--target is ' the a', which is 2 tokens; it must be a single token"),
         (["It", "--against", " the"], "Set both"),
