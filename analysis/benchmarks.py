@@ -83,7 +83,7 @@ class HarnessModel(TemplateLM):
             prefix: a token to prepend to each sequence, as `text.prefix` in a recipe.
 
         Raises:
-            BenchmarkError: neither the model nor the caller has a tokenizer.
+            BenchmarkError: the model has no tokenizer, and none is given.
             TextError: the tokenizer does not have the prefix.
         """
         super().__init__()

@@ -550,7 +550,7 @@ def summarise(edges: pd.DataFrame) -> pd.DataFrame:
     """Summarise the table of `measure_edges`: one row per model, divisor and kind of edge.
 
     Columns: model; divisor; component, the kind of writer; kind, the kind of reader; for the contribution and the
-    direct effect r2_…, the median over edges, r2_…_pooled, that of all variance together, and rank_…, the mean over
+    direct effect: r2_…, the median over edges; r2_…_pooled, computed from the summed variances; rank_…, the mean over
     edges; edges, their number; tokens.
     """
     return _summarise(edges, ["model", "divisor", "component", "kind"])
@@ -577,9 +577,9 @@ def rank(weights: pd.DataFrame, edges: pd.DataFrame, top: float = TOP) -> pd.Dat
     The largest edges are the fraction `top` of a kind with the largest `size`, at least one. Returns one row per model,
     kind with at least two edges, and score, except for kernels that are NaN. Columns: model; component, the kind of
     writer; kind, the kind of reader; score, one of `SCORES`; precision, the average precision of the edges in the order
-    of the score, precision_random, its mean over draws of random weights, and precision_random_sd, the standard
-    deviation; rank, the rank correlation of score and size over edges, and rank_random, its mean over draws; edges,
-    their number; largest, how many of them are to be found.
+    of the score; precision_random and precision_random_sd, its mean and standard deviation over draws of random
+    weights; rank, the rank correlation of score and size over edges; rank_random, its mean over draws; edges, their
+    number; largest, how many of them count as the largest.
     """
     sizes = edges.drop_duplicates(["model", *_ENDS])[["model", *_ENDS, "size"]]
     rows = []

@@ -74,7 +74,7 @@ class Reading:
     def products(
         self, written: Written
     ) -> Iterator[tuple[slice, Float[Tensor, "part token unit"], Float[Tensor, "part token 1"]]]:
-        """Yield, for a piece of the tokens at a time, c·w of a component's parts, and 1/σ(x − c)."""
+        """Yield c·w and 1/σ(x − c) of a component's parts, one piece of the tokens at a time."""
         into = written.into(self._W)
         without = 1 / self._stream.scale(self._xx - 2 * written.dot(self._x) + written.square()).T.unsqueeze(-1)
         for at in pieces(len(self._x), len(into) * len(self.b), _AT_ONCE):
@@ -83,7 +83,7 @@ class Reading:
     def effects(
         self, written: Written
     ) -> Iterator[tuple[slice, Float[Tensor, "part token unit"], Float[Tensor, "part token unit"]]]:
-        """Yield, for a piece of the tokens at a time, contributions and direct effects of a component's parts."""
+        """Yield contributions and direct effects of a component's parts, one piece of the tokens at a time."""
         for at, cw, without in self.products(written):
             effect = (cw - self.xw[at]).mul_(without).add_(self._read[at])  # in place, to write less memory
             yield at, cw * self._per_scale[at], effect

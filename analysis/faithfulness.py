@@ -37,7 +37,7 @@ _BINS = 10
 """The number of bins of the top token's probability."""
 _COLUMNS = ("jsd", "kl", "agreement", "rank_correlation", "entropy", "confidence", "correct")
 _PATTERNS_AT_ONCE = 2**28
-"""The number of attention probabilities per model and batch. It limits memory, and no result depends on it."""
+"""The maximum number of attention probabilities per model and batch, to limit memory. No result depends on it."""
 _POSITIONS = {"all": 0, "after 0": 1}
 """The first position of residual streams to compare. GPT-2's stream at position 0 is so long that it dominates CKA."""
 

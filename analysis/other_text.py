@@ -50,9 +50,9 @@ def measure_tokens(
         reference: the model to compare with. It has its own rows.
         batch_size: blocks per forward. No result depends on it.
 
-    Returns one row per token and model. Columns: text; model; block and position of the predicted token; in nats, loss,
-    difference (loss minus that of `reference`) and jsd to the reference; for each point of the residual stream, by hook
-    name, the std at the token before, in units of the stream (NaN for models with norms).
+    Returns one row per token and model. Columns: text; model; block and position of the predicted token; loss (nats);
+    difference (nats), loss minus that of `reference`; jsd (nats) to the reference; and for each point of the residual
+    stream, under its hook name, the std at the token before, in units of the stream (NaN for models with norms).
     """
     points = Stream(models[reference]).points
     norm_free = [name for name, model in models.items() if Stream(model).norm is None]
@@ -114,8 +114,8 @@ def by_std(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns one row per text, model without norms, point of the residual stream, and bin of the ratio that contains
     tokens. There are four bins per factor of two. Columns: text, model, point; ratio, std over constant at the centre
-    of the bin, without units; in nats, difference, the mean excess loss, and difference_max, that of the worst token;
-    tokens.
+    of the bin, without units; difference, the mean excess loss, and difference_max, that of the worst token, both in
+    nats; tokens.
     """
     points = [column for column in frame if "hook_resid" in column]
     rows = []

@@ -55,7 +55,7 @@ def check(directory: Path, recipe: Training, model: PreTrainedModel | None, text
     PartialState().wait_for_everyone()  # all processes have read the record
     if PartialState().is_main_process and (changes or not path.exists()):
         if changes:
-            tqdm.write(f"warning: the run continues although it differs from its start: {'; '.join(changes)}.")
+            tqdm.write(f"warning: continuing although the run has changed since it was started: {'; '.join(changes)}.")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(now, indent=1))
         to_disk(path)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from finetune.text import Blocks
 
 _LOGITS_AT_ONCE = 2**21
-"""The number of logits per model and batch. It is small enough for a CPU cache. No result depends on it."""
+"""The maximum number of logits per model and batch, so that they fit into a CPU's cache. No result depends on it."""
 
 
 def losses(

@@ -77,7 +77,7 @@ class Divisor(nn.Module):
     least: Float[Tensor, ""]
     """1/κ: the scale is at least this fraction of the live std. 0: no guard. Not saved: the step determines it."""
     held: Float[Tensor, ""]
-    """The fraction of the gradient along a vector that is held back; a live norm holds back all. Not saved either."""
+    """The fraction of the gradient along a vector to hold back. A live norm holds all of it back. Not saved either."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, std_mean: StdMean = "arithmetic") -> None:
         super().__init__()

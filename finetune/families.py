@@ -278,7 +278,7 @@ ACTIVATIONS = {
     "relu": "relu",
     **dict.fromkeys(("silu", "swish"), "silu"),
 }
-"""TransformerLens's names of its activation functions, by each of their names in transformers."""
+"""The names of activation functions in TransformerLens, by their names in transformers."""
 
 _QK_NORMS = "norms of queries and keys, which share the config's eps with the other norms"
 REFUSED = {

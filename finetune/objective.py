@@ -95,7 +95,7 @@ class NextTokenLoss(NamedTuple):
     kl: Float[Tensor, ""]
     """KL(teacher ‖ model) on text; 0 without a teacher."""
     teacher_cross_entropy: Float[Tensor, ""]
-    """0 without a teacher."""
+    """The teacher's cross-entropy on text; 0 without a teacher."""
     cover_kl: Float[Tensor, ""]
     """KL(teacher ‖ model) on cover."""
 

@@ -56,8 +56,8 @@ class Plan:
     teacher: int
     """The original, or 0 if the model is not fitted to it. Weights shared with a model of low rank do not count."""
     gathered: int
-    """The maximum that a process gathers of a sharded model beside its own part: the weights outside the blocks, with
-    their gradients, and those of the original; and two blocks, with the gradient of one."""
+    """The most that a process gathers of a sharded model, in addition to its own part: the weights outside the blocks,
+    of the model (with their gradients) and of the original; and two blocks, with the gradient of one."""
     activations: int
     """The maximum of all other tensors that are alive in a forward and backward of a micro-batch. A compiled model may
     need less."""
@@ -87,7 +87,7 @@ class Plan:
         return held | {"activations": self.activations}
 
     def hours(self, tflops: float, mfu: float) -> float:
-        """Return how long both fits take, at a fraction `mfu` of `tflops`, 10¹² operations per second and process."""
+        """Return the hours that both fits take at a fraction `mfu` of `tflops`, 10¹² operations/s per process."""
         return (self.flops + self.control_flops) / (tflops * 1e12 * mfu * self.processes) / 3600
 
 

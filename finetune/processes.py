@@ -83,7 +83,7 @@ def check_shares(recipe: Training, processes: int) -> None:
 
 
 def with_micro_batch(recipe: Trains, attempt: Callable[[int], None]) -> Trains:
-    """Return `recipe` with a micro-batch of "auto" replaced by the largest that fits into memory of every process.
+    """Return `recipe` with a micro-batch of "auto" replaced by the largest that fits into every process's memory.
 
     `attempt` takes two steps with a given number of sequences, in this process alone. It may run out of memory.
 

@@ -194,7 +194,7 @@ def set_up(
 
 
 def names_of(sources: Sequence[str]) -> dict[str, str]:
-    """Return the names of texts in results: without the directories of local files, unless two names are the same."""
+    """Return the names of texts in results. Local files are named without directories, unless two names are equal."""
     names = [HELD_OUT, *(public_name(source) for source in sources)]
     return {
         source: name if names.count(name) == 1 else str(Path(source).absolute())

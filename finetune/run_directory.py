@@ -67,7 +67,7 @@ def recipe_of(directory: Path) -> Recipe | PretrainRecipe:
         RecipeError: `directory` is not a run directory, or its recipe cannot be read.
     """
     recipe = recipes.load_run(directory)
-    # Copies of a model or text in memory, or of a GGUF file, are moved with the run directory.
+    # A model or text in memory, or a GGUF file, was copied into the run directory, which may have been moved.
     original, text = directory / "original", directory / TEXT
     if isinstance(recipe, Recipe) and original.is_dir():
         recipe = dataclasses.replace(recipe, model=str(original))

@@ -40,8 +40,8 @@ def intervene(graph: Graph, top: Sequence[int] = TOP) -> pd.DataFrame:
     """Remove each node and each edge of a graph, and the largest together, and measure how much the logit falls.
 
     Returns one row per intervention. Columns: model; what, one of node, edge, nodes and edges (the largest by |value|
-    or |flow|, together); label; count, how many are removed; in logits, predicted, the fall of the logit according to
-    the graph, held, the fall in a forward with patterns and gates held fixed, and free, the fall with nothing held
+    or |flow|, together); label; count, how many are removed; predicted, held and free, the falls of the logit, in
+    logits, according to the graph, in a forward with patterns and gates held fixed, and in a forward with nothing held
     fixed (missing for edges).
     """
     removals = list(_removals(graph, top))

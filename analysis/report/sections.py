@@ -29,9 +29,9 @@ from analysis.texts import Sample
 PROMPT_TOKENS = 24
 """The number of tokens in the prompt whose logits are attributed: the first tokens of the text."""
 EDGE_TOKENS = 1_024
-"""The number of tokens on which all edges are measured, in whole blocks, at least one."""
+"""The number of tokens on which all edges are measured, in whole blocks (at least one)."""
 FIT_TOKENS = 512
-"""The number of tokens for virtual weights, in whole blocks, at least one. Half of them are predicted."""
+"""The number of tokens for virtual weights, in whole blocks (at least one). Half of them are predicted."""
 WORST = 6
 """The number of worst tokens to show per model and text."""
 

@@ -29,8 +29,8 @@ def measure(
     """Measure each model at every token of `tokens` that has one before it.
 
     Returns:
-        One row per model and token: model, block, position, token; in nats, loss, of predicting the token, and jsd, of
-        the prediction to that of the model `reference`; tokens and probabilities, the `top` most likely.
+        One row per model and token: model, block, position, token; loss (nats) of the token; jsd (nats) of the
+        prediction to that of the model `reference`; tokens and probabilities of the `top` most likely tokens.
     """
     rows = []
     number = 0  # the index of the token among those that have one before them

@@ -58,7 +58,7 @@ class BlocksConfig(PreTrainedConfig):
     qk_norm: NormKind = "none"
     """The norm of queries and keys, over the width of a head. All heads share one weight per coordinate."""
     softcap: Number | None = None
-    """c in c · tanh(logit / c), applied to attention logits. The published code supports 30 and none."""
+    """c in c · tanh(logit / c), applied to attention logits. In the published code it is 30 or None."""
 
     parallel: bool = False
     """Attention and MLP read the same norm and add to the same skip, whose gain is `mlp_skip_gain`. The gain is trained
@@ -107,7 +107,7 @@ class BlocksConfig(PreTrainedConfig):
     """The std of normal value and projection matrices that are ordinary ones. None: `initializer_range` for values,
     `residual_init_std` for projections."""
     query_init_std: Number | None = None
-    """At 0, attention is initially uniform."""
+    """The std of query weights. At 0, attention is initially uniform. None: `initializer_range`, as for key weights."""
     key_init_std: Number | None = None
 
     use_cache: bool = True

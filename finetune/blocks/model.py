@@ -436,7 +436,7 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
         for block in self.blocks:
             if output_hidden_states:
                 hidden_states.append(x)
-            # A keyword, because gradient checkpointing removes caches by name.
+            # Passed by keyword, because gradient checkpointing identifies the cache, which it removes, by this name.
             x = block(x, past_key_values=past_key_values, tokens=tokens)
         x = self.ln_final(x)
         logits = self.unembed(x[:, -logits_to_keep:])

@@ -123,26 +123,26 @@ class Gaps(_ByPhase):
     """Steps from an event to the next event of the same or the next phase. Fractions of a step accumulate."""
 
     mlp: float = 0.0
-    """From the norm that one layer's MLP reads to that of the next layer."""
+    """Steps from the norm that one layer's MLP reads to that of the next layer."""
     qk: float = 0.0
-    """From one layer's QK path to that of the next layer."""
+    """Steps from one layer's QK path to that of the next layer."""
     v: float = 0.0
-    """From one layer's V path to that of the next layer. V paths are the fragile ones."""
+    """Steps from one layer's V path to that of the next layer. V paths are the fragile ones."""
     attn_out: float = 0.0
-    """From the norm of one layer's attention output to that of the next layer (only Gemma 2)."""
+    """Steps from the norm of one layer's attention output to that of the next layer (only Gemma 2)."""
     mlp_out: float = 0.0
-    """From the norm of one layer's MLP output to that of the next layer (only Gemma 2)."""
+    """Steps from the norm of one layer's MLP output to that of the next layer (only Gemma 2)."""
     final: float = 0.0
-    """From the final norm to the next phase."""
+    """Steps from the final norm to the next phase."""
     eot: float = 0.0
-    """From merging the end-of-text class to the next phase."""
+    """Steps from merging the end-of-text class to the next phase."""
     position_0: float = 0.0
-    """From merging the position-0 class to the next phase."""
+    """Steps from merging the position-0 class to the next phase."""
 
     def __post_init__(self) -> None:
         for phase, gap in dataclasses.asdict(self).items():
             if not 0 <= gap < math.inf:
-                raise RecipeError(f"schedule.gap.{phase} is {gap}; it must be 0 (all at once) or a number of steps.")
+                raise RecipeError(f"schedule.gap.{phase} is {gap}; it must be at least 0 steps (0: all at once).")
 
 
 Direction = Literal["up", "down", "together"]
@@ -155,15 +155,15 @@ class Layers(_ByPhase):
     """The order of layers in which the sites of each kind freeze: up, down or together."""
 
     mlp: Direction = "up"
-    """Of the norms that MLPs read."""
+    """The order of layers for the norms that MLPs read."""
     qk: Direction = "up"
-    """Of the QK paths."""
+    """The order of layers for the QK paths."""
     v: Direction = "up"
-    """Of the V paths."""
+    """The order of layers for the V paths."""
     attn_out: Direction = "up"
-    """Of the norms of attention outputs."""
+    """The order of layers for the norms of attention outputs."""
     mlp_out: Direction = "up"
-    """Of the norms of MLP outputs."""
+    """The order of layers for the norms of MLP outputs."""
 
 
 @described
@@ -355,7 +355,7 @@ class Training:
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Recipe(Training):
-    """Everything that a run that removes LayerNorm needs."""
+    """Everything that is needed for a run that removes LayerNorm."""
 
     schedule: Schedule = dataclasses.field(kw_only=True)
     """When each LN is removed."""

@@ -50,7 +50,7 @@ _NAMES_AND_VALUES = tyro.constructors.PrimitiveConstructorSpec(
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class PretrainRecipe(Training):
-    """Everything that a run from random weights needs. The defaults: 3 M tokens, and the shape of `micro`."""
+    """Everything that is needed for a run from random weights. The defaults are 3 M tokens and the shape of `micro`."""
 
     steps: Annotated[int, tyro.conf.Suppress] = 366
     """Optimizer steps of the run."""

@@ -109,7 +109,7 @@ def _kind(path: Path, anywhere: bool) -> str | None:
     """Return which split of `datasets` a path names, or None. The last part of the path that names a split decides.
 
     If `anywhere`, the split may be any word in a part, delimited by characters that are not letters. Otherwise it must
-    be the whole part or its end, except for numbers.
+    be the last word of a part, which may be followed by numbers.
     """
     numbers = r"([-._ ]?\d+([-._ ]of[-._ ]\d+)?)?"
     for part in (_stem(path.name), *reversed(path.parts[:-1])):

@@ -271,7 +271,7 @@ def test_a_run_that_is_not_what_it_was_stops(change, cut: Path, moved: tuple[Pat
         touched = {"recipe.yaml", "begun_with.json", ".lock"}
         assert all(path.read_bytes() == content for path, content in before.items() if path.name not in touched)
         resume(cut, anyway=True)
-        assert "the run continues although it differs" in capsys.readouterr().out
+        assert "continuing although the run has changed" in capsys.readouterr().out
         resume(cut)
     finally:
         shutil.copytree(kept[0], moved[0], dirs_exist_ok=True)
