@@ -179,7 +179,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
             texttemplate="%{y:.3g}",
             textposition="outside",
         )
-    figure.update_xaxes(title="What reads the heads")
+    figure.update_xaxes(title="Kind of reader")
     return figure.update_yaxes(title="NMAE of contributions (%)")
 
 

@@ -71,13 +71,13 @@ def load_hooked(
 
     Args:
         model: a short name (`PUBLISHED`, or a bundled one), a directory, a GGUF file, a Hub id, or a model in memory.
-        tokenizer: that of the checkpoint or of its base where None; a model in memory has none of its own.
-        revision: branch, tag or commit of a Hub id.
-        dtype: of the weights; that of a model in memory, float32 otherwise.
-        device: where to put the result; where a model in memory is, the CPU otherwise.
+        tokenizer: None: that of the checkpoint or of its base. A model in memory does not have one.
+        revision: the branch, tag or commit of a Hub id.
+        dtype: the dtype of the weights. None: that of a model in memory, otherwise float32.
+        device: the device of the result. None: that of a model in memory, otherwise the CPU.
 
     Raises:
-        CheckpointError: what is not recognised, or logits that differ from those of plain transformers.
+        CheckpointError: the model is not recognised, or its logits differ from those of plain transformers.
         ImportError: TransformerLens 4, which has no `HookedTransformer`.
     """
     source, state = _read(model, revision)
@@ -174,7 +174,7 @@ def load_nnsight(
     arguments and errors are those of `load_hooked`.
 
     Raises:
-        CheckpointError: also where a `LanguageModel` has no tokenizer.
+        CheckpointError: also if a `LanguageModel` has no tokenizer.
     """
     source, state = _read(model, revision)
     tokenizer = _tokenizer(model, tokenizer, revision)
@@ -203,14 +203,14 @@ def load_trio(
 ) -> dict[str, Any]:
     """Load the models that the analyses compare, under the keys `original`, `control` (unless None) and `ln_free`.
 
-    In a family with LayerNorm the weights that write to the residual stream are centred in all of them, so that its
-    mean is zero; no logits depend on it. RMSNorm does not centre what it reads, and nothing is centred. `revision` is
+    In a family with LayerNorm, the weights that write to the residual stream are centred in all models, so that its
+    mean is zero. No logits depend on it. For RMSNorm, which reads the mean, nothing is centred. `revision` is
     that of the original. Of vocabularies that differ in length, such as a padded one, the shared ids are kept. `tool`
     is "hooked" for a GPT-2 where TransformerLens has `HookedTransformer`, otherwise "bridge". Other arguments and
     errors are those of `load_hooked`.
 
     Raises:
-        CheckpointError: live norms in `ln_free`, or none in the others; models of two families, sizes or tokenizers;
+        CheckpointError: `ln_free` has live norms, or another model has none; families, sizes or tokenizers differ;
             or what `load_hooked` raises, with which model it is.
     """
     models = {"original": original, "control": control, "ln_free": ln_free}

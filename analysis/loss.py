@@ -237,7 +237,7 @@ def plot_tokens(frame: pd.DataFrame, reference: str = "original") -> go.Figure:
             row=texts.index(text) + 1,
             col=1,
         )
-    figure.update_xaxes(title=f"CE less that of {reference} (nats)", row=len(texts))
+    figure.update_xaxes(title=f"CE minus that of {reference} (nats)", row=len(texts))
     return figure.update_yaxes(title="Tokens", type="log")
 
 

@@ -152,7 +152,7 @@ def measure_stds(
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot the table of `measure`: means by text, and the maximum over tokens (✖)."""
-    titles = {"difference": "Loss less the original's<br>(nats/token)", "jsd": "JSD to the original<br>(nats/token)"}
+    titles = {"difference": "Loss minus the original's<br>(nats/token)", "jsd": "JSD to the original<br>(nats/token)"}
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.08)
     for model, group in frame[frame["jsd_max"] > 0].groupby("model", sort=False):
         for row, column in enumerate(titles, start=1):

@@ -297,4 +297,4 @@ def plot_pairs(frame: pd.DataFrame) -> go.Figure:
                 legendgroup=model,
             )
     figure.update_layout(scattermode="group", xaxis={"title": "Pair (number)", "type": "category"})
-    return figure.update_yaxes(title="Logit of the clean prompt’s answer<br>less the other’s (logits)")
+    return figure.update_yaxes(title="Logit of the clean prompt’s answer<br>minus the other’s (logits)")

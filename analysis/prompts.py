@@ -166,7 +166,7 @@ def _encode_pair(
 
 
 def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """Return the single token that `text` is, or None if it is several tokens or not fully known."""
+    """Return the single token that `text` is, or None if it is several tokens or the tokenizer drops part of it."""
     tokens = tokenizer.encode(text, add_special_tokens=False)
     if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
         return None

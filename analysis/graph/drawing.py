@@ -84,7 +84,7 @@ def plot(graph: Graph) -> go.Figure:
         2 * layer + 2: f"MLP {layer}" for layer in range(layers)
     }
     figure.update_yaxes(tickvals=sorted(rows), ticktext=[rows[key] for key in sorted(rows)], zeroline=False)
-    title = f"{graph.model}: what makes the logit of {graph.target} {graph.held.logit:.3g}"
+    title = f"{graph.model}: the circuit behind the logit of {graph.target}, {graph.held.logit:.3g}"
     return figure.update_layout(
         title=html.escape(title, quote=False), showlegend=False, height=200 + 36 * len(rows), hovermode="closest"
     )

@@ -121,7 +121,7 @@ class Held:
             self._values[row] = torch.linalg.vecdot(self._vectors[row], G)
 
     def scale(self, point: str) -> Float[Tensor, "pos 1"]:
-        """Return what a norm divides by at a point of the stream: 1 without one."""
+        """Return the divisor of the norm at a point of the stream, or 1 without a norm."""
         x = self.stream.centre(self._cache[point].double())
         return self.stream.scale(x.square().sum(-1, keepdim=True))
 

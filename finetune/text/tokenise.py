@@ -180,7 +180,7 @@ class Unknown:
         part = self.unknown / max(1, self.tokens)
         if part < _FEW_UNKNOWN:
             return
-        what = f"{tokenizer.unk_token!r}" if tokenizer.unk_token is not None else "left out"
+        what = f"{tokenizer.unk_token!r}" if tokenizer.unk_token is not None else "dropped"
         problem = (
             f"{name}: the tokenizer does not know {part:.0%} of the text ({what}), for example in {self.example!r}. "
             "The tokenizer may have been made for another script or case."
