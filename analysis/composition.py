@@ -266,7 +266,7 @@ class _Factor:
 
 
 def _space(stream: Stream) -> Float[Tensor, "d_model d"]:
-    """Return an orthonormal basis of the vectors that norms pass. If they centre, these have no mean."""
+    """Return an orthonormal basis of the whole stream or, if norms centre, of its vectors with mean 0."""
     eye = torch.eye(stream.model.cfg.d_model, dtype=torch.float64, device=stream.model.cfg.device)
     return eye if stream.norm != "LN" else torch.linalg.svd(stream.centre(eye))[0][:, :-1]
 

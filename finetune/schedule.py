@@ -79,7 +79,7 @@ def resolve(schedule: Schedule, sites: Sequence[Site], steps: int) -> list[Event
 
 
 def _groups(schedule: Schedule, entry: str, sites: Sequence[Site]) -> list[tuple[Phase, Sequence[int | None]]]:
-    """Return the steps of an entry of the order, one after another: each a phase, and the layers that it affects."""
+    """Return the consecutive events of an entry of the order, each as a phase and the layers that it affects."""
     if entry.startswith("h."):
         _, layer, kind = entry.split(".")
         return [(cast("Phase", kind), [int(layer)])]
