@@ -10,4 +10,4 @@ class CheckpointError(NolnError):
 
 
 class NoTokenizerError(CheckpointError):
-    """A model's directory contains no tokenizer."""
+    """A model comes without a tokenizer."""

@@ -114,7 +114,7 @@ def load(path: str | Path, out: str | Path) -> list[Job]:
         for seed in sweep.seeds:
             recipe = recipes.override(recipes.load(base), overrides | {"seed": seed}, f"sweep's run {overrides}")
             fields = recipes.changed_fields(dataclasses.replace(decided(recipe), name="", seed=0))
-            if not fields["bf16"]:  # keeps the names of runs from before this field existed
+            if not fields["bf16"]:  # keeps the names of the first runs, none of which used bf16
                 del fields["bf16"]
             digest = hashlib.sha256(json.dumps([fields, sweep.texts], sort_keys=True).encode()).hexdigest()
             directory = Path(out).absolute() / "runs" / f"{digest[:8]}-seed{seed}"

@@ -94,7 +94,7 @@ def test_weights_without_a_place(tmp_path: Path):
     held = load_file(other / "model.safetensors")
     held = {name.replace("up_proj", "w3"): weight for name, weight in held.items()}
     save_file(held, other / "model.safetensors", metadata={"format": "pt"})
-    refuse(other, r"lacks 2 weights \(.*up_proj.*holds 2 weights \(.*w3")
+    refuse(other, r"lacks 2 weights \(.*up_proj.*contains 2 weights \(.*w3")
 
 
 @pytest.mark.parametrize(
