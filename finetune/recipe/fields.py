@@ -505,7 +505,7 @@ class Recipe(Training):
             raise RecipeError(f"guard is {self.guard}; it must be above 1, or None for no guard.")
         if self.live_gradients and (self.guard is None or not self.spread_weight):
             raise RecipeError(
-                "live_gradients requires a guard, because it acts only under one, and a spread_weight, because nothing "
+                "live_gradients needs a guard, because it acts only under one, and a spread_weight, because nothing "
                 "else then trains the lengths of residual vectors. Set both, or set live_gradients to false."
             )
         start, end = self.guard_span
