@@ -1,11 +1,11 @@
-"""Looks at LN-free models and at what they were made from, in the tools that researchers use.
+"""Load LN-free models into the tools that researchers use, and compare them with the models they were made from.
 
-`load_hooked`, `load_bridge`, `load_nnsight` and `load_transformers` load one model, `load_hooked_blocks` one of
-`finetune.blocks`, `load_trio` the original, the control and the LN-free model that the analyses compare. An analysis is
-a module, with `measure(models, tokens)`, which returns a table, and `plot(table)`, which returns a figure: `loss`,
-`generation`, `residual_norms`, `logit_attribution`, `edges`, `composition`, `faithfulness`, `attention`,
-`confidence_neurons`, `patching`, `outlier_features`, `benchmarks`. `report` runs them all. `graph` draws what makes one
-logit, and checks it; `paths` finds the largest paths to it.
+`load_hooked`, `load_bridge`, `load_nnsight` and `load_transformers` load one model, `load_hooked_blocks` loads one of
+`finetune.blocks`, and `load_trio` loads the original, the control and the LN-free model that the analyses compare. An
+analysis is a module with `measure(models, tokens)`, which returns a table, and `plot(table)`, which returns a figure:
+`loss`, `generation`, `residual_norms`, `logit_attribution`, `edges`, `composition`, `faithfulness`, `attention`,
+`confidence_neurons`, `patching`, `outlier_features`, `benchmarks`. `report` runs them all. `graph` draws the circuit
+behind one logit, and checks it by interventions; `paths` finds the largest paths to it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are first used: torch and the tools take seconds."""
+    """Import a public name when it is first used, because torch and the tools take seconds."""
     if name not in __all__:
         raise AttributeError(f"module 'analysis' has no attribute {name!r}")
     from analysis import loading
@@ -44,5 +44,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List public names before they are imported too: `python -m pydoc analysis` shows them."""
+    """List public names that are not imported yet, too, so that `python -m pydoc analysis` shows them."""
     return sorted({*globals(), *__all__})

@@ -1,14 +1,13 @@
-"""How much heads attend to position 0, the attention sink, and how spread their attention is.
+"""How much heads attend to position 0, the attention sink, and how spread out their attention is.
 
-1. Attention patterns are reduced layer by layer while a model runs, none is kept.
-2. Over all blocks and query positions ≥ 1, head by head: the sink rate, the share of query positions whose attention to
-   position 0 exceeds 0.3 (Baroni et al. 2025, arXiv 2507.02559); the mean attention to position 0; the mean entropy of
-   the pattern.
-3. All heads have as many query positions, so a model's figures are the means of its heads'.
+1. Attention patterns are reduced layer by layer while a model runs. None is kept.
+2. For each head, over all blocks and query positions ≥ 1: the sink rate, which is the fraction of query positions whose
+   attention to position 0 exceeds 0.3 (Baroni et al. 2025, arXiv 2507.02559); the mean attention to position 0; the
+   mean entropy of the pattern.
+3. All heads have the same number of query positions, so a model's numbers are the means of its heads'.
 
-Position 0 is any token of the text where nothing is put before a block; with a prefix it is that token, the same in all
-blocks, and sink rates with and without one are not to be compared. A head with local attention does not see position 0
-from beyond its window.
+Without a prefix, position 0 can be any token of the text. With a prefix, it is the prefix in all blocks. Do not compare
+sink rates with and without a prefix. A head with local attention does not see position 0 from beyond its window.
 """
 
 from collections.abc import Mapping
@@ -27,15 +26,15 @@ from analysis import figures, palette
 from analysis.batches import forwards
 
 SINK_THRESHOLD = 0.3
-"""Attention to position 0 above which a query position counts in the sink rate."""
+"""A query position counts in the sink rate if its attention to position 0 exceeds this."""
 
 
 def measure_heads(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8) -> pd.DataFrame:
     """Measure the attention of each head.
 
-    Returns one row per model, layer and head: sink_rate (a share); sink_rate_code, which also counts query position 0,
-    as the paper's released code does, although it can attend to nothing else; attention_to_0 (a share) and entropy
-    (nats), means over blocks and query positions ≥ 1.
+    Returns one row per model, layer and head: sink_rate (a fraction); sink_rate_code, which also counts query position
+    0, as the paper's released code does, although it can attend to nothing else; attention_to_0 (a fraction) and
+    entropy (nats), means over blocks and query positions ≥ 1.
     """
     queries = tokens.shape[1] - 1
     frames = []
@@ -59,14 +58,14 @@ def measure_heads(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *
 
 
 def _add(pattern: Float[Tensor, "batch head query key"], hook: Any, *, total: Float[Tensor, "3 head"]) -> None:
-    """Add up over blocks and query positions ≥ 1: sinks, attention to position 0, entropy."""
+    """Add the sums over blocks and query positions ≥ 1 of sinks, attention to position 0 and entropy to `total`."""
     pattern = pattern[:, :, 1:].double()
     to_0 = pattern[..., 0]
     total += torch.stack([to_0 > SINK_THRESHOLD, to_0, torch.special.entr(pattern).sum(-1)]).sum((1, 3))
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """Average what `measure_heads` returns over all heads: one row per model, without the columns layer and head."""
+    """Average the table of `measure_heads` over all heads: one row per model, without the columns layer and head."""
     return frame.drop(columns=["layer", "head"]).groupby("model", sort=False).mean().reset_index()
 
 
@@ -77,7 +76,7 @@ def measure(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batc
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: shares on the left, entropy on the right."""
+    """Plot the table of `measure`: fractions on the left, entropy on the right."""
     shares = {
         "sink_rate": "Sink rate",
         "sink_rate_code": "Sink rate with<br>query 0 counted",
@@ -96,7 +95,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_heads` returns as heat maps: one row per measure, one column per model."""
+    """Plot the table of `measure_heads` as heat maps: one row per measure, one column per model."""
     entropy = {"cmin": 0, "cmax": frame["entropy"].max()}
     return figures.heat_maps(
         frame,

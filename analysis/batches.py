@@ -1,4 +1,4 @@
-"""Runs models over tokens batch by batch, keeping only the activations that an analysis asks for."""
+"""Runs models over tokens batch by batch, keeping only the activations that an analysis requests."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 from finetune.evaluate import float32_logits
 
 _LOGITS_ON_CPU = 2**21
-"""Numbers in one model's logits of one batch on a CPU: few enough for its caches, a third faster than whole batches."""
+"""The maximum number of logits per model and batch on a CPU. They fit into its caches: this is a third faster."""
 _LOGITS_ON_GPU = 2**28
-"""The same on a GPU: 1 GiB in float32."""
+"""The maximum number of logits per model and batch on a GPU: 1 GiB in float32."""
 _LOGITS_IN_A_PIECE = 2**22
-"""Numbers in what is computed from logits at once: a vocabulary may have 256,000 tokens, and a block 1,024."""
+"""The maximum number of logits to process at once. A vocabulary may have 256,000 tokens, and a block 1,024."""
 
 
 class Forward(NamedTuple):
@@ -35,11 +35,11 @@ def forwards(
     description: str = "Measuring",
     float32: bool = False,
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], dict[str, Forward]]]:
-    """Yield each batch of `tokens` with the output of every model for it. All models are on one device.
+    """Yield each batch of `tokens` with the output of every model for it. All models must be on the same device.
 
-    `models` are what `load_trio` or `load_hooked_blocks` returns. Memory does not grow with the number of tokens as
-    long as the caller reduces each batch before it takes the next. Batches are smaller than `batch_size` where the
-    logits are many. Logits have the model's dtype, or `float32` at least.
+    `models` come from `load_trio` or `load_hooked_blocks`. Memory does not grow with the number of tokens, as long as
+    the caller reduces each batch before it requests the next. Batches are smaller than `batch_size` if there would be
+    too many logits. Logits have the model's dtype or, if `float32`, at least float32.
     """
     cfg = next(iter(models.values())).cfg
     device = cfg.device
@@ -54,11 +54,11 @@ def forwards(
                 with _float32_logits(model.unembed) if float32 else nullcontext():
                     outputs[name] = Forward(*model.run_with_cache(batch, names_filter=names, return_cache_object=False))
         yield batch, outputs
-        outputs.clear()  # or the caller would keep the logits of this batch while those of the next are made
+        outputs.clear()  # otherwise the caller keeps the logits of this batch while those of the next are computed
 
 
 def _float32_logits(unembed: Any) -> AbstractContextManager[None]:
-    """Do what `float32_logits` does, for TransformerLens's unembeddings and for plain ones."""
+    """As `float32_logits`, for TransformerLens's unembeddings and for plain ones."""
     if isinstance(unembed, nn.Linear):
         return float32_logits(unembed, unembed.weight, unembed.bias)
     return float32_logits(unembed, unembed.W_U.T, unembed.b_U)
@@ -67,10 +67,10 @@ def _float32_logits(unembed: Any) -> AbstractContextManager[None]:
 def predictions(
     models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], batch_size: int = 8
 ) -> Iterator[tuple[Int[Tensor, " token"], dict[str, Float[Tensor, "token vocab"]]]]:
-    """Yield, in order, the tokens that follow another token, and the log-probabilities that each model gives them.
+    """Yield, in order, the tokens that follow another token, and each model's log-probabilities for their positions.
 
-    These are in float32, and come a piece of a block at a time: the temporaries of whole batches fit neither a CPU's
-    cache nor, with a large vocabulary, its memory.
+    Log-probabilities are in float32. They are yielded one piece of a block at a time, because the temporaries of whole
+    batches fit neither into a CPU's cache nor, with a large vocabulary, into its memory.
     """
     batches = forwards(models, tokens, batch_size=batch_size, description="Comparing predictions", float32=True)
     for batch, outputs in batches:

@@ -1,12 +1,12 @@
-"""How well models do on HellaSwag and the other tasks of EleutherAI's lm-evaluation-harness, the extra `eval`.
+"""How well models do on HellaSwag and other tasks of EleutherAI's lm-evaluation-harness (the extra `eval`).
 
-1. The harness reads each task: its data from the Hub, or in their place a JSONL file with the data's fields.
-2. It makes requests of the examples, the same for all models, and `HarnessModel` answers them.
-3. It makes metrics of the answers; those of two models on the same examples are subtracted example by example, which
-   tells smaller differences apart than the standard errors of the two values do.
+1. The harness reads each task's data from the Hub, or from a JSONL file with the same fields.
+2. It turns the examples into requests, the same for all models, and `HarnessModel` answers them.
+3. It computes metrics from the answers. The values of two models are subtracted example by example. This resolves
+   smaller differences than the standard errors of the two values do.
 
-Log-probabilities are taken in float32 and added up in float64. What is longer than a model's context is cut from the
-left, as the harness does.
+Log-probabilities are computed in float32 and summed in float64. Sequences that are longer than a model's context are
+truncated on the left, as the harness does.
 """
 
 import contextlib
@@ -43,27 +43,28 @@ from finetune.text import prefix_of
 if importlib.util.find_spec("lm_eval"):
     from lm_eval.api.model import TemplateLM
 
-    # Of data in place of a task's own it says how to do that in its command line.
+    # Hide the harness's hint, shown for data that replaces a task's own, on how to do that on its command line.
     logging.getLogger("lm_eval.api.task").addFilter(lambda record: "`--metadata`" not in record.getMessage())
 else:
     TemplateLM = object
 
 Tasks = str | Sequence[str] | Mapping[str, str | Path | None]
-"""NAME of a task, group or tag of the harness, on the Hub's data, or NAME=FILE.jsonl; several; or FILEs by NAME."""
+"""One or more of: NAME, a task, group or tag of the harness, with data from the Hub; or NAME=FILE.jsonl. Or a mapping
+from NAMEs to FILEs, or None for data from the Hub."""
 BOOTSTRAP_SAMPLES = 1_000
-"""For the standard errors of metrics that are not means, such as perplexity."""
+"""The number of bootstrap samples for the standard errors of metrics that are not means, such as perplexity."""
 SEED = 1234
-"""Of the harness, for the examples that are shown as shots."""
+"""The harness's seed, which determines the examples that are shown as shots."""
 
 
 class BenchmarkError(NolnError):
-    """A benchmark that cannot be run as asked; the message says why and what to do."""
+    """A benchmark cannot be run as requested; the message says why and what to do."""
 
 
 class HarnessModel(TemplateLM):
-    """A model as the harness wants it, for its own functions too: `lm_eval.simple_evaluate(HarnessModel(model), …)`.
+    """Wraps a model for the harness. Its own functions accept it: `lm_eval.simple_evaluate(HarnessModel(model), …)`.
 
-    Batches are of sequences of one length: there is no padding that a result could depend on.
+    All sequences of a batch have the same length, so no result depends on padding.
     """
 
     def __init__(
@@ -77,19 +78,19 @@ class HarnessModel(TemplateLM):
 
         Args:
             model: the model.
-            tokenizer: that of the model where None; a transformers model has none.
-            batch_size: sequences in one forward; no result depends on it.
-            prefix: a token to put before each sequence, as `text.prefix` in a recipe.
+            tokenizer: its tokenizer (None: `model.tokenizer`, which a transformers model does not have).
+            batch_size: sequences per forward. No result depends on it.
+            prefix: a token to prepend to each sequence, as `text.prefix` in a recipe.
 
         Raises:
-            BenchmarkError: neither the model nor the caller has a tokenizer.
+            BenchmarkError: the model has no tokenizer, and none is given.
             TextError: the tokenizer does not have the prefix.
         """
         super().__init__()
         self.model = model.eval()
         self.tokenizer: Any = tokenizer or getattr(model, "tokenizer", None)
         if self.tokenizer is None:
-            raise BenchmarkError("The model has no tokenizer of its own: pass one.")
+            raise BenchmarkError("The model has no tokenizer of its own. Pass one.")
         self.batch_size = batch_size
         self.prefix = prefix_of(Text(prefix=prefix), self.tokenizer)
         self.max_length = model.cfg.n_ctx if hasattr(model, "cfg") else model.config.max_position_embeddings
@@ -97,15 +98,15 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token before a text that has nothing before it."""
+        """The token that precedes a text without context."""
         return self.tokenizer.eos_token_id if self.prefix is None else self.prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the tokens of `string`, nothing added."""
+        """Return the tokens of `string`, without special tokens."""
         return self.tokenizer.encode(string, add_special_tokens=False)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each text, nats, every token predicted once, in windows of the context."""
+        """Return the log-likelihood of each text, in nats. Every token is predicted once, in windows of the context."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         texts, windows = [], []
@@ -120,21 +121,21 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Raise BenchmarkError: models are compared here by the likelihood of texts."""
+        """Raise BenchmarkError, because tasks in which a model writes text are not supported."""
         raise BenchmarkError(
-            "Tasks in which a model writes text are not supported: choose one that compares likelihoods."
+            "Tasks in which a model writes text are not supported. Choose one that compares likelihoods."
         )
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Return for each context and continuation the latter's log-likelihood, nats, and whether it is the likeliest.
+        """Return, for each context and continuation, the continuation's log-likelihood (nats) and whether it is greedy.
 
-        Longest first: memory runs out at once or not at all.
+        The longest sequences are run first, so that memory runs out at the start or not at all.
         """
         too_long = max((len(continuation) for _, _, continuation in requests), default=0)
         if too_long > self.max_length:
-            raise BenchmarkError(f"A text of {too_long} tokens is longer than the context, {self.max_length} tokens.")
+            raise BenchmarkError(f"A text of {too_long} tokens is longer than the context of {self.max_length} tokens.")
         sequences = [self._cut(context + continuation) for _, context, continuation in requests]
         answers: dict[int, tuple[float, bool]] = {}
         longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
@@ -149,7 +150,7 @@ class HarnessModel(TemplateLM):
         return [answers[i] for i in range(len(sequences))]
 
     def _cut(self, tokens: list[int]) -> list[int]:
-        """Return the last tokens of a sequence, the last one to be predicted only, behind the prefix."""
+        """Return the prefix and as many last tokens of a sequence as fit. The last token is only predicted."""
         if self.prefix is None:
             return tokens[-self.max_length - 1 :]
         return [self.prefix, *tokens[tokens[0] == self.prefix :][-self.max_length :]]
@@ -161,7 +162,7 @@ class HarnessModel(TemplateLM):
 
 
 def _score(logits: Float[Tensor, "pos vocab"], targets: Int[Tensor, " pos"]) -> tuple[float, bool]:
-    """Return the log-likelihood of the targets, nats, and whether each is the likeliest token."""
+    """Return the log-likelihood of the targets, in nats, and whether all of them are the most likely tokens."""
     log_probs = logits.float().log_softmax(-1)
     log_likelihood = log_probs.gather(-1, targets[:, None]).double().sum()
     return log_likelihood.item(), bool((log_probs.argmax(-1) == targets).all())
@@ -181,22 +182,23 @@ def measure(
     """Run the tasks on each model.
 
     Args:
-        models: what `analysis.load_trio` returns, or transformers models; they are put in evaluation mode.
-        tasks: what to run. Shots are taken from a task's file too, without the example that they are shown before.
-        tokenizer: of all the models; each model's own where None.
-        limit: examples of each task, at most; the first ones.
-        num_fewshot: examples with their answers to show before each. None: as the task has it, most often 0.
+        models: those of `analysis.load_trio`, or transformers models. They are put in evaluation mode.
+        tasks: the tasks to run. If a task has a file, shots are taken from it too, except the example itself.
+        tokenizer: the tokenizer of all models (None: each model's own).
+        limit: the maximum number of examples per task. The first ones are used.
+        num_fewshot: how many examples with answers (shots) to show before each. None: the task's default, mostly 0.
         reference: the model to subtract.
-        batch_size: texts in one forward; no number depends on it.
-        prefix: a token to put before each text, as `text.prefix` in a recipe.
+        batch_size: texts per forward. No number depends on it.
+        prefix: a token to prepend to each text, as `text.prefix` in a recipe.
 
-    Returns one row per model, task and metric: model, task, metric (the harness's name), filter (what the harness did
-    to the answers, most often "none"), value (of an accuracy a fraction), difference (to `reference`, paired by
-    example; NaN without one, or where the metric is not a mean), each with its standard error over examples, `…_error`;
-    examples; shots.
+    Returns one row per model, task and metric. Columns: model; task; metric (the harness's name); filter (what the
+    harness did to the answers, mostly "none"); value (a fraction for an accuracy) and difference (to `reference`,
+    paired by example; NaN without a reference, or if the metric is not a mean), each with its standard error over
+    examples, `…_error`; examples; shots.
 
     Raises:
-        BenchmarkError: no such task, data that cannot be read or do not suit the task, or a task in which to write.
+        BenchmarkError: a task does not exist, its data cannot be read or do not fit the task, or the model would have
+            to write text.
     """
     for what, least, number in (("limit", 1, limit), ("num_fewshot", 0, num_fewshot), ("batch_size", 1, batch_size)):
         if number is not None and number < least:
@@ -209,8 +211,8 @@ def measure(
         asked = HarnessModel(model, tokenizer, batch_size, prefix)
         with _seeded():
             for task in loaded["tasks"].values():
-                task.set_fewshot_seed(SEED)  # every model is shown the same shots
-            with contextlib.redirect_stdout(sys.stderr):  # where progress is shown
+                task.set_fewshot_seed(SEED)  # so that every model is shown the same shots
+            with contextlib.redirect_stdout(sys.stderr):  # progress belongs on stderr
                 results = evaluate(asked, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES)
         rows += [{"model": name, **row} for row in _rows(results)]
     of_reference = {
@@ -225,51 +227,53 @@ def measure(
 
 
 def check(tasks: Tasks, num_fewshot: int | None = None) -> None:
-    """Raise BenchmarkError where `measure` would, as far as that is known without a model."""
+    """Raise BenchmarkError if `measure` would, as far as this is known without a model."""
     load_tasks(tasks, num_fewshot)
 
 
 def load_tasks(tasks: Tasks, num_fewshot: int | None = None) -> dict[str, dict[str, Any]]:
-    """Return what the harness's `evaluate` takes: its tasks and groups by name.
+    """Return tasks and groups by name, in the form that the harness's `evaluate` expects.
 
     Raises:
         BenchmarkError: a task does not exist, or its data cannot be read or do not fit it.
     """
     if TemplateLM is object:
-        raise BenchmarkError("Benchmarks need EleutherAI's lm-evaluation-harness: pip install 'noln[eval]'.")
+        raise BenchmarkError(
+            "Benchmarks require EleutherAI's lm-evaluation-harness. Install it with `pip install 'noln[eval]'`."
+        )
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
     if not isinstance(tasks, Mapping):
         tasks = dict(task.partition("=")[::2] for task in ([tasks] if isinstance(tasks, str) else tasks))
     if not tasks:
-        raise BenchmarkError("No task is named: name one, such as hellaswag.")
+        raise BenchmarkError("No task is named. Name one, such as hellaswag.")
     for name, file in tasks.items():
         manager = _manager(name)
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks) or ["hellaswag", "…"]
-            raise BenchmarkError(f"The harness has no task {name}; it has {', '.join(near)}.")
+            raise BenchmarkError(f"The harness has no task {name}. It has {', '.join(near)}.")
         is_plain = manager.task_index[name].kind.name == "TASK"
         if file and not is_plain:
             raise BenchmarkError(
-                f"{name} is several tasks, or reads data in its own way: {file} cannot replace its data."
+                f"{name} is several tasks, or reads data in its own way, so {file} cannot replace its data."
             )
         data = datasets.DatasetDict(test=_read(expanded(file))) if file else None
         if data and num_fewshot and len(data["test"]) <= num_fewshot:
-            raise BenchmarkError(f"{file} has {len(data['test'])} examples: too few for {num_fewshot} shots.")
+            raise BenchmarkError(f"{file} has only {len(data['test'])} examples, too few for {num_fewshot} shots.")
         try:
             with _seeded():
                 found = manager.load([name if data is None else _in_place(name, data)])
-        except Exception as error:  # tasks run code of their own, which fails in any way
+        except Exception as error:  # tasks run their own code, which may raise anything
             why = f"{type(error).__name__}: {error}"
             if file:
                 raise BenchmarkError(f"{file} does not have the fields and values of {name}'s data ({why}).") from error
-            instead = f" A file can stand for them: {name}=FILE.jsonl." if is_plain else ""
+            instead = f" A file can replace the data: {name}=FILE.jsonl." if is_plain else ""
             raise BenchmarkError(f"The data of {name} was not available ({why}).{instead}") from error
         for task in found["tasks"].values():
             if task.OUTPUT_TYPE == "generate_until":
                 raise BenchmarkError(
-                    f"In {task.task_name} a model writes text: choose a task that compares likelihoods."
+                    f"In {task.task_name} a model writes text. Choose a task that compares likelihoods."
                 )
-            # As the harness does: what has no shots by its nature keeps none.
+            # As the harness does: a task that is defined without shots keeps none.
             if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot")):
                 task.set_config("num_fewshot", num_fewshot or 0)
         loaded["tasks"] |= found["tasks"]
@@ -280,7 +284,7 @@ def load_tasks(tasks: Tasks, num_fewshot: int | None = None) -> dict[str, dict[s
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot the values that `measure` returns, with standard errors, one panel per metric."""
+    """Plot the values in the table of `measure`, with standard errors, one panel per metric."""
     panels = frame["metric"].where(frame["filter"] == "none", frame["metric"] + " (" + frame["filter"] + ")")
     metrics = list(panels.unique())
     figure = make_subplots(len(metrics), 1, subplot_titles=metrics, vertical_spacing=0.3 / len(metrics))
@@ -297,7 +301,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
             mode="markers",
             marker={"color": palette.colour(model), "size": 9},
             customdata=group[["difference", "difference_error", "examples"]],
-            hovertemplate="%{x}: %{y:.4f}, less the reference %{customdata[0]:.4f} ± %{customdata[1]:.4f}, "
+            hovertemplate="%{x}: %{y:.4f}, minus the reference %{customdata[0]:.4f} ± %{customdata[1]:.4f}, "
             "%{customdata[2]} examples",
             row=metrics.index(metric) + 1,
             col=1,
@@ -309,7 +313,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 
 def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield what the harness found by task and metric, with the values by example if the metric is their mean."""
+    """Yield the harness's results by task and metric, with the values by example if the metric is their mean."""
     for task, metrics in results["results"].items():
         samples = pd.DataFrame(results["samples"].get(task, {"filter": []}))
         for name, value in metrics.items():
@@ -332,13 +336,13 @@ def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _mean_and_error(values: Float[np.ndarray, " example"]) -> tuple[float, float]:
-    """Return the mean over examples and its standard error; NaN for a single one."""
+    """Return the mean over examples and its standard error, which is NaN for a single example."""
     return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.nan
 
 
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
-    """Seed the random generators with which tasks shuffle choices, and restore them at the end."""
+    """Seed the random generators with which tasks shuffle choices, and restore their states on exit."""
     states = random.getstate(), np.random.get_state()
     random.seed(SEED)
     np.random.seed(SEED)
@@ -351,9 +355,9 @@ def _seeded() -> Iterator[None]:
 
 @functools.cache
 def _manager(name: str) -> Any:
-    """Return a manager that knows the task `name`, if there is one.
+    """Return a task manager that knows the task `name`, if it exists.
 
-    Reading what all tasks are takes ten seconds, so a directory with the task's name is looked into first.
+    Indexing all tasks takes ten seconds, so a directory with the task's name is tried first.
     """
     import lm_eval.tasks
 
@@ -373,15 +377,15 @@ def _manager_of_all() -> Any:
 
 
 def _in_place(name: str, data: datasets.DatasetDict) -> dict[str, Any]:
-    """Return the task `name` with `data` in place of its own: the harness lets a group change its tasks."""
+    """Return the task `name` with `data` replacing its own, by means of a group, which may change its tasks."""
     splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": "test"}
     return {"group": "with data in place", "task": [{"task": name, "custom_dataset": lambda **_: data, **splits}]}
 
 
 def _read(file: Path) -> datasets.Dataset:
-    """Read a JSONL file of examples that all have the fields of the first.
+    """Read a JSONL file of examples, all of which must have the fields of the first.
 
-    The harness would call on the Hub to read it, and leave a copy in a cache.
+    The harness's own reader would contact the Hub, and leave a copy in a cache.
     """
     rows: list[dict[str, Any]] = []
     try:

@@ -1,30 +1,32 @@
-"""What weights alone say: virtual weights between any two components, and how much of what happens they tell.
+"""What weights alone say: the virtual weights between any two components, and how well they predict what edges carry.
 
-A component writes a · W_out to the residual stream, a its activation, and what reads does so by N(x) · W_in, so that
-between them lie the virtual weights W_out W_in, which no prompt changes (Elhage et al. 2021, "A Mathematical Framework
-for Transformer Circuits"). Without norms that is all. With norms what is written is divided on its way by a number that
-every prompt changes, and that all else in the stream has a part in. What that costs, two questions tell.
+A component writes a · W_out to the residual stream, where a is its activation, and a reader computes N(x) · W_in. So
+the virtual weights between them are W_out W_in, which do not depend on the prompt (Elhage et al. 2021, "A Mathematical
+Framework for Transformer Circuits"). Without norms, nothing else is between them. With norms, what is written is
+divided by a number that depends on the prompt, and on everything else in the stream. Two questions measure the cost.
 
-1. *With activations*: how much of what an edge carries is a · W_out W_in / σ̄, with one σ̄ for all prompts? Of a model
-   with norms σ̄ is the mean of the divisor over other text ("mean"), or the divisor of each token of each prompt
-   ("own"), as graphs hold it; without norms nothing divides ("none"). What an edge carries is its contribution or its
-   direct effect, both of `analysis.edges`. The contribution is by definition what the token's own divisor predicts.
-2. *Without activations*: do the edges that weights say are strong have the largest effects? Scores of an edge:
-   - `composition`: ‖W_OV W‖ / (‖W_OV‖ ‖W‖), with Frobenius norms, W_OV = W_V W_O what a head makes of what it reads,
-     and W what the reader makes of the stream: W_Q W_Kᵀ (Q-composition), its transpose (K-composition), W_V W_O
-     (V-composition), W_in of an MLP, W_U. In place of W_OV an MLP has W_out, an embedding its matrix.
-   - `strength`: ‖W_OV W‖ / ‖W‖: the same, of a writer that has a size. It takes a norm to know it: without one W_V
-     holds the divisor of its layer, and nothing says how long the stream is.
-   - `kernel`: the Projection Kernel, ‖VᵀU‖² with V and U orthonormal bases of what the head writes in and the head
-     reads from: the sum of the squared cosines of the angles between the two spaces (Yamagiwa et al. 2026, arXiv
-     2601.10266), here over the smaller dimension, so that it is 1 where one space contains the other.
-   They are held against the same of random weights: all singular values are kept, and the directions in which each
-   component writes are drawn at random. Then composition² is 1/d_model in the mean, whatever the singular values.
+1. *With activations*: how much of what an edge carries is a · W_out W_in / σ̄, with one σ̄ for all prompts? In a model
+   with norms, σ̄ is the mean of the divisor over other text ("mean"), or the divisor of each token of each prompt
+   ("own"), as graphs use it; without norms nothing divides ("none"). What an edge carries is its contribution or its
+   direct effect, as in `analysis.edges`. The token's own divisor predicts the contribution exactly, by definition.
+2. *Without activations*: do the edges with the highest scores, computed from weights, have the largest effects? The
+   scores of an edge:
+   - `composition`: ‖W_OV W‖ / (‖W_OV‖ ‖W‖), with Frobenius norms. W_OV = W_V W_O maps what the writing head reads to
+     what it writes; for an MLP it is W_out, and for an embedding its matrix. W belongs to the reader: W_Q W_Kᵀ
+     (Q-composition), its transpose (K-composition), W_V W_O (V-composition), W_in of an MLP, or W_U.
+   - `strength`: ‖W_OV W‖ / ‖W‖: the same without dividing by the size of the writer. It is meaningful only with norms:
+     without them, W_V contains the divisor of its layer, and the length of the stream is unknown.
+   - `kernel`: the Projection Kernel ‖VᵀU‖², with V and U orthonormal bases of the spaces that the writer writes to and
+     the reader reads from. It is the sum of the squared cosines of the angles between the two spaces (Yamagiwa et al.
+     2026, arXiv 2601.10266), here divided by the smaller dimension, so that it is 1 if one space contains the other.
+   The scores are compared with those of random weights, for which all singular values are kept and the directions in
+   which each component writes are drawn at random. Then the mean of composition² is 1/d_model, whatever the singular
+   values.
 
-Weights have their norms folded in; where norms centre, all is in the space without the mean. Turning the residual
-stream, or a scaling of values against W_O or of queries against keys, changes no score. Where positions are rotary, QK
-circuits are those between a token and itself; where a live norm lies on the way to the stream (Gemma 2), virtual
-weights have its gain, and it divides besides.
+Norms are folded into weights. If norms centre, everything is in the space without the mean. Rotating the residual
+stream, or rescaling values against W_O or queries against keys, changes no score. With rotary positions, QK circuits
+are those between a token and itself. If there is a live norm between a component and the stream (Gemma 2), virtual
+weights include its gain, but not its division.
 """
 
 import itertools
@@ -49,13 +51,13 @@ from analysis.readout import Readout, Written, hook_names
 from analysis.stream import Component, Reader, Stream
 
 SCORES = {"composition": "Composition score", "strength": "Strength", "kernel": "Projection Kernel"}
-"""What weights say of an edge, with titles in figures."""
+"""The scores of an edge, with their titles in figures."""
 TOP = 0.1
-"""The share of edges of a kind that are taken for the largest."""
+"""The fraction of the edges of a kind that count as the largest."""
 WRITERS = {"embed": "tokens", "pos_embed": "positions", "head": "heads", "mlp": "MLPs"}
-"""Kinds of components that write something that depends on the prompt or position, with their names in figures."""
+"""Kinds of components whose output depends on the prompt or position, with their names in figures."""
 DIVISORS = {"mean": "mean divisor", "own": "own divisors"}
-"""By what predictions in models with norms divide."""
+"""The divisors of predictions in models with norms, with their names in figures."""
 _ONE = {"none": "one divisor", "mean": "one divisor", "own": "own divisors"}
 _SYMBOLS = {"none": "circle", "mean": "circle", "own": "diamond-open"}
 _TITLES = {"contribution": "Contribution", "effect": "Direct effect"}
@@ -70,21 +72,21 @@ _NAMES = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+)|N(?P<neuron>\d+)| MLP)")
 
 @torch.inference_mode()
 def virtual_weights(model: Any, writer: str, reader: str) -> FactoredMatrix:
-    """Return the weights from the activations of a writer to a reader, not multiplied out: `.AB` does that.
+    """Return the weights from the activations of a writer to a reader, as a factored matrix. `.AB` multiplies it out.
 
-    Times the activations of the writer they are its contribution to the reader, in a model with norms once it is
-    divided by what the norm divides by at the token.
+    Multiplied by the writer's activations, they are its contribution to the reader. In a model with norms, the product
+    must also be divided by the norm's divisor at the token.
 
     Args:
-        model: what a loader of `analysis` returns.
-        writer: "embed", whose activations are tokens, "pos_embed", positions, "L2H3", what the head takes from where it
-            looks (`hook_z`), "L2 MLP", its neurons, or "L2N17", one of them.
-        reader: such as "L2H3 query", "L2 MLP", "L2N17" for one of its neurons, of gated MLPs also "L2 MLP gate" and
-            "L2N17 gate", or "logit", which is all tokens.
+        model: a model from a loader of `analysis`.
+        writer: "embed", whose activations are one-hot tokens; "pos_embed", one-hot positions; "L2H3", the `hook_z` of a
+            head; "L2 MLP", the neurons of an MLP; or "L2N17", one of them.
+        reader: "L2H3 query" and the like; "L2 MLP"; "L2N17", one of its neurons; for gated MLPs also "L2 MLP gate" and
+            "L2N17 gate"; or "logit", the logits of all tokens.
 
     Raises:
-        NolnError: a model of `finetune.blocks`.
-        ValueError: no writer or reader of such a name.
+        NolnError: the model is one of `finetune.blocks`.
+        ValueError: there is no writer or reader with that name.
     """
     stream = Stream(model)
     if reader == "logit":
@@ -97,24 +99,24 @@ def virtual_weights(model: Any, writer: str, reader: str) -> FactoredMatrix:
 
 
 def _written(stream: Stream, name: str) -> Float[Tensor, "activation d_model"]:
-    """Return the weights by which a writer of some name writes."""
+    """Return the output weights of the writer called `name`."""
     if name in WRITERS:
         component = next((component for component in stream.components if component.kind == name), None)
         if component is not None and component.layer is None:
             return _embedding(stream, component)
     match = _NAMES.fullmatch(name)
     if match is None or int(match["layer"]) >= stream.model.cfg.n_layers:
-        raise ValueError(f"No writer is called {name}: names are such as embed, L0H0, L0 MLP or L0N0.")
+        raise ValueError(f"No writer is called {name}. Names are embed, pos_embed, L0H0, L0 MLP, L0N0 and so on.")
     layer = int(match["layer"])
     W = stream.weight((stream.heads if match["head"] else stream.neurons)[layer])
     part = match["head"] or match["neuron"]
     if part is not None and int(part) >= len(W):
-        raise ValueError(f"No writer is called {name}: layer {layer} has {len(W)}.")
+        raise ValueError(f"No writer is called {name}. Layer {layer} has only {len(W)} of this kind.")
     return W if part is None else W[int(part)].view(-1, W.shape[-1])
 
 
 def _read(stream: Stream, name: str) -> Float[Tensor, "d_model unit"]:
-    """Return the weights by which a reader of some name reads."""
+    """Return the input weights of the reader called `name`."""
     neuron = re.fullmatch(r"(L\d+)N(\d+)((?: gate)?)", name)
     for reader in stream.readers:
         W = stream.read_weights(reader)[0]
@@ -123,11 +125,11 @@ def _read(stream: Stream, name: str) -> Float[Tensor, "d_model unit"]:
                 return W[:, head]
             if neuron and reader.label(head) == f"{neuron[1]} MLP{neuron[3]}" and int(neuron[2]) < W.shape[-1]:
                 return W[:, head, int(neuron[2]), None]
-    raise ValueError(f"No reader is called {name}: names are such as L0H0 query, L0 MLP, L0N0 or logit.")
+    raise ValueError(f"No reader is called {name}. Names are L0H0 query, L0 MLP, L0N0, logit and so on.")
 
 
 def _embedding(stream: Stream, component: Component) -> Float[Tensor, "token d_model"]:
-    """Return what the embedding of each token, or of each position, writes."""
+    """Return the embedding of each token, or of each position."""
     model = stream.model
     if component.kind == "pos_embed":
         return model.pos_embed.W_pos if hasattr(model.pos_embed, "W_pos") else model.pos_embed.weight
@@ -136,20 +138,20 @@ def _embedding(stream: Stream, component: Component) -> Float[Tensor, "token d_m
 
 @torch.inference_mode()
 def ov_circuit(model: Any, layer: int, head: int) -> FactoredMatrix:
-    """Return how much a head raises the logit of each token where it looks at each: [looked at, logit].
+    """Return how much a head raises the logit of each token when it attends to each token: [attended, logit].
 
-    It is W_E W_V W_O W_U, not multiplied out, with W_U less its mean over the vocabulary. Norms divide it twice, if
-    there are any: where the head reads, and before the logits.
+    This is W_E W_V W_O W_U as a factored matrix, with the mean over the vocabulary subtracted from W_U. With norms, it
+    must be divided twice: where the head reads, and before the logits.
     """
     return _ov_circuit(Stream(model), _tokens(Stream(model)), layer, head)
 
 
 @torch.inference_mode()
 def qk_circuit(model: Any, layer: int, head: int, writer: str = "embed") -> FactoredMatrix:
-    """Return the scores of each token looking at each, or each position where `writer` is "pos_embed".
+    """Return a head's attention score of each token for each token, or of positions if `writer` is "pos_embed".
 
-    It is W_E W_Q W_Kᵀ W_Eᵀ times the scale of scores, not multiplied out: [that looks, looked at]. A norm divides it
-    twice, if there is one. Biases are left out, and rotary positions are those of a token and itself.
+    This is W_E W_Q W_Kᵀ W_Eᵀ times the scale of scores, as a factored matrix: [query, key]. With norms, it must be
+    divided twice. Biases are omitted, and rotary positions are those of a token and itself.
     """
     stream = Stream(model)
     return _qk_circuit(stream, stream.centre(_written(stream, writer).double()), layer, head)
@@ -172,7 +174,7 @@ def _qk_circuit(stream: Stream, E: Float[Tensor, "token d_model"], layer: int, h
 
 
 def _every_head(stream: Stream, part: str, layer: int) -> Float[Tensor, "head d_model d_head"]:
-    """Return W_Q, W_K or W_V of every head of a layer, repeated for heads that share them, float64."""
+    """Return W_Q, W_K or W_V of every head of a layer in float64. Shared ones are repeated."""
     reader = next(reader for reader in stream.readers if (reader.layer, reader.part) == (layer, part))
     W = stream.read_weights(reader)[0].movedim(1, 0).double()
     return W.repeat_interleave(stream.model.cfg.n_heads // len(W), dim=0)
@@ -180,15 +182,15 @@ def _every_head(stream: Stream, part: str, layer: int) -> Float[Tensor, "head d_
 
 @torch.inference_mode()
 def measure_circuits(models: Mapping[str, Any]) -> pd.DataFrame:
-    """Measure what heads do with tokens by themselves, from their weights.
+    """Measure what single heads do with tokens, from their weights.
 
     Returns one row per model and head. Columns: model, layer, head; copying, Σλ / Σ|λ| over the eigenvalues of
-    `ov_circuit`, from −1 to 1: where it is 1 the head raises the logits of what it looks at (Elhage et al. 2021);
-    matching, the same of `qk_circuit`: where it is 1 tokens look at tokens like themselves.
+    `ov_circuit`, from −1 to 1: at 1, the head raises the logits of the tokens that it attends to (Elhage et al. 2021);
+    matching, the same for `qk_circuit`: at 1, tokens attend to tokens like themselves.
 
     Raises:
-        NolnError: a model of `finetune.blocks`.
-        ValueError: a final norm whose weights are not folded into the unembedding.
+        NolnError: a model is one of `finetune.blocks`.
+        ValueError: the weights of the final norm are not folded into the unembedding.
     """
     rows = []
     for name, model in models.items():
@@ -207,13 +209,13 @@ def _positive(eigenvalues: Tensor) -> float:
 
 
 class _Edges(NamedTuple):
-    """All edges of a model, and in which order their numbers come."""
+    """All edges of a model, and the order of their numbers."""
 
     pairs: list[tuple[int, Component]]
-    """Which side reads, after the last that of the logit, and what writes: [part of the component, reader of the side]
-    are the numbers of each."""
+    """Pairs of the index of the reading side (that of the logit is last) and the writing component. Each pair has an
+    array of numbers, [part of the component, reader of the side]."""
     names: pd.DataFrame
-    """writer, reader, component, kind and distance of each."""
+    """writer, reader, component, kind and distance of each edge."""
 
 
 def _all_edges(stream: Stream, sides: list[Side]) -> _Edges:
@@ -234,22 +236,22 @@ def _all_edges(stream: Stream, sides: list[Side]) -> _Edges:
 
 
 class _Factor:
-    """What writes or reads, as far as norms of products see it: singular values, and directions in the stream."""
+    """The weights of writers or readers in the form that norms of products need: singular values and directions."""
 
     def __init__(self, size: Float[Tensor, "part k"], directions: Float[Tensor, "part k d"]) -> None:
         self.size, self.directions = size, directions.contiguous()
 
     def redrawn(self, generator: torch.Generator) -> "_Factor":
-        """Return the same singular values in directions drawn at random."""
+        """Return the same singular values with random directions."""
         gaussian = torch.randn(self.directions.mT.shape, generator=generator)
         return _Factor(self.size.float(), torch.linalg.qr(gaussian)[0].mT.to(self.directions.device))
 
     def float(self) -> "_Factor":
-        """Return the same in float32, which is enough for what is drawn at random."""
+        """Return the same in float32, which is precise enough for random weights."""
         return _Factor(self.size.float(), self.directions.float())
 
     def scores(self, reader: "_Factor") -> dict[str, Float[Tensor, "part head"]]:
-        """Return the scores of all edges from here to what reads."""
+        """Return the scores of all edges from these writers to the readers."""
         k, m, d = self.directions.shape[1], reader.directions.shape[1], self.directions.shape[-1]
         cosines = self.directions.flatten(0, 1) @ reader.directions.flatten(0, 1).T
         squares = cosines.square().unflatten(0, (-1, k)).unflatten(-1, (-1, m))
@@ -264,7 +266,7 @@ class _Factor:
 
 
 def _space(stream: Stream) -> Float[Tensor, "d_model d"]:
-    """Return an orthonormal basis of what norms let through: where they centre, all without a mean."""
+    """Return an orthonormal basis of the whole stream or, if norms centre, of its vectors with mean 0."""
     eye = torch.eye(stream.model.cfg.d_model, dtype=torch.float64, device=stream.model.cfg.device)
     return eye if stream.norm != "LN" else torch.linalg.svd(stream.centre(eye))[0][:, :-1]
 
@@ -282,7 +284,7 @@ def _writing(stream: Stream, component: Component, space: Float[Tensor, "d_model
 
 
 def _reading(stream: Stream, reader: Reader, space: Float[Tensor, "d_model d"]) -> _Factor:
-    """Return W_Q W_Kᵀ, its transpose, W_V W_O or W_in of what reads."""
+    """Return W_Q W_Kᵀ, its transpose, W_V W_O or W_in of the heads or the MLP of a reader."""
     W = space.T @ stream.read_weights(reader)[0].movedim(1, 0).double()
     if reader.kind == "mlp":
         return _columns(W)
@@ -290,7 +292,7 @@ def _reading(stream: Stream, reader: Reader, space: Float[Tensor, "d_model d"]) 
         others = stream.weight(stream.heads[reader.layer]).double() @ space
     else:
         others = (space.T @ _every_head(stream, "K" if reader.kind == "query" else "Q", reader.layer)).mT
-    # Heads that share a key or a value read with it side by side.
+    # Heads that share a key or a value are concatenated.
     circuit = FactoredMatrix(W, others.unflatten(0, (len(W), -1)).transpose(1, 2).flatten(2))
     return _Factor(circuit.S, circuit.U.mT)
 
@@ -305,19 +307,19 @@ def measure_weights(models: Mapping[str, Any], *, draws: int = 5, seed: int = 0)
     """Score every edge by the weights, and by random weights with the same singular values.
 
     Args:
-        models: by name.
-        draws: how many models of random weights.
-        seed: of these.
+        models: models by name.
+        draws: how many sets of random weights to draw.
+        seed: their seed.
 
-    Returns one row per model, draw, writer and reader. Columns: model; draw, missing of the model's own weights; writer
-    and reader, such as "L2H3" and "L4H1 query" or "logit"; component and kind, what these are, as in
+    Returns one row per model, draw, writer and reader. Columns: model; draw, missing for the model's own weights;
+    writer and reader, such as "L2H3" and "L4H1 query" or "logit"; component and kind, their kinds, as in
     `edges.measure_edges`; distance, from writer to reader in layers, where tokens and positions come before layer 0 and
-    the logit after the last; composition, strength and kernel, as on top of this module, without unit; kernel is NaN
-    where writer or reader fills the stream.
+    the logit after the last; composition, strength and kernel, as defined above, without units. kernel is NaN if writer
+    or reader spans the whole stream.
 
     Raises:
-        NolnError: a model of `finetune.blocks`.
-        ValueError: a final norm whose weights are not folded into the unembedding.
+        NolnError: a model is one of `finetune.blocks`.
+        ValueError: the weights of the final norm are not folded into the unembedding.
     """
     frames = []
     for name, model in models.items():
@@ -344,14 +346,14 @@ def measure_weights(models: Mapping[str, Any], *, draws: int = 5, seed: int = 0)
 
 
 def measure(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8) -> pd.DataFrame:
-    """Summarise by kind of edge how much of it virtual weights tell: `summarise` of `measure_edges`."""
+    """Measure how well virtual weights predict edges, by kind of edge: `summarise` of `measure_edges`."""
     return summarise(measure_edges(models, tokens, batch_size=batch_size))
 
 
 def measure_distances(
     models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8
 ) -> pd.DataFrame:
-    """Measure what `measure` does by distance in layers: `summarise_distances` of `measure_edges`."""
+    """Measure the same as `measure`, but also by distance in layers: `summarise_distances` of `measure_edges`."""
     return summarise_distances(measure_edges(models, tokens, batch_size=batch_size))
 
 
@@ -365,27 +367,32 @@ def measure_ranking(
 
 @torch.inference_mode()
 def measure_edges(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8) -> pd.DataFrame:
-    """Measure how much of the contribution and of the direct effect of every edge virtual weights tell, over tokens.
+    """Measure how well virtual weights predict the contribution and the direct effect of every edge, over tokens.
 
-    Every other block, from the second on, is predicted; the others are what the mean divisors are taken from. A single
-    block serves for both.
+    Every other block, from the second on, is predicted. The remaining blocks determine the mean divisors. A single
+    block is used for both.
 
     Args:
-        models: by name.
+        models: models by name.
         tokens: blocks as in training.
-        batch_size: blocks at a time; no result depends on it.
+        batch_size: blocks per forward. No result depends on it.
 
-    Returns one row per model, divisor, writer and reader. Columns: model; divisor, "mean" and "own" of a model with
-    norms, "none" of one without; writer, reader, component, kind and distance, as in `measure_weights`, the logit being
-    that of the next token, W_U centred; of the contribution and of the direct effect (…_effect) r2_…, the share of the
-    variance over tokens that is predicted, in all units of the reader together, and rank_…, the rank correlation over
-    the tokens of a block between the norms, over these units, of what is predicted and what there is, the mean over
-    blocks; variance_… and error_…, of which r2_… is made, mean squares summed over units; size, the root mean square of
-    the direct effect over that of the reader less its bias, without unit; tokens, how many are predicted.
+    Returns one row per model, divisor, writer and reader. Columns:
+
+    - model; divisor: "mean" and "own" for a model with norms, "none" for one without;
+    - writer, reader, component, kind and distance, as in `measure_weights`. The logit is that of the next token, with
+      W_U centred;
+    - r2_contribution and r2_effect, for the contribution and the direct effect: the fraction of the variance over
+      tokens that is predicted, over all units of the reader together;
+    - rank_contribution and rank_effect: the rank correlation, over the tokens of a block, between the norms over these
+      units of the predicted and the actual values; the mean over blocks;
+    - variance_… and error_…: the mean squares, summed over units, from which r2_… is computed;
+    - size: the root mean square of the direct effect divided by that of the reader minus its bias, without units;
+    - tokens: how many are predicted.
 
     Raises:
-        NolnError: a model of `finetune.blocks`.
-        ValueError: a final norm whose weights are not folded into the unembedding.
+        NolnError: a model is one of `finetune.blocks`.
+        ValueError: the weights of the final norm are not folded into the unembedding.
     """
     frames = []
     for name, model in models.items():
@@ -423,7 +430,7 @@ def measure_edges(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *
 
 
 def _mean_divisors(stream: Stream, tokens: Int[Tensor, "block pos"], batch_size: int, name: str) -> dict[str, float]:
-    """Return the mean over tokens of what the norms divide by, at each point of the stream."""
+    """Return the mean over tokens of the norms' divisor, at each point of the stream."""
     sums = dict.fromkeys(stream.points, 0.0)
     for _, outputs in forwards({name: stream.model}, tokens, stream.points, batch_size, f"Divisors of {name}"):
         for point in sums:
@@ -433,7 +440,7 @@ def _mean_divisors(stream: Stream, tokens: Int[Tensor, "block pos"], batch_size:
 
 
 def _divisors(scale: Float[Tensor, "token 1"], mean: float | None) -> dict[str, Float[Tensor, "token 1"]]:
-    """Return by what a prediction divides: where nothing does, `mean` is None."""
+    """Return the divisors of predictions by name. In a model without norms, `mean` is None."""
     return {"none": scale} if mean is None else {"mean": torch.full_like(scale, mean), "own": scale}
 
 
@@ -444,7 +451,8 @@ _Sums = dict[str, Float[Tensor, "part unit"]]
 def _squares(reading: Reading, written: Written, readers: int, mean: float | None) -> tuple[_Squares, _Sums]:
     """Return sums of squares over the units of readers, and sums over tokens of contributions and direct effects.
 
-    A direct effect is α c·w + β x·w, with numbers α and β of a token, so that three products of c·w and x·w make all.
+    A direct effect is α c·w + β x·w, where α and β are numbers of a token. So everything follows from three products of
+    c·w and x·w.
     """
     made: list[_Squares] = []
     sums = {"contribution": torch.zeros(()), "effect": torch.zeros(())}
@@ -469,7 +477,7 @@ def _squares(reading: Reading, written: Written, readers: int, mean: float | Non
 
 
 def _squares_of_logit(readout: Readout, component: Component, mean: float | None) -> tuple[_Squares, _Sums]:
-    """Return what `_squares` does, of the next token's logit, whose weights are others at every token."""
+    """Return the same as `_squares` for the next token's logit, whose weights differ from token to token."""
     normalised, scale = readout.normalise(readout.r)
     scale = scale.flatten(0, 1)
     contribution, effect = (values.flatten(0, 1).T.unsqueeze(-1) for values in readout.effects(component))
@@ -485,7 +493,7 @@ def _squares_of_logit(readout: Readout, component: Component, mean: float | None
 
 
 class _Fit:
-    """Sums over tokens, of what one component writes to what reads one point."""
+    """Sums over tokens for the edges from one component to the readers of one point."""
 
     def __init__(self) -> None:
         self.tokens = self._blocks = 0
@@ -494,7 +502,7 @@ class _Fit:
         self._correlations: dict[tuple[str, str], Any] = {}
 
     def add(self, squares: _Squares, sums: _Sums, blocks: int) -> None:
-        """Add the tokens of some whole blocks."""
+        """Add the tokens of a number of whole blocks."""
         self.tokens += squares["effect"].shape[1]
         self._blocks += blocks
         for total, values in ((self._squares, {k: v.sum(1) for k, v in squares.items()}), (self._sums, sums)):
@@ -530,26 +538,26 @@ class _Fit:
 
 
 def _ranks(values: Float[Tensor, "part token reader"], blocks: int) -> Float[Tensor, "part block _ reader"]:
-    """Return the ranks over the tokens of each block, centred and of norm 1: their products are correlations."""
+    """Return the ranks over the tokens of each block, centred and normalised: their products are correlations."""
     by_block = values.unflatten(1, (blocks, -1))
-    # In float32, or rounding would put what is equal, such as the embeddings of one token, in some order.
+    # In float32: otherwise rounding orders values that are equal, such as those of one token's embeddings.
     ranks = torch.from_numpy(rankdata(by_block.float().cpu().numpy(), axis=2)).to(values)
     centred = ranks - ranks.mean(2, keepdim=True)
     return centred / centred.norm(dim=2, keepdim=True)
 
 
 def summarise(edges: pd.DataFrame) -> pd.DataFrame:
-    """Summarise what `measure_edges` returns, one row per model, divisor and kind of edge.
+    """Summarise the table of `measure_edges`: one row per model, divisor and kind of edge.
 
-    Columns: model; divisor; component, what writes; kind, what reads; of the contribution and of the direct effect
-    r2_…, the median over edges, r2_…_pooled, that of all variance together, and rank_…, the mean over edges, as there;
-    edges, how many; tokens.
+    Columns: model; divisor; component, the kind of writer; kind, the kind of reader; for the contribution and the
+    direct effect: r2_…, the median over edges; r2_…_pooled, computed from the summed variances; rank_…, the mean over
+    edges; edges, their number; tokens.
     """
     return _summarise(edges, ["model", "divisor", "component", "kind"])
 
 
 def summarise_distances(edges: pd.DataFrame) -> pd.DataFrame:
-    """Summarise what `measure_edges` returns as `summarise` does, one row per distance in layers, too."""
+    """Summarise the table of `measure_edges` as `summarise` does, but also by distance in layers."""
     return _summarise(edges, ["model", "divisor", "component", "kind", "distance"])
 
 
@@ -564,14 +572,14 @@ def _summarise(edges: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def rank(weights: pd.DataFrame, edges: pd.DataFrame, top: float = TOP) -> pd.DataFrame:
-    """Say how well scores find the largest edges of each kind, from `measure_weights` and `measure_edges`.
+    """Measure how well scores find the largest edges of each kind, from `measure_weights` and `measure_edges`.
 
-    The largest are the `top` of a kind, at least one, by `size`. Returns one row per model, kind of edge of which there
-    are two or more, and score, but where a kernel is NaN.
-    Columns: model; component, what writes; kind, what reads; score, one of `SCORES`; precision, the average precision
-    of the edges in the order of the score, precision_random, its mean over the draws of random weights, and
-    precision_random_sd, their standard deviation; rank, the rank correlation of score and size over edges, and
-    rank_random, the mean of that over draws; edges, how many; largest, how many of these are to be found.
+    The largest edges are the fraction `top` of a kind with the largest `size`, at least one. Returns one row per model,
+    kind with at least two edges, and score, except for kernels that are NaN. Columns: model; component, the kind of
+    writer; kind, the kind of reader; score, one of `SCORES`; precision, the average precision of the edges in the order
+    of the score; precision_random and precision_random_sd, its mean and standard deviation over draws of random
+    weights; rank, the rank correlation of score and size over edges; rank_random, its mean over draws; edges, their
+    number; largest, how many of them count as the largest.
     """
     sizes = edges.drop_duplicates(["model", *_ENDS])[["model", *_ENDS, "size"]]
     rows = []
@@ -582,7 +590,7 @@ def rank(weights: pd.DataFrame, edges: pd.DataFrame, top: float = TOP) -> pd.Dat
             if len(own) < 2 or own[score].isna().any():
                 continue
             precision, correlation = [], []
-            for _, each in frame.groupby("draw", dropna=False, sort=False):  # the model's own come first
+            for _, each in frame.groupby("draw", dropna=False, sort=False):  # the model's own weights come first
                 precision.append(average_precision(each[score].to_numpy(), largest.to_numpy()))
                 correlation.append(_rank_correlation(each[score], each["size"]))
             rows.append(
@@ -604,18 +612,18 @@ def rank(weights: pd.DataFrame, edges: pd.DataFrame, top: float = TOP) -> pd.Dat
 
 
 def _rank_correlation(x: pd.Series, y: pd.Series) -> float:
-    with np.errstate(invalid="ignore"):  # of scores that are all equal
+    with np.errstate(invalid="ignore"):  # if all scores are equal
         return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
 def average_precision(score: Float[np.ndarray, " edge"], wanted: Bool[np.ndarray, " edge"]) -> float:
-    """Return the mean, over the edges wanted, of the share of wanted ones among all with at least their score."""
+    """Return the mean, over the wanted edges, of the fraction of wanted edges among all with at least their score."""
     hits = wanted[np.argsort(-score, kind="stable")]
     return float((hits.cumsum() / np.arange(1, len(hits) + 1))[hits].mean())
 
 
 def describe(frame: pd.DataFrame) -> str:
-    """Say what norms cost a weights-only account of heads and MLPs, from what `measure` returns."""
+    """Describe what norms cost a weights-only account of heads and MLPs, from the table of `measure`."""
     parts = []
     shown = frame[frame["component"].isin(_PARTS)]
     for (model, divisor), rows in shown.groupby(["model", "divisor"], sort=False):
@@ -623,13 +631,13 @@ def describe(frame: pd.DataFrame) -> str:
         name = model if divisor == "none" else f"{model}, {DIVISORS[divisor]}"
         parts.append(f"{name}: {contribution:.3f} and {effect:.3f}")
     return (
-        "R² of the contribution and of the direct effect, median edge of each kind, mean over edges from heads and "
-        f"MLPs: {'; '.join(parts)}. A token's own divisor makes the contribution 1 by definition."
+        "R² of the contribution and of the direct effect, for the median edge of each kind, averaged over edges from "
+        f"heads and MLPs: {'; '.join(parts)}. With a token's own divisor, that of the contribution is 1 by definition."
     )
 
 
 def describe_ranking(frame: pd.DataFrame) -> str:
-    """Say how well scores find the largest edges between heads, from what `rank` returns."""
+    """Describe how well scores find the largest edges between heads, from the table of `rank`."""
     rows = frame[(frame["component"] == "head") & frame["kind"].isin(["query", "key", "value"])]
     if rows.empty:
         return "There are too few edges between heads to rank."
@@ -638,14 +646,14 @@ def describe_ranking(frame: pd.DataFrame) -> str:
         own, random = (np.average(group[column], weights=group["edges"]) for column in _PRECISIONS)
         parts.append(f"{model}, {SCORES[score]}: {own:.2f} against {random:.2f}")
     return (
-        "Average precision between heads, mean over edges to queries, keys and values, against that of random weights: "
-        f"{'; '.join(parts)}. Where nothing divides, the strength does not know how long the stream is."
+        "Average precision for edges between heads, averaged over edges to queries, keys and values, against that of "
+        f"random weights: {'; '.join(parts)}. Without norms, the strength does not account for the stream's length."
     )
 
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: how much of each kind of edge from heads and MLPs virtual weights predict."""
+    """Plot the table of `measure`: how well virtual weights predict each kind of edge from heads and MLPs."""
     figure = make_subplots(1, 2, shared_yaxes=True, column_titles=list(_TITLES.values()), horizontal_spacing=0.03)
     for (name, divisor), rows in frame[frame["component"].isin(_PARTS)].groupby(["model", "divisor"], sort=False):
         for col, what in enumerate(_TITLES, start=1):
@@ -667,9 +675,9 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_distances(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_distances` returns: the R² of direct effects of heads over distance, a panel a reader."""
+    """Plot the table of `measure_distances`: R² of heads' direct effects over distance, one panel per reader kind."""
     heads = frame[(frame["component"] == "head") & (frame["kind"] != "logit")]
-    if heads.empty:  # in one layer of parallel blocks
+    if heads.empty:  # for a model with one layer of parallel blocks
         return go.Figure().update_yaxes(title="R² of direct effects").update_layout(height=360)
     heads = heads.sort_values("kind", key=lambda kinds: kinds.map([*KINDS].index), kind="stable")
     heads = heads.assign(kind=heads["kind"].map(KINDS), divisor=heads["divisor"].replace(_ONE))
@@ -681,7 +689,7 @@ def plot_distances(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_ranking(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `rank` returns: average precision of scores, and of those of random weights (○, ± their std)."""
+    """Plot the table of `rank`: average precision of scores, and of those of random weights (○, ± std)."""
     figure = make_subplots(
         1, len(SCORES), shared_yaxes=True, column_titles=list(SCORES.values()), horizontal_spacing=0.03
     )
@@ -708,7 +716,7 @@ def plot_ranking(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_circuits(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_circuits` returns: copying and matching of each head, a column a model."""
+    """Plot the table of `measure_circuits`: copying and matching of each head, one column per model."""
     axis = {"cmin": -1, "cmax": 1, "colorscale": "RdBu"}
     return figures.heat_maps(frame, {"copying": ("Copying (OV)", axis), "matching": ("Matching (QK)", axis)})
 

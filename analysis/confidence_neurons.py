@@ -1,23 +1,23 @@
-"""Confidence neurons: those of the last MLP that set how sure the model is, not what it predicts.
+"""Confidence neurons: neurons of the last MLP that control how confident the model is, not what it predicts.
 
-They write with a large norm in directions that hardly change the logits, and so act through the scale of the final norm
-(Gurnee et al. 2024, arXiv 2401.12181, and Stolfo et al. 2024, arXiv 2406.16254, who call them entropy neurons). Baroni
-et al. 2025, arXiv 2507.02559, found that they have no effect without it.
+They write with a large norm in directions that hardly change the logits, so they act through the scale of the final
+norm (Gurnee et al. 2024, arXiv 2401.12181, and Stolfo et al. 2024, arXiv 2406.16254, who call them entropy neurons).
+Baroni et al. 2025, arXiv 2507.02559, found that they have no effect without the norm.
 
-1. For every neuron i, ‖w_out,i‖ and LogitVar(i), the variance over the vocabulary of
-   W_U[:,v]·w_out,i / (‖W_U[:,v]‖ ‖w_out,i‖). With w the unit vector along w_out,i that is wᵀ C w, C the covariance over
-   the vocabulary of the unit columns of W_U: no product of all neurons with all tokens is made.
+1. For every neuron i: ‖w_out,i‖, and LogitVar(i), the variance over the vocabulary of
+   W_U[:,v]·w_out,i / (‖W_U[:,v]‖ ‖w_out,i‖). With w the unit vector along w_out,i, this is wᵀ C w, where C is the
+   covariance over the vocabulary of the unit columns of W_U. So no neurons × tokens product is needed.
 2. Candidates have a large norm and a small LogitVar.
 3. Mean-ablation sets neurons to their mean activation over all tokens, ā. Only the final norm and the unembedding come
    after the last MLP, so the new logits follow from the clean ones. With s and s' the final norm's scale before and
    after, and b_U the bias of the unembedding:
        direct = logits − (a − ā) · W_out W_U / s     the scale keeps its value
-       total  = b_U + (direct − b_U) · s / s'        the scale follows
-   What goes through the final norm is the effect of total less that of direct. The scale is what the model's own final
-   norm divides by; where a model has none, nothing divides, and s/s' = 1. In Gemma 2 a norm of its own normalises what
-   the MLP writes: both effects let it follow the ablation. Logits are soft-capped after this where the model does it.
-4. The singular directions of W_U on the side of the residual stream, and the share of w_out in each: what lies in
-   directions of small singular value does not reach the logits.
+       total  = b_U + (direct − b_U) · s / s'        the scale changes too
+   The effect through the final norm is that of total minus that of direct. The scale is the divisor of the model's own
+   final norm. In a model without one, nothing divides, and s/s' = 1. In Gemma 2, a separate norm normalises the output
+   of the MLP; in both effects it changes with the ablation. If the model soft-caps logits, this is applied last.
+4. The singular directions of W_U in the residual stream, and the fraction of w_out in each: what is written in
+   directions with a small singular value does not reach the logits.
 """
 
 import math
@@ -37,7 +37,7 @@ from analysis.stream import Stream
 from finetune.errors import NolnError
 
 LARGE = 0.1
-"""Share of the neurons, those of the largest ‖w_out‖, among which candidates are looked for."""
+"""The fraction of neurons, those with the largest ‖w_out‖, from which candidates are chosen."""
 
 PARTS = {
     "total": "In all",
@@ -48,9 +48,9 @@ MEASURES = {"entropy": "entropy", "loss": "CE"}
 
 
 def candidates(model: Any, count: int = 6) -> list[int]:
-    """Return the likeliest confidence neurons of `model`, at most `count`.
+    """Return the most likely confidence neurons of `model`, at most `count`.
 
-    Of the neurons of large ‖w_out‖ (`LARGE`) they are those of the smallest LogitVar, the smallest first.
+    They are the neurons with the smallest LogitVar among those with a large ‖w_out‖ (`LARGE`), the smallest first.
     """
     norm, logit_var = _norm_and_logit_var(model)
     large = norm.topk(math.ceil(LARGE * len(norm))).indices
@@ -60,11 +60,11 @@ def candidates(model: Any, count: int = 6) -> list[int]:
 def measure_neurons(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.DataFrame:
     """Measure the weights of every neuron of the last MLP.
 
-    Returns one row per model and neuron: norm, ‖w_out‖ (units of the residual stream); logit_var, LogitVar (a squared
-    cosine, dimensionless); candidate, whether it is one of `neurons`.
+    Returns one row per model and neuron: norm, ‖w_out‖ (in units of the residual stream); logit_var, LogitVar (a
+    squared cosine, dimensionless); candidate, whether it is one of `neurons`.
 
     Raises:
-        NolnError: a model does not have one of the neurons, or one is given twice.
+        NolnError: a model does not have one of the neurons, or a neuron is given twice.
     """
     frames = []
     for name, model in models.items():
@@ -80,15 +80,15 @@ def measure_neurons(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.Dat
 def measure(
     models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], neurons: Sequence[int], *, batch_size: int = 8
 ) -> pd.DataFrame:
-    """Mean-ablate `neurons` in every model, the same in all: each alone, and the first k together, k from 1 to all.
+    """Mean-ablate the same `neurons` in every model: each alone, and the first k together, for every k.
 
-    Returns one row per model, ablation ("alone" or "together"), neuron (of several the last) and measure, entropy of
-    the prediction or loss (CE). ablated: how many neurons are. In nats/token, means over tokens that have a next one:
-    clean, without ablation; total, the change by the ablation; direct, the change with the final norm's scale frozen;
-    through_ln, their difference.
+    Returns one row per model, ablation ("alone" or "together"), neuron (the last, if several are ablated) and measure
+    (entropy of the prediction, or loss, the CE). ablated is the number of ablated neurons. In nats/token, means over
+    tokens that have a next one: clean, without ablation; total, the change caused by the ablation; direct, the change
+    with the final norm's scale frozen; through_ln, the difference of the two.
 
     Raises:
-        NolnError: a model does not have one of the neurons, or one is given twice.
+        NolnError: a model does not have one of the neurons, or a neuron is given twice.
     """
     neurons = list(neurons)
     groups = [("alone", [neuron]) for neuron in neurons]
@@ -106,7 +106,7 @@ def measure(
 
 
 def describe(frame: pd.DataFrame) -> str:
-    """Say how much entropy goes through the final norm at most, from what `measure` returns of single neurons."""
+    """Describe the largest change of entropy through the final norm by a single neuron, from the table of `measure`."""
     frame = frame[(frame["ablation"] == "alone") & (frame["measure"] == "entropy")]
     found = []
     for model, rows in frame.groupby("model", sort=False):
@@ -118,12 +118,12 @@ def describe(frame: pd.DataFrame) -> str:
 def measure_spectrum(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.DataFrame:
     """Measure where in the spectrum of W_U the last MLP writes.
 
-    Returns one row per model, group of neurons ("candidates", those of `neurons`, or "all"), and singular direction of
-    W_U, numbered from 1 at the largest: singular_value (logits per unit of what W_U reads); share, that of ‖w_out‖² in
-    the direction, mean over the group; cumulative, the shares summed from the first direction to this one.
+    Returns one row per model, group of neurons ("candidates", which are `neurons`, or "all"), and singular direction of
+    W_U, numbered from 1 for the largest: singular_value (logits per unit of W_U's input); share, the fraction of
+    ‖w_out‖² in that direction, averaged over the group; cumulative, the sum of the shares up to this direction.
 
     Raises:
-        NolnError: a model does not have one of the neurons, or one is given twice.
+        NolnError: a model does not have one of the neurons, or a neuron is given twice.
     """
     frames = []
     for name, model in models.items():
@@ -148,15 +148,15 @@ def measure_spectrum(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.Da
 def _check(name: str, model: Any, neurons: Sequence[int]) -> None:
     if unknown := sorted(set(neurons) - set(range(model.cfg.d_mlp))):
         raise NolnError(
-            f"{name} has no neurons {unknown} in its last MLP: they are numbered 0 to {model.cfg.d_mlp - 1}."
+            f"{name} has no neurons {unknown} in its last MLP. They are numbered from 0 to {model.cfg.d_mlp - 1}."
         )
     if len(set(neurons)) < len(neurons):
-        raise NolnError(f"{list(neurons)} names a neuron twice: name each once.")
+        raise NolnError(f"{list(neurons)} contains a neuron twice. Name each neuron once.")
 
 
 @torch.no_grad()
 def _w_out(model: Any) -> Float[Tensor, "neuron d_model"]:
-    """Return what the neurons of the last MLP write through, in float64."""
+    """Return the output weights of the last MLP's neurons, in float64."""
     stream = Stream(model)
     return stream.weight(stream.neurons[-1]).detach().double()
 
@@ -173,9 +173,9 @@ def _norm_and_logit_var(model: Any) -> tuple[Float[Tensor, " neuron"], Float[Ten
 
 @torch.no_grad()
 def _moments(model: Any, unit: bool) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, " d_model"], int]:
-    """Return Σ u uᵀ, Σ u and the number of the columns u of W_U, float64; where `unit`, of length 1.
+    """Return Σ u uᵀ, Σ u and the number of columns u of W_U, in float64. If `unit`, the columns are normalised.
 
-    What a vocabulary is padded with has no direction and is not counted. A piece at a time: W_U is large.
+    Padding of the vocabulary, whose columns are zero, is not counted. W_U is large, so it is processed in pieces.
     """
     d_model, vocabulary = model.W_U.shape
     total, sum_ = (
@@ -197,7 +197,7 @@ def _moments(model: Any, unit: bool) -> tuple[Float[Tensor, "d_model d_model"], 
 def _ablate(
     name: str, model: Any, tokens: Int[Tensor, "block pos"], groups: Sequence[Sequence[int]], batch_size: int
 ) -> Float[Tensor, "group measure 3"]:
-    """Return each measure without ablation, with it, and with it under a frozen scale, means over tokens."""
+    """Return each measure without ablation, with it, and with it at a frozen scale, as means over tokens."""
     stream = Stream(model)
     neurons = stream.neurons[-1]
     mean = torch.zeros(model.cfg.d_mlp, dtype=torch.float64, device=model.cfg.device)
@@ -211,7 +211,7 @@ def _ablate(
         names.append(neurons.scale.replace("hook_scale", "hook_normalized"))
     for batch, outputs in forwards({name: model}, tokens, names, batch_size, f"Ablating neurons of {name}"):
         for i, block in enumerate(batch):
-            # Piece by piece: the logits are needed for every group anew.
+            # In pieces, because the logits are computed again for every group.
             for piece in pieces(len(block) - 1, model.cfg.d_vocab):
                 cache = {name: activation[i : i + 1, piece] for name, activation in outputs[name].cache.items()}
                 logits = outputs[name].logits[i : i + 1, piece]
@@ -228,9 +228,9 @@ def _ablate_piece(
     unembedded: Mapping[int, Float[Tensor, " vocab"]],
     groups: Sequence[Sequence[int]],
 ) -> Float[Tensor, "group measure 3"]:
-    """Return what `_ablate` does, summed over the tokens of a piece of a block.
+    """Return the measures of `_ablate`, summed over the tokens of a piece of a block.
 
-    `unembedded` holds W_out W_U of each neuron.
+    `unembedded` maps each neuron to its W_out W_U.
     """
     neurons, b_U = stream.neurons[-1], stream.model.b_U
     W_out, activation, resid = stream.weight_before_norm(neurons), cache[neurons.hook], cache[stream.final]
@@ -257,10 +257,10 @@ def _ablate_piece(
 def _through_post_norm(
     stream: Stream, excess: Float[Tensor, "1 pos d_model"], cache: Mapping[str, Tensor]
 ) -> Float[Tensor, "1 pos d_model"]:
-    """Return how the stream changes when `excess` is taken out of the last MLP's output, which a norm normalises.
+    """Return the change of the stream when `excess` is subtracted from the last MLP's output, before its post-norm.
 
-    With m the output, s what the norm divides it by, g its gain, n = m/s and e = excess/s, that is
-    g·(n − e)/RMS(n − e) − g·n. The norm's eps is in units of m², and of n² it is eps/s².
+    With m the output, s the norm's divisor, g its gain, n = m/s and e = excess/s, this is
+    g·(n − e)/RMS(n − e) − g·n. The norm's eps is added to m², so eps/s² is added to n².
     """
     neurons = stream.neurons[-1]
     scale, normalised = cache[neurons.scale], cache[neurons.scale.replace("hook_scale", "hook_normalized")]
@@ -270,7 +270,7 @@ def _through_post_norm(
 
 
 def _entropy_and_loss(logits: Float[Tensor, "1 pos vocab"], targets: Int[Tensor, " pos"]) -> Float[Tensor, " measure"]:
-    """Return both, summed over tokens."""
+    """Return entropy and loss, each summed over tokens."""
     log_probs = logits[0].float().log_softmax(-1)
     entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
     loss = -log_probs.gather(-1, targets[:, None])
@@ -279,7 +279,7 @@ def _entropy_and_loss(logits: Float[Tensor, "1 pos vocab"], targets: Int[Tensor,
 
 @figures.of_text
 def plot_neurons(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_neurons` returns: LogitVar against ‖w_out‖, one panel per model, candidates as diamonds."""
+    """Plot the table of `measure_neurons`: LogitVar against ‖w_out‖, one panel per model, candidates as diamonds."""
     models = list(frame["model"].unique())
     figure = make_subplots(1, len(models), shared_yaxes=True, column_titles=models, horizontal_spacing=0.03)
     for (model, candidate), group in frame.groupby(["model", "candidate"], sort=False):
@@ -307,14 +307,14 @@ def plot_neurons(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns of single neurons: the changes, one row per measure, one column per part."""
+    """Plot the changes by single neurons in the table of `measure`: one row per measure, one column per part."""
     figure = _plot_changes(frame[frame["ablation"] == "alone"].astype({"neuron": str}), "neuron", go.Bar)
     return figure.update_xaxes(type="category").update_xaxes(title="Neuron ablated", row=len(MEASURES))
 
 
 @figures.of_text
 def plot_cumulative(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns of neurons together: the changes by how many there are."""
+    """Plot the changes by several neurons together in the table of `measure`, against their number."""
     figure = _plot_changes(frame[frame["ablation"] == "together"], "ablated", go.Scatter)
     return figure.update_xaxes(title="Neurons ablated", row=len(MEASURES))
 
@@ -342,13 +342,13 @@ def _plot_changes(frame: pd.DataFrame, x: str, trace: type[go.Bar] | type[go.Sca
 
 @figures.of_text
 def plot_spectrum(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_spectrum` returns: singular values above, cumulative share of ‖w_out‖² below."""
+    """Plot the table of `measure_spectrum`: singular values above, cumulative fraction of ‖w_out‖² below."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
     for (model, neurons), group in frame.groupby(["model", "neurons"], sort=False):
         line = {"color": palette.colour(model), "dash": "solid" if neurons == "candidates" else "dot"}
         style = {"x": group["direction"], "mode": "lines", "line": line, "legendgroup": model}
         if neurons == "candidates":
-            # W_U is centred: one value is 0 but for rounding, and would squeeze the others on a log axis.
+            # W_U is centred, so one value is 0 except for rounding, and would squeeze the others on a log axis.
             values = group["singular_value"].where(group["singular_value"] > 1e-6 * group["singular_value"].max())
             figure.add_scatter(y=values, name=model, showlegend=False, **style, row=1, col=1)
         figure.add_scatter(y=group["cumulative"], name=f"{model}, {neurons}", **style, row=2, col=1)

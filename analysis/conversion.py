@@ -1,7 +1,7 @@
-"""The weights of a model, one by one, into an empty `HookedTransformer` or native `TransformerBridge`.
+"""Converts a model to a `HookedTransformer` or native `TransformerBridge`, by copying its weights one by one.
 
-`finetune.families` says what each module reads or writes, and `finetune.folding` folds the norms into what reads: no
-family needs a conversion of its own. `_hooked_config` alone reads what configs say in several ways.
+`finetune.families` defines what each module reads or writes, and `finetune.folding` folds norms into the weights that
+read them. So no family needs its own conversion. Only `_hooked_config` handles config fields with different names.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from finetune.families import ACTIVATIONS, Part, SiteKind, Written, family_of
 from finetune.folding import NormState, linear_maps, matrix, norms_of, part_of_column, to_identity
 
 _HOOKED_CONTEXT = 2048
-"""Positions of a `HookedTransformer` with rotary ones, at most: each of its layers keeps a mask of positions²."""
+"""The maximum context of a `HookedTransformer` with rotary positions. Each of its layers keeps a positions² mask."""
 _NAMES: dict[Part | Written, str] = {
     "embed": "embed",
     "pos_embed": "pos_embed",
@@ -33,7 +33,7 @@ _NAMES: dict[Part | Written, str] = {
     "gate": "mlp.gate",
     "out": "mlp.out",
 }
-"""TransformerBridge's names of linear maps, within a block where they belong to one, by what they compute."""
+"""TransformerBridge's names of linear maps by what they compute. Those of a block are relative to it."""
 _HOOKED_NAMES = {
     "embed": ("embed.W_E", ""),
     "pos_embed": ("pos_embed.W_pos", ""),
@@ -41,7 +41,7 @@ _HOOKED_NAMES = {
     **{f"mlp.{x}": (f"mlp.W_{x}", f"mlp.b_{x}") for x in ("in", "gate", "out")},
     "unembed": ("unembed.W_U", "unembed.b_U"),
 }
-"""HookedTransformer's names of their weights and biases."""
+"""HookedTransformer's names of the weights and biases of these linear maps."""
 _POST_NORMS: dict[SiteKind | None, str] = {"attn_out": "ln1_post.w", "mlp_out": "ln2_post.w"}
 
 
@@ -58,9 +58,9 @@ def to_hooked(source: PreTrainedModel, state: NormState, dtype: torch.dtype, cen
         raise ImportError("TransformerLens 4 has no HookedTransformer: use load_bridge.") from error
 
     if state == "frozen" and any(norm.writer for norm in norms_of(source)):
-        source, state = to_identity(source), "identity"  # what writes takes the post-norms in
+        source, state = to_identity(source), "identity"  # folds the post-norms into the writers
     with warnings.catch_warnings():
-        # It says to use TransformerBridge: whoever calls `load_hooked` has chosen.
+        # The warning recommends TransformerBridge, but the caller of `load_hooked` has chosen.
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
         hooked = HookedTransformer(HookedTransformerConfig(**_hooked_config(source, state, dtype)))
     parameters = dict(hooked.named_parameters())
@@ -74,7 +74,7 @@ def to_hooked(source: PreTrainedModel, state: NormState, dtype: torch.dtype, cen
             parameters[weight_name].copy_(weight.reshape(parameters[weight_name].shape))
             if bias is not None:
                 if hooked.cfg.gated_mlp and name in ("mlp.gate", "mlp.in"):
-                    raise CheckpointError("A HookedTransformer has no biases into gated MLPs: use load_bridge.")
+                    raise CheckpointError("A HookedTransformer does not have biases into gated MLPs. Use load_bridge.")
                 parameters[bias_name].copy_(bias.view_as(parameters[bias_name]))
         if state == "live":
             offset = family_of(source).style.gain_offset
@@ -95,10 +95,10 @@ def to_hooked(source: PreTrainedModel, state: NormState, dtype: torch.dtype, cen
 def to_native_bridge(
     source: PreTrainedModel, state: NormState, dtype: torch.dtype, centre_writing: bool = False
 ) -> TransformerBridge:
-    """Return a GPT-2 as a `TransformerBridge` over TransformerLens's own modules, which need no norm.
+    """Return a GPT-2 as a `TransformerBridge` of TransformerLens's own modules, which can do without norms.
 
     Raises:
-        CheckpointError: an activation function that TransformerLens does not have.
+        CheckpointError: TransformerLens does not have the activation function.
     """
     config = TransformerBridgeConfig(**_config(source, state, dtype), architecture="TransformerLensNative")
     bridge = TransformerBridge.boot_native(config, dtype=dtype, device=source.device)
@@ -115,7 +115,7 @@ def to_native_bridge(
 
 
 def normalization(source: PreTrainedModel, state: NormState) -> dict[str, Any]:
-    """Return what TransformerLens's configs call norms whose weights are folded, or no norms."""
+    """Return the fields of TransformerLens's configs for norms whose weights are folded, or for no norms."""
     family = family_of(source)
     if state != "live":
         return {"normalization_type": None, "eps": 0.0}
@@ -126,7 +126,7 @@ def normalization(source: PreTrainedModel, state: NormState) -> dict[str, Any]:
 
 
 def centre_writing(model: PreTrainedModel) -> None:
-    """Take the mean over `d_model` out of what every module writes to the residual stream, in place."""
+    """Subtract the mean over `d_model` from what every module writes to the residual stream, in place."""
     with torch.no_grad():
         for _, _, path in family_of(model).writers_of(model.config.num_hidden_layers):
             writer: Any = model.get_submodule(path)
@@ -142,7 +142,7 @@ def _config(source: PreTrainedModel, state: NormState, dtype: torch.dtype) -> di
     activation = getattr(config, family.activation)
     if activation not in ACTIVATIONS:
         raise CheckpointError(
-            f"TransformerLens does not have the activation {activation}, only {', '.join(ACTIVATIONS)}: use "
+            f"TransformerLens does not have the activation {activation}, only {', '.join(ACTIVATIONS)}. Use "
             f"load_nnsight or load_transformers{'' if config.model_type == 'gpt2' else ', or load_bridge'}."
         )
     into_mlp = next(reader.path for norm in norms_of(source) for reader in norm.readers if reader.parts == ("in",))
@@ -166,7 +166,7 @@ def _config(source: PreTrainedModel, state: NormState, dtype: torch.dtype) -> di
 def _hooked_config(source: PreTrainedModel, state: NormState, dtype: torch.dtype) -> dict[str, Any]:
     """Return the fields of a `HookedTransformerConfig`."""
     hooked, config, norms = _config(source, state, dtype), source.config, norms_of(source)
-    # The same function in one kernel instead of eight; TransformerBridge takes it by itself.
+    # The same function in one kernel instead of eight. TransformerBridge uses it by default.
     hooked["act_fn"] = hooked["act_fn"].replace("gelu_new", "gelu_pytorch_tanh")
     if (rotary := getattr(source.base_model, "rotary_emb", None)) is not None:
         hooked |= {"positional_embedding_type": "rotary", "rotary_dim": 2 * len(rotary.inv_freq)}
@@ -190,7 +190,7 @@ def _hooked_config(source: PreTrainedModel, state: NormState, dtype: torch.dtype
 
 
 def _scaling(source: PreTrainedModel, layer: int) -> float:
-    """Return what multiplies a layer's attention scores."""
+    """Return the factor of a layer's attention scores."""
     family = family_of(source)
     attention = source.get_submodule(f"{family.blocks}.{layer}.{family.attention}")
     return getattr(attention, "scaling", 1.0)
@@ -199,9 +199,9 @@ def _scaling(source: PreTrainedModel, layer: int) -> float:
 def _maps(
     source: PreTrainedModel, centre: bool
 ) -> Iterator[tuple[str, str, Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"] | None]]:
-    """Yield (block, name, weight, bias) of every linear map, one by one, norms folded in; names are the bridge's.
+    """Yield (block, name, weight, bias) of every linear map, one by one, with norms folded in. Names are the bridge's.
 
-    What writes to the residual stream has its output's mean over `d_model` taken out if `centre`.
+    If `centre`, the mean over `d_model` is subtracted from what is written to the residual stream.
     """
 
     def centred(weight: Float[Tensor, "*d_in d_model"]) -> Float[Tensor, "*d_in d_model"]:

@@ -1,23 +1,23 @@
-"""What every component writes into everything that reads the residual stream: the edges of a model, and how exact.
+"""The edges of a model: what every component writes into every reader of the residual stream, and whether it is exact.
 
-DLA looks at one reader, the unembedding. Queries, keys, values and the pre-activations of MLPs read the stream in the
-same way: x ↦ N(x) · w + b, with N the norm in front, weights w and b that no prompt changes, and x the sum of what
-components wrote before (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
+DLA considers one reader, the unembedding. Queries, keys, values and the pre-activations of MLPs read the stream in the
+same way: x ↦ N(x) · w + b, where N is the norm in front, w and b are weights that do not depend on the prompt, and x is
+the sum of what components wrote before (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
 
-1. The contribution of a component c to a reader is its share at the scale of the full x: c · w / σ(x), c centred where
-   N centres. Contributions and b add up to the reader, with a norm too; but then σ(x) holds for this one x.
-2. The direct effect is what the reader loses when c is taken out of the stream in front of it and the norm, if there is
-   one, is applied afresh: reader(x) − reader(x − c). No other reader sees that, and nothing else is run again.
-3. NMAE = 100 · mean|contribution − direct effect| / mean|direct effect|, the means over tokens and the units of a
-   reader (the width of a head, the neurons of an MLP). Of the logit it is the NMAE of DLA (Baroni et al. 2025, arXiv
-   2507.02559). Without norms it is 0 %: edges are exact whatever else one takes out, and the same for every prompt.
-4. No vector x − c is made and no forward run for an edge: as for the logit (`analysis.readout`), c·w, c·x and c·c are
-   all that it takes. Of a head, c = z W_O: the weights W_O w from head to reader are multiplied once, then come the z.
-5. An attention score is a product of two readers, and so a double sum: `measure_scores`.
+1. The contribution of a component c to a reader is its share at the scale of the full x: c · w / σ(x), with c centred
+   if N centres. Contributions and b add up to the reader even with a norm, but then σ(x) is specific to this x.
+2. The direct effect of c is how much the reader loses when c is removed from the stream in front of it and the norm, if
+   there is one, is applied again: reader(x) − reader(x − c). Other readers are not affected, and nothing else is rerun.
+3. NMAE = 100 · mean|contribution − direct effect| / mean|direct effect|, with means over tokens and the units of a
+   reader (the width of a head, the neurons of an MLP). For the logit, it is the NMAE of DLA (Baroni et al. 2025, arXiv
+   2507.02559). Without norms it is 0 %: edges are exact, whatever else is removed, and the same for every prompt.
+4. An edge needs neither a vector x − c nor a forward: as for the logit (`analysis.readout`), c·w, c·x and c·c suffice.
+   For a head, c = z W_O: the weights W_O w from head to reader are multiplied once, and then applied to all z.
+5. An attention score is a product of two readers, and therefore a double sum: `measure_scores`.
 
-Where a live norm lies between a head or MLP and the stream (Gemma 2), its scale is kept, as in `analysis.readout`. Of a
-gated MLP both what is activated and what it multiplies are readers. Activations have the model's dtype; from the
-residual stream on everything is float64.
+If there is a live norm between a head or MLP and the stream (Gemma 2), its scale is held fixed, as in
+`analysis.readout`. A gated MLP has two readers, its input and its gate. Activations have the model's dtype; everything
+from the residual stream on is in float64.
 """
 
 import itertools
@@ -40,20 +40,20 @@ from analysis.stream import Component, Stream
 KINDS = {"logit": "Logit", "query": "Queries", "key": "Keys", "value": "Values", "mlp": "MLPs"}
 """Kinds of readers, with their titles in figures."""
 Target = int | tuple[int, int]
-"""A token, or two: how far the logit of the first is above that of the second."""
+"""A token, or two tokens: the logit of the first minus that of the second."""
 
 _READER = ("kind", "reader", "reader_layer", "reader_head")
 _LOGIT = (("logit", "logit", None, None),)
 _NUMBERS = ("reader_layer", "reader_head", "layer", "head")
 _AT_ONCE = 2**17
-"""Contributions computed at once: few enough for a core's cache, half again as fast as more."""
+"""How many contributions to compute at once: they fit into a core's cache, which makes it 1.5 times as fast."""
 _NO_PART = ["bias", "reader", "residue"]
 _SUMS = ["contribution_abs", "direct_effect_abs", "error_abs"]
 _MAXIMA = ["contribution_max", "direct_effect_max"]
 
 
 class Reading:
-    """What reads one point of the residual stream of some tokens, in float64."""
+    """Readers of one point of the residual stream, at some tokens, in float64."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Reading:
         b: Float[Tensor, " unit"],
         x: Float[Tensor, "token d_model"],
     ) -> None:
-        """Take the weight and bias of what reads, and the residual vectors that it reads."""
+        """`W` and `b` are the weight and bias of the readers, `x` the residual vectors that they read."""
         self._stream = stream
         self._x = stream.centre(x.double())
         self._xx = self._x.square().sum(-1, keepdim=True)
@@ -74,7 +74,7 @@ class Reading:
     def products(
         self, written: Written
     ) -> Iterator[tuple[slice, Float[Tensor, "part token unit"], Float[Tensor, "part token 1"]]]:
-        """Yield c·w of the parts of a component, and 1 over the scale without them, a piece of the tokens at a time."""
+        """Yield c·w and 1/σ(x − c) of a component's parts, one piece of the tokens at a time."""
         into = written.into(self._W)
         without = 1 / self._stream.scale(self._xx - 2 * written.dot(self._x) + written.square()).T.unsqueeze(-1)
         for at in pieces(len(self._x), len(into) * len(self.b), _AT_ONCE):
@@ -83,9 +83,9 @@ class Reading:
     def effects(
         self, written: Written
     ) -> Iterator[tuple[slice, Float[Tensor, "part token unit"], Float[Tensor, "part token unit"]]]:
-        """Yield contributions and direct effects of the parts of a component, a piece of the tokens at a time."""
+        """Yield contributions and direct effects of a component's parts, one piece of the tokens at a time."""
         for at, cw, without in self.products(written):
-            effect = (cw - self.xw[at]).mul_(without).add_(self._read[at])  # in place: less to write
+            effect = (cw - self.xw[at]).mul_(without).add_(self._read[at])  # in place, to write less memory
             yield at, cw * self._per_scale[at], effect
 
 
@@ -97,7 +97,7 @@ def measure(
     pair: tuple[int, int] | None = None,
     centre_unembedding: bool = True,
 ) -> pd.DataFrame:
-    """Summarise by kind of reader how far contributions are from direct effects, in each model.
+    """Measure how far contributions are from direct effects, by model and kind of reader.
 
     Arguments and errors are those of `measure_edges`, columns those of `summarise`.
     """
@@ -107,25 +107,25 @@ def measure(
 
 
 def summarise(edges: pd.DataFrame) -> pd.DataFrame:
-    """Summarise what `measure_edges` returns, one row per model and kind of reader.
+    """Summarise the table of `measure_edges`: one row per model and kind of reader.
 
-    Columns: model; kind, one of logit, query, key, value, mlp; nmae, the mean over the edges from heads of their NMAE,
-    %, as `logit_attribution` has it of the logit, NaN where the kind reads no head (in a model of one layer); nmae_all,
-    the mean over the edges from all components, %; nmae_pooled, 100 · Σ mean|contribution − direct effect| / Σ
-    mean|direct effect| over these, %; residue_relative, the largest |reader − sum of contributions| of a token and
-    unit over the largest |reader|, the most of any reader, dimensionless, and effect_residue_relative, the same with
-    direct effects in place of contributions; edges, how many; tokens.
+    Columns: model; kind, one of logit, query, key, value, mlp; nmae, the mean NMAE of the edges from heads, in %, as in
+    `logit_attribution` for the logit (NaN if the kind reads no heads, in a model with one layer); nmae_all, the mean
+    over the edges from all components, in %; nmae_pooled, 100 · Σ mean|contribution − direct effect| / Σ
+    mean|direct effect| over these, in %; residue_relative, the largest |reader − sum of contributions| over tokens and
+    units divided by the largest |reader|, the maximum over readers, dimensionless, and effect_residue_relative, the
+    same with direct effects instead of contributions; edges, their number; tokens.
     """
     return _summarise(edges, ["model", "kind"])
 
 
 def measure_layers(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8) -> pd.DataFrame:
-    """Measure what `measure` does by layer of the reader: `summarise_layers` of `measure_edges`."""
+    """Measure the same as `measure`, but by layer of the reader: `summarise_layers` of `measure_edges`."""
     return summarise_layers(measure_edges(models, tokens, batch_size=batch_size))
 
 
 def summarise_layers(edges: pd.DataFrame) -> pd.DataFrame:
-    """Summarise what `measure_edges` returns, one row per model, kind of reader and layer of the reader.
+    """Summarise the table of `measure_edges`: one row per model, kind of reader and layer of the reader.
 
     Columns: reader_layer, missing for the logit, and those of `summarise`.
     """
@@ -156,18 +156,18 @@ def _summarise(edges: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def describe(frame: pd.DataFrame) -> str:
-    """Say by how much contributions and direct effects miss the readers, from what `measure` returns."""
+    """Describe how far sums of contributions and direct effects are from the readers, from the table of `measure`."""
     most = frame.groupby("model", sort=False)[["residue_relative", "effect_residue_relative"]].max()
     residues = [
         f"{row.Index}: {row.residue_relative:.2g} by contribution, {row.effect_residue_relative:.2g} by direct effect"
         for row in most.itertuples()
     ]
-    return f"Sum over components less the reader, most of any, share of the largest: {'; '.join(residues)}."
+    return f"Largest |sum over components − reader|, as a fraction of the largest |reader|: {'; '.join(residues)}."
 
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: the NMAE of each kind of reader and model."""
+    """Plot the table of `measure`: the NMAE of each kind of reader and model."""
     figure = go.Figure()
     for name, rows in frame.groupby("model", sort=False):
         figure.add_bar(
@@ -179,13 +179,13 @@ def plot(frame: pd.DataFrame) -> go.Figure:
             texttemplate="%{y:.3g}",
             textposition="outside",
         )
-    figure.update_xaxes(title="What reads the heads")
+    figure.update_xaxes(title="Kind of reader")
     return figure.update_yaxes(title="NMAE of contributions (%)")
 
 
 @figures.of_text
 def plot_layers(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_layers` returns: NMAE over all components by layer of the reader, one panel per kind."""
+    """Plot the table of `measure_layers`: NMAE over all components by layer of the reader, one panel per kind."""
     kinds = [kind for kind in KINDS if kind != "logit"]
     figure = make_subplots(1, len(kinds), shared_yaxes=True, column_titles=[KINDS[kind] for kind in kinds])
     for (name, kind), rows in frame[frame["kind"] != "logit"].groupby(["model", "kind"], sort=False):
@@ -215,24 +215,26 @@ def measure_edges(
     """Measure the contribution and the direct effect of every component to every reader, over all tokens.
 
     Args:
-        models: by name, all on one device.
+        models: models by name, all on one device.
         tokens: blocks as in training.
-        batch_size: blocks at a time; no result depends on it.
-        pair: two token ids: the logit is how far that of the first is above that of the second, at every position.
-            None: that of the next token.
-        centre_unembedding: whether W_U is taken less its mean over the vocabulary. It cancels out in a pair.
+        batch_size: blocks per forward. No result depends on it.
+        pair: two token ids. The logit is then that of the first minus that of the second, at every position. None: the
+            logit of the next token.
+        centre_unembedding: whether to subtract from W_U its mean over the vocabulary. It cancels out in a pair.
 
-    Returns one row per model, reader and component. Columns: model; kind; reader, such as "L2H3 query", "L2 MLP",
-    "logit"; reader_layer and reader_head where it has them; component, one of embed, pos_embed, head, b_O, mlp (its
-    bias in it), bias (the reader's own), reader (the sum to be reached) and residue (what the others leave over);
-    label, such as L2H3; layer and head where it has them; over tokens and units of the reader, in its own units,
-    contribution_abs, the mean |contribution|, direct_effect_abs, that of the direct effect, and error_abs, that of
-    their difference; contribution_max and direct_effect_max, the largest, of reader and residue alone; nmae, %; tokens,
-    how many.
+    Returns one row per model, reader and component. Columns:
+
+    - model; kind; reader, such as "L2H3 query", "L2 MLP", "logit"; reader_layer and reader_head if it has them;
+    - component, one of embed, pos_embed, head, b_O, mlp (including its bias), bias (the reader's own), reader (the
+      value that the others sum to) and residue (the difference); label, such as L2H3; layer and head if it has them;
+    - contribution_abs, direct_effect_abs and error_abs: the means over tokens and units of the reader, in its own
+      units, of |contribution|, |direct effect| and |their difference|; contribution_max and direct_effect_max: the
+      maxima, only for reader and residue;
+    - nmae, in %; tokens, their number.
 
     Raises:
-        NolnError: a model of `finetune.blocks`.
-        ValueError: a final norm whose weights are not folded into the unembedding.
+        NolnError: a model is one of `finetune.blocks`.
+        ValueError: the weights of the final norm are not folded into the unembedding.
     """
     tables: list[dict[str, np.ndarray]] = []
     for name, model in models.items():
@@ -287,25 +289,25 @@ def measure_prompt(
     """Measure contribution and direct effect of every component to readers at one position of a prompt, unit by unit.
 
     Args:
-        models: by name.
+        models: models by name.
         prompt: token ids.
-        readers: names such as "logit", "L2H3 query", "L2 MLP", "L2N17" for one of its neurons, and, of gated MLPs,
-            "L2 MLP gate" and "L2N17 gate". None: all.
-        position: where the readers are.
-        target: of the logit: a token, or two for the difference. None: the token after `position` or, at the end, the
-            one that the first model finds likeliest.
-        centre_unembedding: whether W_U is taken less its mean over the vocabulary. It cancels out in a difference.
-        neurons: also measure every neuron of every MLP before the reader. They are parts of their MLP.
-        sources: split heads by the positions that they attend to. The direct effect is that of one such part.
+        readers: names such as "logit", "L2H3 query", "L2 MLP", "L2N17" for one of its neurons, and for gated MLPs "L2
+            MLP gate" and "L2N17 gate". None: all.
+        position: the position of the readers.
+        target: the target of the logit: a token, or two for the difference. None: the token after `position` or, at
+            the end, the first model's most likely token.
+        centre_unembedding: whether to subtract from W_U its mean over the vocabulary. It cancels out in a difference.
+        neurons: also measure every neuron of every MLP before the reader. Neurons are parts of their MLP.
+        sources: split heads by the positions that they attend to. The direct effect is that of removing one such part.
 
     Returns one row per model, reader, unit and component. Columns: model; kind, reader, reader_layer and reader_head,
-    as in `measure_edges`; unit, which one of the head's width or of the MLP's neurons; component, label, layer and
-    head, as there, with neuron, and, where `sources`, source, the position; contribution and direct_effect, in units of
-    the reader. The rows `bias` and `reader` hold the reader's own bias and what it is: the sum of all, neurons apart.
+    as in `measure_edges`; unit, the index in the head's width or of the MLP's neuron; component, label, layer and head,
+    as there; neuron; source, the position, if `sources`; contribution and direct_effect, in units of the reader. The
+    row `bias` contains the reader's own bias, and the row `reader` its value: the sum of all others except neurons.
 
     Raises:
-        ValueError: no reader of such a name, or what `measure_edges` raises.
-        NolnError: as `measure_edges` does.
+        ValueError: there is no reader with one of the names; or as in `measure_edges`.
+        NolnError: as in `measure_edges`.
     """
     position = range(len(prompt))[position]
     frames: list[pd.DataFrame] = []
@@ -346,7 +348,7 @@ def measure_prompt(
                 frames.append(_rows(names, Component(kind, None, ""), *[values.double()] * 2).assign(model=name))
     if not frames:
         raise ValueError(
-            f"No reader is called {', '.join(readers or ())}: names are such as L0H0 query, L0N0 or logit."
+            f"No reader is called {', '.join(readers or ())}. Names are L0H0 query, L0 MLP, L0N0, logit and so on."
         )
     frame = pd.concat(frames, ignore_index=True)
     return frame[["model", *frame.columns.drop("model" if sources else ["model", "source"])]]
@@ -356,35 +358,36 @@ def measure_prompt(
 def measure_scores(
     models: Mapping[str, Any], prompt: Int[Tensor, " pos"], layer: int, head: int, *, key: int, query: int = -1
 ) -> pd.DataFrame:
-    """Measure what an attention score is the sum of: which pairs of components make a head look where it looks.
+    """Decompose an attention score into pairs of components: which pairs make a head attend where it does.
 
-    1. The query is Σ_c c · W_Q / σ(x) + b_Q over the components c at its position, and so is the key at its own.
-    2. Rotary embeddings, where there are any, turn both, term by term, by angles of their positions.
-    3. The score is the product of the two sums, times the head's scale: Σ_c Σ_c′ over all pairs, the biases b_Q and
-       b_K among them. It is the score before soft-capping, which Gemma 2 does, and before the softmax over keys.
+    1. The query is Σ_c c · W_Q / σ(x) + b_Q over the components c at its position. The key is the same sum, with W_K
+       and b_K, at its own position.
+    2. If there are rotary embeddings, they rotate each term of both by the angles of its position.
+    3. The score is the product of the two sums, times the head's scale: a sum Σ_c Σ_c′ over all pairs, including the
+       biases b_Q and b_K. It is the score before soft-capping (in Gemma 2) and before the softmax over keys.
 
-    With norms this holds at the σ of both positions; without, the product of two components is the same wherever and
-    beside whatever else they occur.
+    With norms, this is valid for the σ of both positions. Without, the product of two components does not depend on
+    what else there is at their positions.
 
     Args:
-        models: by name.
+        models: models by name.
         prompt: token ids.
-        layer: of the head.
-        head: its number in the layer; heads with grouped queries share keys.
-        key: the position that is looked at, not after `query`.
-        query: the position that looks.
+        layer: the head's layer.
+        head: its index in the layer. With grouped queries, heads share keys.
+        key: the position attended to, not after `query`.
+        query: the position that attends.
 
     Returns one row per model and pair. Columns: model; layer; head; query and key, positions; query_label and
-    key_label, components such as L0H3, embed or b_Q; contribution, in units of the score, of which the sum is the
+    key_label, components such as L0H3, embed or b_Q; contribution, in units of the score. Contributions sum to the
     score.
 
     Raises:
-        ValueError: a key after the query.
-        NolnError: as `measure_edges` does, or norms of queries and keys, after which a score is not a sum any more.
+        ValueError: the key is after the query.
+        NolnError: as in `measure_edges`; or the model has norms of queries and keys, after which a score is not a sum.
     """
     query, key = (range(len(prompt))[position] for position in (query, key))
     if key > query:
-        raise ValueError(f"The key, position {key}, comes after the query, position {query}, which cannot see it.")
+        raise ValueError(f"The key, position {key}, is after the query, position {query}, which cannot see it.")
     frames = []
     for name, model in models.items():
         stream = Stream(model)
@@ -414,10 +417,10 @@ def measure_scores(
 
 
 class _Sums:
-    """Sums over tokens, and over the units of each reader, of what components do to what reads one point."""
+    """Sums, over tokens and the units of each reader, of the effects of components on the readers of one point."""
 
     def __init__(self, readers: Sequence[tuple[Any, ...]], widths: Sequence[int]) -> None:
-        """Take the readers, as a `Side` has them, and how many units each has."""
+        """`readers` and `widths` are those of a `Side`."""
         self._readers, self._widths = readers, list(widths)
         self._reader_of_unit = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
         self._sums: dict[Component, Float[Tensor, "3 part reader"]] = {}
@@ -440,7 +443,7 @@ class _Sums:
             self._maxima[component] = maxima.maximum(self._maxima.get(component, maxima))
 
     def columns(self, tokens: int) -> dict[str, np.ndarray]:
-        """Return the columns of a table with one row per component, each head by itself, and reader."""
+        """Return the columns of a table with one row per component (one per head) and reader."""
         parts = [(component, part) for component, sums in self._sums.items() for part in range(sums.shape[1])]
         of_part = {
             "component": [component.kind for component, _ in parts],
@@ -461,33 +464,33 @@ class _Sums:
 
 
 def run(model: Any, prompt: Int[Tensor, " pos"], hooks: Iterable[str]) -> Forward:
-    """Return what a model makes of one prompt: a batch of one."""
+    """Run a model on one prompt, a batch of one, and return its output with the activations of `hooks`."""
     tokens, names = prompt.unsqueeze(0).to(model.cfg.device), list(dict.fromkeys(hooks))
     return Forward(*model.run_with_cache(tokens, names_filter=names, return_cache_object=False))
 
 
 class Side(NamedTuple):
-    """What reads one point of the stream: the units of all heads there, or of the MLP, side by side."""
+    """The readers of one point of the stream: all heads there, or the MLP. Their units are concatenated."""
 
     point: str
     readers: tuple[tuple[str, str, int | None, int | None], ...]
-    """Kind, name, layer and head of each reader; an MLP has no head, the logit no layer either."""
+    """Kind, name, layer and head of each reader. An MLP has no head, and the logit has no layer either."""
     widths: tuple[int, ...]
-    """How many units each reader has: the width of the head or the neurons of the MLP."""
+    """The number of units of each reader: the width of the head, or the neurons of the MLP."""
     W: Float[Tensor, "d_model unit"]
     b: Float[Tensor, " unit"]
     hooks: tuple[str, ...]
-    """The activations that are the units; of the logit none."""
+    """The activations that contain the units; none for the logit."""
 
     @property
     def names(self) -> pd.DataFrame:
-        """What each unit is, one row per unit: the columns `_READER`, and unit, which one of the head or MLP."""
+        """One row per unit: the columns `_READER`, and unit, its index in the head or MLP."""
         units = [(*reader, i) for reader, width in zip(self.readers, self.widths, strict=True) for i in range(width)]
         return _typed(pd.DataFrame(units, columns=[*_READER, "unit"]))
 
 
 def inner_sides(stream: Stream) -> list[Side]:
-    """Return what reads the stream inside the blocks, point by point, heads and MLP apart: units of one width."""
+    """Return the readers inside the blocks, point by point, with heads and MLP in separate sides."""
     sides = []
     for (point, _), group in itertools.groupby(stream.readers, lambda reader: (reader.point, reader.kind == "mlp")):
         readers, rows, widths, weights, biases = list(group), [], [], [], []
@@ -504,15 +507,15 @@ def inner_sides(stream: Stream) -> list[Side]:
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with its numbers of layers and heads as integers that may be missing."""
+    """Return a table with its layers and heads as nullable integers."""
     return frame.astype({name: "Int64" for name in _NUMBERS if name in frame})
 
 
 def logit_side(stream: Stream, target: Target, centre_unembedding: bool = True) -> Side:
-    """Return what reads the logit of a target off the final stream.
+    """Return the side that reads the logit of a target from the final stream.
 
     Raises:
-        ValueError: a final norm whose weights are not folded into the unembedding.
+        ValueError: the weights of the final norm are not folded into the unembedding.
     """
     stream.require_folded_norm()
     W, b = (target_logit(x, target, centre_unembedding) for x in (stream.model.W_U, stream.model.b_U))
@@ -522,26 +525,26 @@ def logit_side(stream: Stream, target: Target, centre_unembedding: bool = True) 
 def target_logit(
     by_token: Float[Tensor, "*shape vocab"], target: Target, centre_unembedding: bool = True
 ) -> Float[Tensor, "*shape"]:
-    """Return the entry of a target, less that of the other token or, if `centre_unembedding`, the mean of all."""
+    """Return the entry of a target minus that of the other token or, if `centre_unembedding`, minus the mean of all."""
     pair = target if isinstance(target, tuple) else None
     first = target[0] if isinstance(target, tuple) else target
     return by_token[..., first].double() - target_base(by_token, pair, centre_unembedding)
 
 
 def _named(names: pd.DataFrame, readers: Sequence[str]) -> np.ndarray:
-    """Return which units belong to readers of these names, or are neurons that are called so."""
+    """Return which units belong to readers with these names, or are neurons with these names."""
     neuron = names["reader"].str.replace(" MLP", "N") + names["unit"].astype(str)
     gate = names["reader"].str.replace(" MLP gate", "N") + names["unit"].astype(str) + " gate"
     return (names["reader"].isin(readers) | neuron.isin(readers) | gate.isin(readers)).to_numpy()
 
 
 def _attention_hooks(heads: Component) -> tuple[str, str]:
-    """Return the activations from which the sources of a layer's heads are read: pattern and values."""
+    """Return the activations that determine the sources of a layer's heads: pattern and values."""
     return tuple(heads.hook.replace("hook_z", hook) for hook in ("hook_pattern", "hook_v"))  # type: ignore[return-value]
 
 
 def _by_source(heads: Component, position: int, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the activations of heads at a position as if each source before it were a token."""
+    """Return the activations of heads at a position, split by source position, as if each source were a token."""
     pattern, values = (cache[hook][0] for hook in _attention_hooks(heads))
     attention, values = pattern[:, position, : position + 1].T.unsqueeze(-1), values[: position + 1]
     values = values.repeat_interleave(attention.shape[1] // values.shape[1], dim=1)
@@ -555,7 +558,7 @@ def _rows(
     contribution: Float[Tensor, "part source unit"],
     effect: Float[Tensor, "part source unit"],
 ) -> pd.DataFrame:
-    """Return one row per part, source, of which there is one where parts are not split, and unit."""
+    """Return one row per part, source and unit. There is one source if parts are not split."""
     part, source, unit = np.indices(effect.shape).reshape(3, -1)
     frame = names.iloc[unit].reset_index(drop=True)
     frame["component"] = component.kind

@@ -1,15 +1,15 @@
-"""Does a model still compute what a reference does: its predictions, residual streams, heads and neurons.
+"""How faithful a model is to a reference: comparisons of predictions, residual streams, heads and neurons.
 
 1. Predictions, token by token: JSD and KL to the reference, whether the top token is the same, and the rank correlation
-   of the reference's top tokens; of each model its entropy, and its calibration as the expected calibration error (ECE)
-   over equal bins of the top token's probability (Guo et al. 2017, arXiv 1706.04599).
-2. Residual streams between blocks: cosine similarity, token by token, and linear CKA, which sees no rotation
+   of the reference's top tokens. For each model also its entropy, and its calibration, as the expected calibration
+   error (ECE) over equal bins of the top token's probability (Guo et al. 2017, arXiv 1706.04599).
+2. Residual streams between blocks: cosine similarity, token by token, and linear CKA, which is invariant to rotations
    (Kornblith et al. 2019, arXiv 1905.00414).
 3. Heads: the total variation distance of attention patterns, and the correlation over tokens of their direct logit
-   attribution of the next token: are they the same heads that make the prediction?
-4. Neurons of MLPs: the correlation over tokens of their activations.
+   attribution to the next token. The latter shows whether the same heads make the prediction.
+4. MLP neurons: the correlation of their activations over tokens.
 
-CKA and correlations come from sums over tokens in float64, so that memory does not grow with the number of tokens.
+CKA and correlations are computed from sums over tokens in float64, so memory does not grow with the number of tokens.
 """
 
 from collections.abc import Mapping
@@ -34,12 +34,12 @@ from finetune.evaluate import js_divergence, kl_divergence
 _TOP = 50
 """How many of the reference's top tokens are ranked."""
 _BINS = 10
-"""Of the top token's probability."""
+"""The number of bins of the top token's probability."""
 _COLUMNS = ("jsd", "kl", "agreement", "rank_correlation", "entropy", "confidence", "correct")
 _PATTERNS_AT_ONCE = 2**28
-"""Numbers in one model's attention patterns of one batch: bounds the memory, and no result depends on it."""
+"""The maximum number of attention probabilities per model and batch, to limit memory. No result depends on it."""
 _POSITIONS = {"all": 0, "after 0": 1}
-"""From which position on residual streams are compared: in GPT-2 the one at 0 is so long that CKA sees little else."""
+"""The first position of residual streams to compare. GPT-2's stream at position 0 is so long that it dominates CKA."""
 
 
 @torch.inference_mode()
@@ -53,17 +53,17 @@ def measure_tokens(
     """Compare the prediction of every next token with that of `models[reference]`.
 
     Args:
-        models: what `analysis.load_trio` returns.
+        models: those of `analysis.load_trio`.
         tokens: packed blocks.
-        reference: the model to compare with; it has rows of its own.
-        batch_size: blocks in one forward; no result depends on it.
+        reference: the model to compare with. It has its own rows.
+        batch_size: blocks per forward. No result depends on it.
 
-    Returns one row per token and model. Columns: model; reference; block and position of the token that is predicted;
-    jsd and kl, KL(reference ‖ model), nats; agreement, whether both have the same top token; rank_correlation,
-    Spearman's over the logits of the reference's top 50 tokens; entropy, nats; confidence, the probability of the top
-    token; correct, whether that is the token.
+    Returns one row per token and model. Columns: model; reference; block and position of the predicted token; jsd and
+    kl, KL(reference ‖ model), in nats; agreement, whether both have the same top token; rank_correlation, Spearman's,
+    over the logits of the reference's top 50 tokens; entropy, in nats; confidence, the probability of the top token;
+    correct, whether the top token is the predicted token.
     """
-    # Made whole: small arrays kept from each block would lie between the large ones, whose place could not be reused.
+    # Allocated in full: small arrays kept from each block would fragment the memory of the large ones.
     values = {name: np.empty((tokens[:, 1:].numel(), len(_COLUMNS))) for name in models}
     end = 0
     for targets, log_probs in predictions(models, tokens, batch_size):
@@ -95,10 +95,10 @@ def measure_tokens(
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """Average what `measure_tokens` returns over the tokens of each model.
+    """Average the table of `measure_tokens` over the tokens of each model.
 
-    Returns one row per model. Columns: model; reference; the means over tokens of jsd and kl, nats, agreement, from 0
-    to 1, rank_correlation, dimensionless, and entropy, nats; of jsd and kl also `…_median`, `…_percentile_95`,
+    Returns one row per model. Columns: model; reference; the means over tokens of jsd and kl, in nats, agreement, from
+    0 to 1, rank_correlation, dimensionless, and entropy, in nats; for jsd and kl also `…_median`, `…_percentile_95`,
     `…_percentile_99_9` and `…_max`; accuracy of the top token, from 0 to 1; ece, over 10 bins, from 0 to 1; tokens.
     """
     rows = []
@@ -118,10 +118,10 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def calibrate(frame: pd.DataFrame) -> pd.DataFrame:
-    """Measure how often the top token is right, by its probability, from what `measure_tokens` returns.
+    """Measure how often the top token is correct, by its probability, from the table of `measure_tokens`.
 
-    Returns one row per model and bin of the top token's probability. Columns: model; bin_start and bin_end, which is in
-    the bin; confidence, the mean probability, and accuracy, both from 0 to 1, NaN in an empty bin; tokens.
+    Returns one row per model and bin of the top token's probability. Columns: model; bin_start (exclusive) and bin_end
+    (inclusive); confidence, the mean probability, and accuracy, both from 0 to 1, and NaN in an empty bin; tokens.
     """
     edges = np.linspace(0, 1, _BINS + 1)
     frames = []
@@ -143,7 +143,7 @@ def measure(
     reference: str = "original",
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Compare the predictions of models with a reference's: `summarise` of `measure_tokens`, whose arguments it takes.
+    """Compare the predictions of models with a reference's: `summarise` of `measure_tokens`, with the same arguments.
 
     Raises:
         ValueError: no model is called `reference`, or there is no other model.
@@ -154,7 +154,7 @@ def measure(
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns, one panel per quantity."""
+    """Plot the table of `measure`, one panel per quantity."""
     titles = {
         "jsd": "JSD to the<br>reference (nats)",
         "kl": "KL from the<br>reference (nats)",
@@ -173,7 +173,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_tails(frame: pd.DataFrame) -> go.Figure:
-    """Plot the JSD and KL of the median token and of the tail in what `measure` returns."""
+    """Plot the JSD and KL of the median token and of the tail in the table of `measure`."""
     titles = {"jsd": "JSD to the reference (nats)", "kl": "KL from the reference (nats)"}
     figure = make_subplots(1, 2, horizontal_spacing=0.12)
     for row in _compared(frame).to_dict("records"):
@@ -188,14 +188,14 @@ def plot_tails(frame: pd.DataFrame) -> go.Figure:
 def measure_calibration(
     models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8
 ) -> pd.DataFrame:
-    """Measure how often the top token is right, by its probability: `calibrate` of `measure_tokens`."""
+    """Measure how often the top token is correct, by its probability: `calibrate` of `measure_tokens`."""
     first = next(iter(models))
     return calibrate(measure_tokens(models, tokens, reference=first, batch_size=batch_size))
 
 
 @figures.of_text
 def plot_calibration(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_calibration` returns: accuracy over probability, equal on the line, and tokens in each bin."""
+    """Plot the table of `measure_calibration`: accuracy over probability (equal on the line), and tokens per bin."""
     figure = make_subplots(2, 1, shared_xaxes=True, row_heights=[0.75, 0.25], vertical_spacing=0.05)
     figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line={"color": "grey", "dash": "dot"}, row=1, col=1)
     for name, bins in frame.groupby("model", sort=False):
@@ -221,8 +221,8 @@ def measure_layers(
     """Compare the residual streams between blocks with those of `models[reference]`.
 
     Arguments and errors are those of `measure`. Returns one row per model, positions ("all" or "after 0") and layer,
-    the number of blocks before. Columns: these; reference; cosine, of the two vectors of a token, its mean over tokens,
-    and cka, linear, over tokens, from 0 to 1: both dimensionless.
+    the number of blocks before. Columns: these; reference; cosine, the cosine similarity of the two vectors of a token,
+    averaged over tokens; cka, linear, over tokens, from 0 to 1. Both are dimensionless.
     """
     _check(models, reference)
     points = Stream(models[reference]).between_blocks
@@ -255,7 +255,7 @@ def measure_layers(
 
 @figures.of_text
 def plot_layers(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_layers` returns, one column per choice of positions."""
+    """Plot the table of `measure_layers`, one column per choice of positions."""
     frame = _compared(frame).replace({"positions": {name: f"positions: {name}" for name in _POSITIONS}})
     quantities = {"cosine": "Cosine similarity<br>(no unit)", "cka": "Linear CKA<br>(no unit)"}
     return figures.lines(frame, "layer", quantities, column="positions").update_xaxes(title="Blocks before", row=2)
@@ -272,9 +272,9 @@ def measure_heads(
     """Compare each head with the same head of `models[reference]`.
 
     Arguments and errors are those of `measure`. Returns one row per model, layer and head. Columns: these; reference;
-    attention_distance, the total variation distance ½ Σ_key |difference| of attention patterns, from 0 to 1, its mean
-    over blocks and query positions ≥ 1 (0 can only attend to itself); dla_correlation, Pearson's, over tokens, of the
-    direct logit attribution of the next token (W_U centred), NaN where a head's is constant.
+    attention_distance, the total variation distance ½ Σ_key |difference| of attention patterns, from 0 to 1, averaged
+    over blocks and query positions ≥ 1 (0 can only attend to itself); dla_correlation, Pearson's correlation over
+    tokens of the direct logit attribution to the next token (W_U centred), NaN if a head's is constant.
     """
     _check(models, reference)
     cfg = models[reference].cfg
@@ -311,7 +311,7 @@ def measure_heads(
 
 @figures.of_text
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_heads` returns as heat maps: one row per quantity, one column per model."""
+    """Plot the table of `measure_heads` as heat maps: one row per quantity, one column per model."""
     return figures.heat_maps(
         _compared(frame),
         {
@@ -332,7 +332,7 @@ def measure_neurons(
     """Compare the activation of each MLP neuron with that of the same neuron of `models[reference]`.
 
     Arguments and errors are those of `measure`. Returns one row per model, layer and neuron. Columns: these; reference;
-    correlation, Pearson's over tokens, NaN where a neuron is constant.
+    correlation, Pearson's over tokens, NaN if a neuron is constant.
     """
     _check(models, reference)
     points = [neurons.hook for neurons in Stream(models[reference]).neurons]
@@ -350,7 +350,7 @@ def measure_neurons(
 
 @figures.of_text
 def plot_neurons(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_neurons` returns: quartiles over a layer's neurons as boxes, 5 and 95 % as whiskers."""
+    """Plot the table of `measure_neurons`: quartiles over a layer's neurons as boxes, 5 and 95 % as whiskers."""
     figure = go.Figure()
     for name, neurons in _compared(frame).groupby("model", sort=False):
         quantiles = neurons.groupby("layer")["correlation"].quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
@@ -372,16 +372,18 @@ def plot_neurons(frame: pd.DataFrame) -> go.Figure:
 
 def _check(models: Mapping[str, Any], reference: str) -> None:
     if reference not in models or len(models) == 1:
-        raise ValueError(f"{reference!r} and at least one other model are needed to compare, not {', '.join(models)}.")
+        raise ValueError(
+            f"A comparison needs {reference!r} and at least one other model, but the models are {', '.join(models)}."
+        )
 
 
 def _compared(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of all models but the reference, whose own are known beforehand."""
+    """Return the rows of all models except the reference, whose values are trivial."""
     return frame[frame["model"] != frame["reference"]]
 
 
 class _Correlation:
-    """Pearson correlations of two sets of series, over tokens that come batch by batch."""
+    """Pearson correlations of two sets of series over tokens, computed batch by batch."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -393,7 +395,7 @@ class _Correlation:
         self._sums = self._sums + torch.stack([series.sum(0) for series in (x, y, x * x, y * y, x * y)])
 
     def value(self) -> Float[Tensor, " series"]:
-        """Return the correlations: NaN where a series is constant, that is, where rounding alone makes its variance."""
+        """Return the correlations. NaN if a series is constant, that is, if its variance is only due to rounding."""
         x, y, xx, yy, xy = self._sums / self._count
         variances = [
             torch.where(v > 1e-12 * square, v, torch.nan) for v, square in ((xx - x * x, xx), (yy - y * y, yy))
@@ -402,7 +404,7 @@ class _Correlation:
 
 
 class _CKA:
-    """Linear CKA of two sets of vectors, over tokens that come batch by batch: ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), centred."""
+    """Linear CKA of two sets of vectors over tokens, computed batch by batch: ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), centred."""
 
     def __init__(self) -> None:
         self.count = 0

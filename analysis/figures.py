@@ -1,4 +1,4 @@
-"""Figures that several analyses draw alike: one colour per model, one panel per quantity."""
+"""Figures that several analyses share: one colour per model, one panel per quantity."""
 
 import functools
 import html
@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from analysis import palette
 
 TAIL = {"median": 50, "percentile_95": 95, "percentile_99_9": 99.9, "max": 100}
-"""Percentiles by the names that they have in tables."""
+"""Percentiles, by their names in tables."""
 TAIL_TITLE = "Median (●), 95 % (▲), 99.9 % (◆), maximum (✖)"
 _SYMBOLS = ("circle", "triangle-up", "diamond", "x")
 
@@ -42,7 +42,7 @@ def add_tail(
     col: int,
     legend: bool = False,
 ) -> None:
-    """Add to a panel the percentiles in `tail`, which has one number per `x` for each name in `TAIL`."""
+    """Add the percentiles in `tail`, which has one number per `x` for each name in `TAIL`, to a panel."""
     for (name, values), symbol in zip(tail.items(), _SYMBOLS, strict=True):
         figure.add_scatter(
             x=x,
@@ -66,10 +66,10 @@ def lines(
 
     Args:
         frame: tidy, with a column `model`.
-        x: what lies on the horizontal axis.
+        x: the column on the horizontal axis.
         quantities: titles of the vertical axes, with units, by column.
-        column: makes a column of panels of each of its values.
-        dash: parts each line in one a value: the first is solid, the others are dotted.
+        column: a column for each value of which there is a column of panels.
+        dash: a column for each value of which there is a line. The first is solid, the others are dotted.
     """
     columns: list[Any] = list(frame[column].unique()) if column else [None]
     keys = ["model", *(key for key in (column, dash) if key)]
@@ -106,7 +106,7 @@ def heat_maps(frame: pd.DataFrame, quantities: Mapping[str, tuple[str, dict[str,
 
     Args:
         frame: tidy, with columns `model`, `layer` and `head`.
-        quantities: by column the title of its colours, with units, and what else their axis is to have.
+        quantities: for each column, the title of its colour axis, with units, and other properties of that axis.
     """
     models, count = list(frame["model"].unique()), len(quantities)
     figure = make_subplots(

@@ -1,11 +1,11 @@
-"""What models write, greedily, from the same prompts: side by side, and how long they agree.
+"""Greedy continuations of the same prompts by several models: the texts, and for how long they agree.
 
-1. Prompts are the beginnings of pieces spread evenly over a text, or texts of one's own.
-2. Every model goes on from each, the most probable token at a time, until end-of-text or so many new tokens.
-3. What a model wrote is compared with what the reference did, token by token, and scored by the reference.
+1. Prompts are excerpts that are spread evenly over a text, or texts that the caller provides.
+2. Every model continues each prompt with its most likely token, until end-of-text or a maximum number of new tokens.
+3. A model's continuation is compared with the reference's, token by token, and scored by the reference.
 
-Greedy continuations part for good at the first difference, however near the two predictions were: how long they agree
-tells less of faithfulness than the JSD does, and what they say after that is for reading.
+Greedy continuations diverge for good at the first difference, however close the two predictions were. So the length of
+the agreement says less about faithfulness than the JSD does. The text after it is for reading.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from analysis import figures, palette
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 10, 16, 24
-"""How many prompts a text gives, how long they are, and how many tokens are written at most."""
+"""The number of prompts from a text, their length, and the maximum number of new tokens."""
 
 
 def measure(
@@ -35,15 +35,15 @@ def measure(
     reference: str = "original",
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Let each model continue the text from ten places spread over the blocks. Returns what `measure_prompts` does.
+    """Let each model continue the text from ten places spread over the blocks. Returns the table of `measure_prompts`.
 
-    Where blocks begin with a `prefix`, so do the prompts.
+    If blocks begin with a `prefix`, so do the prompts.
     """
     blocks, width = tokens.shape
     longest = min(width, *(model.cfg.n_ctx for model in models.values()))
     length = max(1, min(PROMPT_TOKENS, longest // 2))
     starts = np.linspace(0, blocks * width, PROMPTS, endpoint=False).astype(int)
-    # None goes beyond the end of its block, and places that coincide count once.
+    # No prompt extends beyond the end of its block, and places that coincide are used once.
     places = dict.fromkeys((start // width, min(start % width, width - length)) for start in starts)
     prompts = [tokens[block, start : start + length] for block, start in places]
     if prefix is not None:
@@ -59,13 +59,14 @@ def measure_prompts(
     reference: str = "original",
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Let each model continue prompts, texts (no special token is added) or token ids.
+    """Let each model continue prompts, which are texts (no special token is added) or token ids.
 
-    A text may be a chat, as `tokenizer.apply_chat_template(messages, tokenize=False)` writes it.
+    A text may be a chat, as returned by `tokenizer.apply_chat_template(messages, tokenize=False)`.
 
-    Returns one row per model and prompt: prompt (its number), prompt_text, text, what the model wrote; new_tokens, how
-    many that are; agreed, how many of them, from the first on, are the reference's; reference_loss, the mean
-    cross-entropy of what it wrote under the reference, nats/token. Without a tokenizer texts are token ids.
+    Returns one row per model and prompt. Columns: prompt, its number; prompt_text; text, what the model wrote;
+    new_tokens, their number; agreed, how many of them, from the first on, are the same as the reference's;
+    reference_loss, the mean cross-entropy of the new tokens under the reference, in nats/token. Without a tokenizer,
+    texts are token ids.
     """
     tokenizer = models[reference].tokenizer
     ids = [
@@ -98,14 +99,14 @@ def measure_prompts(
 
 
 def side_by_side(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return what `measure` returns with one row per prompt: its text, and one column per model: what that wrote."""
+    """Return the texts of `measure` in one row per prompt and one column per model."""
     texts = frame.pivot(index=["prompt", "prompt_text"], columns="model", values="text")
     return texts[list(frame["model"].unique())].rename_axis(columns=None).reset_index()
 
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot for each prompt of `measure` how many tokens agree, and the loss of the text under the reference."""
+    """Plot the table of `measure`: for each prompt, how many tokens agree, and the loss under the reference."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.08)
     quantities = {
         "agreed": "Agrees with the reference<br>(tokens, from the first)",
@@ -142,9 +143,10 @@ def _continue(
     batch_size: int,
     description: str,
 ) -> list[list[int]]:
-    """Return what a model writes after each prompt, to end-of-text and its context at most.
+    """Return what a model writes after each prompt, until end-of-text or the end of its context.
 
-    Whole forwards, which every tool has: prompts are short. Those of one length go together, so that none is padded.
+    Each token takes a whole forward, which every tool supports and which is fast enough for short prompts. A batch
+    contains prompts of one length, so none is padded.
     """
     written: dict[int, list[int]] = {}
     lengths = {i: len(prompt) for i, prompt in enumerate(prompts)}
@@ -168,7 +170,7 @@ def _continue(
 
 @torch.inference_mode()
 def _losses(model: Any, prompts: Sequence[Int[Tensor, " pos"]], continuations: Sequence[list[int]]) -> list[float]:
-    """Return the mean cross-entropy of each continuation under a model, nats/token."""
+    """Return the mean cross-entropy of each continuation under a model, in nats/token."""
     losses = []
     for prompt, own in zip(prompts, continuations, strict=True):
         tokens = torch.cat([prompt, torch.tensor(own, dtype=prompt.dtype)])[None].to(model.cfg.device)

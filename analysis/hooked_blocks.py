@@ -1,18 +1,20 @@
 """A model of `finetune.blocks` with the part of `HookedTransformer`'s interface that the analyses use.
 
-The model's own places of hooks have TransformerLens's names; here `HookPoint`s stand in them, and `HookedRootModule`
-brings `run_with_cache`, `run_with_hooks` and `hooks`. `attn.hook_pattern` is the softmax, whose rows add up to 1; the
-matrix that multiplies the values, α · I + β · pattern − γ · C, is `attn.hook_mixing`, a name of ours.
+The model already has modules with the names of TransformerLens's hooks. Here they are replaced by `HookPoint`s, and
+`HookedRootModule` provides `run_with_cache`, `run_with_hooks` and `hooks`. `attn.hook_pattern` is the softmax, whose
+rows sum to 1. The matrix that multiplies the values, α · I + β · pattern − γ · C, is `attn.hook_mixing`, our own name.
 
-What the analyses say of which block:
+Which analyses support which blocks:
 
-- Loss, residual norms, outlier features, attention (the softmax's), faithfulness, confidence neurons, patching: all;
-  but the faithfulness of heads needs their attribution.
-- Logit attribution: all but post-norm. Where every skip has a gain of 1 (pre-ln, parallel, op) it is as in GPT-2.
-  Without a skip around attention (v-skipinit and the skipless ones) the final residual stream holds only what the last
-  block's heads and MLP write, the heads' times the gain of the MLP's skip: all components before are 0.
-- Edges and graphs: none, because what blocks read goes through norms that are not folded.
-- DLA is the direct effect only where `final_norm` is none. The nine have an LN there: the NMAE says how far it is off.
+- Loss, residual norms, outlier features, attention (of the softmax), faithfulness, confidence neurons, patching: all
+  blocks. The faithfulness of heads, however, needs logit attribution.
+- Logit attribution: all except post-norm. If every skip has a gain of 1 (pre-ln, parallel, op), it is as in GPT-2.
+  Without a skip around attention (v-skipinit and the skipless blocks), the final residual stream contains only the
+  outputs of the last block's heads and MLP, and the former are multiplied by the gain of the MLP's skip. All earlier
+  components are 0.
+- Edges and graphs: no blocks, because they read through norms that are not folded.
+- DLA is equal to the direct effect only if `final_norm` is none. The nine named blocks have an LN there; the NMAE shows
+  how large the error is.
 """
 
 import copy
@@ -32,22 +34,23 @@ from finetune.errors import NolnError
 
 
 class HookedBlocks(TextTokens, HookedRootModule):
-    """A copy of `source`, with its weights under TransformerLens's names and in its shapes.
+    """A copy of `source`, with weights under TransformerLens's names and in its shapes.
 
-    Of each block `attn.W_Q`, `W_K`, `W_V`, `W_O`, `mlp.W_in`, `W_out`, and their `b_…`: a value or projection
-    matrix that is not there is given as the identity, and the gains of the branches are folded into `W_O`, `b_O`,
-    `W_out` and `b_out`; blocks' norms are not folded. Then `W_E`, `W_pos`, and `W_U` and `b_U`, with the final norm
-    folded into them. They are made once, to be read: they change no logits, nor do they follow the model's parameters.
+    Each block has `attn.W_Q`, `W_K`, `W_V`, `W_O`, `mlp.W_in`, `W_out`, and their `b_…`. A missing value or projection
+    matrix is given as the identity. The gains of the branches are folded into `W_O`, `b_O`, `W_out` and `b_out`; the
+    norms of blocks are not folded. The model has `W_E` and `W_pos`, and `W_U` and `b_U` with the final norm folded into
+    them. These weights are computed once and are read-only: changing them does not change logits, and they do not
+    follow the model's parameters.
     """
 
     def __init__(self, source: BlocksForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
         model: Any = copy.deepcopy(source).eval()
-        model.set_attn_implementation("eager")  # the others compute no probabilities
+        model.set_attn_implementation("eager")  # other implementations do not compute attention probabilities
         for name, _ in list(model.named_modules()):
             if name.rpartition(".")[2].startswith("hook_"):
                 model.set_submodule(name, HookPoint())
-        self.__dict__["model"] = model  # not as a module of this one: its parts are, under TransformerLens's names
+        self.__dict__["model"] = model  # not a submodule: its children are, under TransformerLens's names
         for name, child in model.named_children():
             self.add_module(name, child)
         config = model.config
@@ -83,12 +86,12 @@ class HookedBlocks(TextTokens, HookedRootModule):
             bias = getattr(norm, "bias", None)
             b = W.new_zeros(W.shape[1]) if bias is None else bias @ W
             W = W * getattr(norm, "weight", W.new_ones(1))[:, None]
-            _put(self, "U", W - W.mean(0) if config.final_norm == "ln" else W, b)  # what LN centres it reads centred
+            _put(self, "U", W - W.mean(0) if config.final_norm == "ln" else W, b)  # folds the centring of LN
         self.setup()
         self.eval()
 
     def forward(self, tokens: Int[Tensor, "batch pos"] | str | list[str]) -> Float[Tensor, "batch unembedded vocab"]:
-        """Return the logits, of texts those of their tokens."""
+        """Return the logits of tokens or texts."""
         return self.model(self.to_tokens(tokens) if isinstance(tokens, str | list) else tokens, use_cache=False).logits
 
     @property
@@ -102,36 +105,38 @@ class HookedBlocks(TextTokens, HookedRootModule):
         return self.model.pos_embed.weight
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep `cfg` true, whichever of `to`, `cuda`, `half`, … is called."""
+        """Keep `cfg` up to date when `to`, `cuda`, `half`, … is called."""
         super()._apply(*args, **kwargs)
         self.cfg.device, self.cfg.dtype = str(self.W_U.device), self.W_U.dtype
         return self
 
     def run_with_cache(self, *args: Any, return_cache_object: bool = False, **kwargs: Any) -> Any:
-        """Run, and return the logits and a dict of activations by hook name.
+        """Run the model, and return the logits and a dict of activations by hook name.
 
         Raises:
-            NotImplementedError: `return_cache_object`: what an `ActivationCache` computes is not valid for all blocks.
+            NotImplementedError: `return_cache_object` is set. The methods of an `ActivationCache` are not valid for all
+                blocks.
         """
         if return_cache_object:
             raise NotImplementedError(
-                "HookedBlocks has no ActivationCache: use the dict that it returns without `return_cache_object`."
+                "HookedBlocks has no ActivationCache. Use the dict that it returns without `return_cache_object`."
             )
         return super().run_with_cache(*args, **kwargs)
 
     def skip_gain(self, layer: int, attention: bool = False) -> Float[Tensor, " 1"]:
-        """Return by what skips multiply a layer's output on its way to the final residual stream: dimensionless.
+        """Return the product of the gains of the skips after a layer's MLP output, dimensionless.
 
         Args:
-            layer: whose MLP's output it is; −1: the embeddings.
-            attention: whether it is the attention's output instead.
+            layer: the layer; −1 for the embeddings.
+            attention: whether to return the product for the attention's output instead.
 
         Raises:
-            NolnError: the final residual stream is not a sum of what layers write, because norms lie on the way.
+            NolnError: with post-norm, the final residual stream is not a sum of the outputs of layers.
         """
         if self.model.config.norm_position == "post":
             raise NolnError(
-                "Under post-norm the residual stream goes through norms: it is not a sum of components to attribute to."
+                "With post-norm, the residual stream passes through norms, so it is not a sum of components to which "
+                "logits could be attributed."
             )
         product = self.W_U.new_ones(1)
         for i, block in enumerate(self.blocks):
@@ -154,7 +159,7 @@ def _put(module: nn.Module, name: str, W: Tensor, b: Tensor) -> None:
 
 
 def _affine(function: nn.Module, width: int, like: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
-    """Return the weight and bias of an affine map, read off in float32 at least: in bf16, W + b − b is not W."""
+    """Return the weight and bias of an affine map, computed in at least float32: in bf16, W + b − b is not W."""
     wide = torch.promote_types(like.dtype, torch.float32)
     function, eye = copy.deepcopy(function).to(wide), torch.eye(width, device=like.device, dtype=wide)
     bias = function(torch.zeros_like(eye[None, :1]))[0, 0]

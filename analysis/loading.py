@@ -1,14 +1,14 @@
 """One LN-free (or ordinary) model -> HookedTransformer, TransformerBridge, nnsight, plain transformers.
 
-1. The model is read with `finetune.checkpoint`, which refuses what it does not recognise.
-2. Its norms are folded into the weights that read: an LN-free model is left without any norm, an ordinary one with
+1. The model is loaded with `finetune.checkpoint`, which refuses models that it does not recognise.
+2. Its norms are folded into the weights that read them. An LN-free model then has no norms, and an ordinary model has
    norms that only centre and divide (`normalization_type` None, "LNPre" and "RMSPre" in TransformerLens). Gemma 2's
-   norms of what attention and MLPs write keep their gains in an ordinary model.
+   post-norms keep their gains in an ordinary model.
 3. A `HookedTransformer`, and the bridge of a GPT-2, get the weights one by one (`analysis.conversion`). The bridge of
    another family wraps transformers' own modules, and so computes exactly what they do.
-4. A few tokens are run through it and through the plain transformers model; a difference raises.
+4. A few tokens are run through it and through the plain transformers model. If the logits differ, an error is raised.
 
-A model of `finetune.blocks` is none of these: `load_hooked_blocks` puts hooks into a copy of it, and checks it too.
+For a model of `finetune.blocks`, `load_hooked_blocks` inserts hooks into a copy of it, and checks it too.
 """
 
 import copy
@@ -37,7 +37,7 @@ from finetune.in_memory import unwrapped
 from finetune.names import PUBLISHED
 
 Model = str | Path | nn.Module
-"""A short name, a directory, a GGUF file, a Hub id, or a model in memory, compiled and wrapped or not."""
+"""A short name, a directory, a GGUF file, a Hub id, or a model in memory, which may be compiled or wrapped."""
 Tool = Literal["hooked", "bridge"]
 
 _SHAPES = {
@@ -48,10 +48,10 @@ _SHAPES = {
     "d_mlp": "neurons of MLPs",
     "d_vocab": "vocabulary",
 }
-"""What has to be the same in models that are compared part by part, by its name in TransformerLens's configs."""
+"""The fields of TransformerLens's configs that must be equal in models that are compared part by part."""
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference of the logits that the self-check lets pass, as a fraction of the largest logit."""
+"""The largest difference of logits that the self-check accepts, as a fraction of the largest logit."""
 
 
 def load_hooked(
@@ -71,13 +71,13 @@ def load_hooked(
 
     Args:
         model: a short name (`PUBLISHED`, or a bundled one), a directory, a GGUF file, a Hub id, or a model in memory.
-        tokenizer: that of the checkpoint or of its base where None; a model in memory has none of its own.
-        revision: branch, tag or commit of a Hub id.
-        dtype: of the weights; that of a model in memory, float32 otherwise.
-        device: where to put the result; where a model in memory is, the CPU otherwise.
+        tokenizer: None: that of the checkpoint or of its base. A model in memory does not have one.
+        revision: the branch, tag or commit of a Hub id.
+        dtype: the dtype of the weights. None: that of a model in memory, otherwise float32.
+        device: the device of the result. None: that of a model in memory, otherwise the CPU.
 
     Raises:
-        CheckpointError: what is not recognised, or logits that differ from those of plain transformers.
+        CheckpointError: the model is not recognised, or its logits differ from those of plain transformers.
         ImportError: TransformerLens 4, which has no `HookedTransformer`.
     """
     source, state = _read(model, revision)
@@ -121,13 +121,14 @@ def load_hooked_blocks(
 
     Args:
         model: a directory, a Hub id, or a model in memory.
-        tokenizer: that of the checkpoint where None; a model in memory has none of its own.
-        revision: branch, tag or commit of a Hub id.
-        dtype: of the weights; that of a model in memory, float32 otherwise.
-        device: where to put the result; where a model in memory is, the CPU otherwise.
+        tokenizer: None: that of the checkpoint. A model in memory does not have one.
+        revision: the branch, tag or commit of a Hub id.
+        dtype: the dtype of the weights. None: that of a model in memory, otherwise float32.
+        device: the device of the result. None: that of a model in memory, otherwise the CPU.
 
     Raises:
-        CheckpointError: nothing there, unreadable, another architecture, or logits that differ from those of `model`.
+        CheckpointError: the model does not exist, cannot be read, or has another architecture; or its logits differ
+            from those of `model`.
     """
     source = load(model, revision) if isinstance(model, str | Path) else unwrapped(model)
     if not isinstance(source, BlocksForCausalLM):
@@ -150,7 +151,7 @@ def load_transformers(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load an LN-free `model` in Identity form, an ordinary one as it is.
+    """Load an LN-free `model` in Identity form, or an ordinary one unchanged.
 
     Arguments and errors are those of `load_hooked`.
     """
@@ -173,7 +174,7 @@ def load_nnsight(
     arguments and errors are those of `load_hooked`.
 
     Raises:
-        CheckpointError: also where a `LanguageModel` has no tokenizer.
+        CheckpointError: also if a `LanguageModel` has no tokenizer.
     """
     source, state = _read(model, revision)
     tokenizer = _tokenizer(model, tokenizer, revision)
@@ -181,9 +182,9 @@ def load_nnsight(
     if hooked:
         return NNsight(_hooked(source, state, tokenizer, dtype).to(str(device), print_details=False))
     if tokenizer is None:
-        raise CheckpointError("nnsight's LanguageModel needs a tokenizer: give it beside the model.")
+        raise CheckpointError("nnsight's LanguageModel requires a tokenizer. Pass it together with the model.")
     with warnings.catch_warnings():
-        # It is going to be called TransformersModel; until then this is the name that is known.
+        # It will be renamed to TransformersModel; until then, this is its name.
         warnings.filterwarnings("ignore", "LanguageModel is deprecated")
         made = _transformers(source, state, dtype, device)
         return LanguageModel(made, tokenizer=with_padding(tokenizer, source.config.vocab_size))
@@ -202,14 +203,14 @@ def load_trio(
 ) -> dict[str, Any]:
     """Load the models that the analyses compare, under the keys `original`, `control` (unless None) and `ln_free`.
 
-    In a family with LayerNorm the weights that write to the residual stream are centred in all of them, so that its
-    mean is zero; no logits depend on it. RMSNorm does not centre what it reads, and nothing is centred. `revision` is
+    In a family with LayerNorm, the weights that write to the residual stream are centred in all models, so that its
+    mean is zero. No logits depend on it. For RMSNorm, which reads the mean, nothing is centred. `revision` is
     that of the original. Of vocabularies that differ in length, such as a padded one, the shared ids are kept. `tool`
     is "hooked" for a GPT-2 where TransformerLens has `HookedTransformer`, otherwise "bridge". Other arguments and
     errors are those of `load_hooked`.
 
     Raises:
-        CheckpointError: live norms in `ln_free`, or none in the others; models of two families, sizes or tokenizers;
+        CheckpointError: `ln_free` has live norms, or another model has none; families, sizes or tokenizers differ;
             or what `load_hooked` raises, with which model it is.
     """
     models = {"original": original, "control": control, "ln_free": ln_free}
@@ -228,13 +229,15 @@ def load_trio(
         if (state == "live") != (name != "ln_free"):
             raise CheckpointError(f"{name} must be a model {'without' if name == 'ln_free' else 'with'} live norms.")
         if family not in (None, family_of(source)):
-            raise CheckpointError(f"{name} is a {type(source).__name__}, unlike the original: a trio is of one family.")
+            raise CheckpointError(
+                f"{name} is a {type(source).__name__}, unlike the original. All models must be of one family."
+            )
         family = family_of(source)
         sources[name], tokenizers[name] = (source, state), its_tokenizer
     shared = _share_vocabulary({name: source for name, (source, _) in sources.items()}, tokenizers)
     trio: dict[str, Any] = {}
     for name in list(sources):
-        source, state = sources.pop(name)  # which need not be kept while the others are made
+        source, state = sources.pop(name)  # frees it before the others are converted
         if source.config.vocab_size > shared:
             source = copy.deepcopy(source)
             source.resize_token_embeddings(shared)
@@ -247,10 +250,10 @@ def load_trio(
 
 
 def check_alike(models: Mapping[str, Any]) -> None:
-    """Raise unless the models, as loaded, can be compared part by part.
+    """Check that loaded models can be compared part by part.
 
     Raises:
-        CheckpointError: two of them differ in layers, widths or vocabulary; the message says in what.
+        CheckpointError: two of them differ in layers, widths or vocabulary. The message says in which.
     """
     (first, reference), *others = models.items()
     for name, model in others:
@@ -261,15 +264,15 @@ def check_alike(models: Mapping[str, Any]) -> None:
         ]
         if differ:
             raise CheckpointError(
-                f"{name} differs from {first} in {', '.join(differ)}: compare models of one architecture and size."
+                f"{name} differs from {first} in {', '.join(differ)}. Compare models of one architecture and size."
             )
 
 
 def _share_vocabulary(sources: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> int:
-    """Return how many token ids the models share, and check that they mean the same in all of them.
+    """Return how many token ids the models share, and check that these mean the same in all models.
 
     Raises:
-        CheckpointError: a token of one model is another one in the original, or has no embedding.
+        CheckpointError: an id stands for another token than in the original.
     """
     sizes = {name: source.config.vocab_size for name, source in sources.items()}
     shared = min(sizes.values())
@@ -284,11 +287,13 @@ def _share_vocabulary(sources: Mapping[str, Any], tokenizers: Mapping[str, Any])
             token, here, there = different[0]
             raise CheckpointError(
                 f"{name} has another tokenizer than {first}: {len(different):,} of {len(ids):,} tokens differ, such as "
-                f"{token}, which is {here!r} and not {there!r}."
+                f"{token}, which is {here!r} instead of {there!r}."
             )
     if max(sizes.values()) > shared:
         listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-        warnings.warn(f"The vocabularies differ ({listed}): the first {shared:,} tokens are compared.", stacklevel=3)
+        warnings.warn(
+            f"The vocabularies differ in size ({listed}). The first {shared:,} tokens are compared.", stacklevel=3
+        )
     return shared
 
 
@@ -297,7 +302,7 @@ def _read(model: Model, revision: str | None) -> tuple[PreTrainedModel, NormStat
     source: Any = load(model, revision) if isinstance(model, str | Path) else unwrapped(model)
     if isinstance(source, BlocksForCausalLM):
         raise CheckpointError(
-            f"{source.name_or_path or 'The model'} has blocks of another kind. Use analysis.load_hooked_blocks."
+            f"{source.name_or_path or 'The model'} is a model of finetune.blocks. Use analysis.load_hooked_blocks."
         )
     state = norm_state(source)
     published = None if isinstance(model, nn.Module) else PUBLISHED.get(str(model))
@@ -309,7 +314,7 @@ def _read(model: Model, revision: str | None) -> tuple[PreTrainedModel, NormStat
 def _tokenizer(
     model: Model, tokenizer: str | Path | PreTrainedTokenizerBase | None, revision: str | None
 ) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer given, else that of the checkpoint or of its base, else None."""
+    """Return the given tokenizer, else that of the checkpoint or its base, else None."""
     if tokenizer is not None or isinstance(model, nn.Module):
         return tokenizer_of(tokenizer)
     try:
@@ -350,19 +355,19 @@ def _bridge(
     if centre:
         centre_writing(folded)
     folded = folded.to(dtype).eval()
-    folded.set_attn_implementation("eager")  # the others compute no probabilities
+    folded.set_attn_implementation("eager")  # other implementations do not compute attention probabilities
     name = source.config.name_or_path or source.config.model_type
     bridge = build_bridge_from_module(folded, type(source).__name__, hf_config=folded.config, model_name=name)
     for module in bridge.modules():
         if isinstance(module, NormalizationBridge):
-            module.use_native_layernorm_autograd = True  # its own arithmetic knows no nn.Identity
+            module.use_native_layernorm_autograd = True  # its own arithmetic does not support nn.Identity
     for field, value in normalization(source, state).items():
         setattr(bridge.cfg, field, value)
     return _finish(bridge, source, tokenizer, dtype)
 
 
 def _finish(made: Any, source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype) -> Any:
-    """Give `made` its tokenizer, check it and return it."""
+    """Set the tokenizer of `made`, check `made`, and return it."""
     made = taking_texts(made)
     if tokenizer is not None:
         made.take_tokenizer(tokenizer)
@@ -372,7 +377,7 @@ def _finish(made: Any, source: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 @torch.no_grad()
 def _check(logits: Callable[[Tensor], Tensor], source: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Raise unless `logits` of a few tokens are those of `source`."""
+    """Raise CheckpointError unless `logits` of a few tokens are those of `source`."""
     length = min(16, source.config.max_position_embeddings)
     tokens = torch.linspace(0, source.config.vocab_size - 1, length, device=source.device).long()[None]
     training = source.training
@@ -382,6 +387,6 @@ def _check(logits: Callable[[Tensor], Tensor], source: PreTrainedModel, dtype: t
     tolerance = max(_TOLERANCE[dtype], _TOLERANCE[source.dtype])
     if not error <= tolerance:
         raise CheckpointError(
-            f"The loaded model's logits differ from plain transformers' by {error:.2g} of the largest, more than "
-            f"the {tolerance:g} of {dtype}: these weights cannot be used in this tool as they are."
+            f"The loaded model's logits differ from those of plain transformers by {error:.2g} of the largest, more "
+            f"than {tolerance:g}, the tolerance of {dtype}. These weights cannot be used in this tool."
         )

@@ -1,15 +1,15 @@
 """Direct logit attribution (DLA) and direct effect of every part of a model on a logit, and the logit lens.
 
-1. Of each token `readout` says what every component of the final residual stream does to the logit of a target: its
-   DLA, which is its share at the scale of the full stream, and its direct effect, which is what the logit loses when it
-   is taken out and the final norm is applied afresh.
-2. Over tokens, NMAE = 100 · mean|DLA − direct effect| / mean|direct effect|: 0 % where the final norm is linear (Baroni
-   et al. 2025, arXiv 2507.02559; their code scores the current token, here it is the next).
-3. The logit lens reads the residual stream between blocks as if it were final.
+1. For each token, `readout` computes two effects of every component of the final residual stream on the logit of a
+   target: its DLA, which is its share at the scale of the full stream, and its direct effect, which is how much the
+   logit loses when the component is removed and the final norm is applied again.
+2. Over tokens, NMAE = 100 · mean|DLA − direct effect| / mean|direct effect|. It is 0 % if the final norm is linear
+   (Baroni et al. 2025, arXiv 2507.02559; their code scores the current token, and this module the next).
+3. The logit lens reads the residual stream between blocks as if it were the final stream.
 
-The logits of Gemma 2 are soft-capped: what is attributed is the logit before, which is a sum. So is the logit of the
-lens, whose loss and top token are those of capped logits. What a head or neuron writes in Gemma 2 is what a norm
-returns of it: see `analysis.readout`.
+The logits of Gemma 2 are soft-capped. The attributed logit, and the logit of the lens, are those before soft-capping,
+which are sums; the loss and top token of the lens are those of capped logits. What a head or neuron writes in Gemma 2
+is its share of a post-norm's output: see `analysis.readout`.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from analysis.readout import Readout, hook_names
 from analysis.stream import Component, Stream
 
 _BARS = 24
-"""Components that the figure of a prompt shows."""
+"""The number of components in the figure of a prompt."""
 _STATISTICS = ("dla", "direct_effect", "dla_abs", "direct_effect_abs", "error_abs", "dla_max", "direct_effect_max")
 _LENS = ("loss", "agreement", "logit", "scale")
 
@@ -42,7 +42,7 @@ def measure(
     pair: tuple[int, int] | None = None,
     centre_unembedding: bool = True,
 ) -> pd.DataFrame:
-    """Summarise how far DLA is from the direct effect of heads, and from adding up to the logit, in each model.
+    """Measure, for each model, how far DLA is from the direct effects of heads, and its sum from the logit.
 
     Arguments are those of `measure_components`, columns those of `summarise`.
     """
@@ -53,13 +53,13 @@ def measure(
 
 
 def summarise(components: pd.DataFrame) -> pd.DataFrame:
-    """Summarise what `measure_components` returns, one row per model, in the order of the models.
+    """Summarise the table of `measure_components`: one row per model, in the order of the models.
 
-    Columns: model, target, unembedding; nmae, the mean over heads (those without any effect apart) of their NMAE, %, as
-    in the paper; nmae_pooled, 100 · Σ mean|DLA − direct effect| / Σ mean|direct effect| over heads, %, as in its code;
-    residue, the largest |logit − sum of the DLA of all components| of a token, logits; residue_relative, the same over
-    the largest |logit|, dimensionless; effect_residue and effect_residue_relative, these with direct effects in place
-    of DLA; tokens.
+    Columns: model, target, unembedding; nmae, the mean NMAE of heads (except those without any effect), in %, as in the
+    paper; nmae_pooled, 100 · Σ mean|DLA − direct effect| / Σ mean|direct effect| over heads, in %, as in its code;
+    residue, the largest |logit − sum of the DLA of all components| over tokens, in logits; residue_relative, the same
+    divided by the largest |logit|, dimensionless; effect_residue and effect_residue_relative, the same with direct
+    effects instead of DLA; tokens.
     """
     rows = []
     for model, frame in components.groupby("model", sort=False):
@@ -83,17 +83,17 @@ def summarise(components: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_residue(frame: pd.DataFrame) -> str:
-    """Say by how much the parts of each model add up to its logit, from what `measure` or `summarise` returns."""
+    """Describe how closely the parts of each model add up to its logit, from the table of `measure` or `summarise`."""
     residues = [
         f"{row.model}: {row.residue:.2g} by DLA, {row.effect_residue:.2g} by direct effect"
         for row in frame.itertuples()
     ]
-    return f"Sum over components less the logit, largest of a token, logits: {'; '.join(residues)}."
+    return f"Largest |sum over components − logit| of a token, in logits: {'; '.join(residues)}."
 
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` or `summarise` returns: the NMAE of each model."""
+    """Plot the table of `measure` or `summarise`: the NMAE of each model."""
     figure = go.Figure(
         [
             go.Bar(
@@ -125,19 +125,23 @@ def measure_components(
     """Measure DLA and direct effect of every component, over all tokens that have a target.
 
     Args:
-        models: by name, all on one device.
+        models: models by name, all on one device.
         tokens: blocks as in training.
-        batch_size: blocks at a time; no result depends on it.
-        pair: two token ids: the target is how far the logit of the first is above that of the second, at every
-            position. None: the next token.
-        centre_unembedding: whether W_U is taken less its mean over the vocabulary. It cancels out in a pair.
+        batch_size: blocks per forward. No result depends on it.
+        pair: two token ids. The target is then the logit of the first minus that of the second, at every position.
+            None: the next token.
+        centre_unembedding: whether to subtract from W_U its mean over the vocabulary. It cancels out in a pair.
         neurons: also measure every neuron of every MLP.
 
-    Returns one row per model and component. Columns: model; target; unembedding, "centred" or "as it is"; component,
-    one of embed, pos_embed, head, b_O, mlp (its bias in it), neuron, b_U, logit (the sum to be reached) and residue
-    (what the others, neurons apart, leave over); label, such as L2H3; layer, head and neuron where it has them; over
-    tokens, in logits, dla, its mean, dla_abs, that of its absolute value, and dla_max, the largest; direct_effect,
-    …_abs, …_max, the same of it; error_abs, the mean |DLA − direct effect|; nmae, %; tokens, how many.
+    Returns one row per model and component. Columns:
+
+    - model; target; unembedding, "centred" or "as it is";
+    - component, one of embed, pos_embed, head, b_O, mlp (including its bias), neuron, b_U, logit (the value that the
+      others sum to) and residue (the difference; neurons do not count); label, such as L2H3; layer, head and neuron if
+      it has them;
+    - over tokens, in logits: dla, its mean, dla_abs, the mean of its absolute value, and dla_max, the maximum of that;
+      direct_effect, direct_effect_abs and direct_effect_max, the same; error_abs, the mean |DLA − direct effect|;
+    - nmae, in %; tokens, their number.
     """
     count = len(tokens) * (tokens.shape[1] - (pair is None))
     frames = []
@@ -168,7 +172,7 @@ def measure_components(
 
 @figures.of_text
 def plot_components(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_components` returns: the NMAE of each component over its mean |direct effect|."""
+    """Plot the table of `measure_components`: the NMAE of each component over its mean |direct effect|."""
     figure = go.Figure()
     for name, points in frame.dropna(subset="nmae").groupby("model", sort=False):
         figure.add_scatter(
@@ -188,7 +192,7 @@ def plot_components(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
-    """Plot the NMAE of the heads in what `measure_components` returns: a map of layer and head for each model."""
+    """Plot the NMAE of the heads in the table of `measure_components`: one map of layer and head per model."""
     heads = frame[frame["component"] == "head"]
     return figures.heat_maps(heads, {"nmae": (f"NMAE (%),<br>W_U {heads['unembedding'].iloc[0]}", {"cmin": 0})})
 
@@ -206,7 +210,7 @@ def measure_prompt(
 
     Arguments are those of `measure_components`. Returns one row per model, position and component. Columns: model,
     unembedding, component, label, layer, head and neuron, as there; position; token and target, their texts in quotes;
-    dla and direct_effect, logits.
+    dla and direct_effect, in logits.
     """
     frames = []
     for name, model in models.items():
@@ -226,23 +230,23 @@ def measure_prompt(
 
 
 def largest_first(frame: pd.DataFrame) -> pd.DataFrame:
-    """Sort what `measure_prompt` returns: the last position first, there the largest |DLA| in any model first."""
+    """Sort the table of `measure_prompt`: the last position first, and at each the largest |DLA| in any model first."""
     largest = frame["dla"].abs().groupby([frame["position"], frame["label"]]).transform("max")
     order = frame.assign(largest=largest).sort_values(["position", "largest", "label"], ascending=False, kind="stable")
     return order.drop(columns="largest").reset_index(drop=True)
 
 
 def describe_prompt(frame: pd.DataFrame) -> str:
-    """Say what the prompt of `measure_prompt` is, and what is attributed at its last position."""
+    """Describe the prompt of `measure_prompt`, and the target at its last position."""
     tokens = frame.drop_duplicates("position").sort_values("position")
     return f"The prompt, token by token: {' '.join(tokens['token'])}; the target: {tokens['target'].iloc[-1]}."
 
 
 @figures.of_text
 def plot_prompt(frame: pd.DataFrame) -> go.Figure:
-    """Plot the DLA of components at the last position of what `measure_prompt` returns, as bars.
+    """Plot the DLA of components at the last position in the table of `measure_prompt`, as bars.
 
-    The logit comes first, then, in the order of the frame, those whose DLA is largest in any model.
+    The logit comes first, followed by the components with the largest DLA in any model, in the order of the frame.
     """
     last = frame[(frame["position"] == frame["position"].max()) & (frame["component"] != "residue")]
     parts = last[last["component"] != "logit"]
@@ -272,14 +276,14 @@ def measure_lens(
     pair: tuple[int, int] | None = None,
     centre_unembedding: bool = True,
 ) -> pd.DataFrame:
-    """Measure what the residual stream between blocks predicts, read as if it were final: the logit lens.
+    """Measure what the residual stream between blocks predicts when it is read as if it were final: the logit lens.
 
-    The final norm divides a layer's residual vector by that vector's own scale, not by the final one's.
+    The final norm divides a layer's residual vector by that vector's own scale, not by the scale of the final one.
 
-    Arguments are those of `measure_components`. Returns one row per model and layer, the number of blocks before it.
-    Columns: model, target, unembedding, layer; means over tokens of loss, of the next token, nats, agreement, how often
-    the top token is the model's own, from 0 to 1, logit, that of the target, and scale, what the norm divides by, in
-    units of the residual stream (1 without a norm).
+    Arguments are those of `measure_components`. Returns one row per model and layer (the number of blocks before).
+    Columns: model, target, unembedding, layer; and means over tokens: loss of the next token, in nats; agreement, how
+    often the top token is the model's own, from 0 to 1; logit, that of the target; scale, the norm's divisor, in units
+    of the residual stream (1 without a norm).
     """
     frames = []
     for name, model in models.items():
@@ -293,7 +297,7 @@ def measure_lens(
                 normalised, scale = readout.normalise(cache[point])
                 loss, likeliest = _predict(model, normalised[:, :-1], batch[:, 1:])
                 values = loss, top == likeliest, readout.read(normalised), scale
-                # All blocks have as many tokens: their means can be averaged.
+                # All blocks have the same number of tokens, so their means can be averaged.
                 total[layer] += torch.stack([value.double().flatten(1).mean(1).sum().cpu() for value in values])
         frame = pd.concat(
             [_labels(name, model, pair, centre_unembedding, "", layer, 1) for layer in range(len(points))]
@@ -307,7 +311,7 @@ def measure_lens(
 def _predict(
     model: Any, normalised: Float[Tensor, "batch pos d_model"], targets: Int[Tensor, "batch pos"]
 ) -> tuple[Float[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """Return the loss and the top token of what the unembedding makes of vectors that went through the final norm."""
+    """Return the loss and the top token of the logits of vectors that have passed the final norm."""
     losses, likeliest, flat = [], [], normalised.flatten(0, 1).to(model.W_U)
     for piece in pieces(len(flat), model.cfg.d_vocab):
         logits = Stream(model).cap(flat[piece] @ model.W_U + model.b_U)
@@ -318,7 +322,7 @@ def _predict(
 
 @figures.of_text
 def plot_lens(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_lens` returns by layer."""
+    """Plot the table of `measure_lens` by layer."""
     quantities = {
         "loss": "CE<br>(nats/token)",
         "agreement": "Final top<br>token (share)",
@@ -328,7 +332,7 @@ def plot_lens(frame: pd.DataFrame) -> go.Figure:
 
 
 def token_text(model: Any, token: int | Tensor) -> str:
-    """Return the text of a token in quotes, or its id where the model has no tokenizer."""
+    """Return the text of a token in quotes, or its id if the model has no tokenizer."""
     return repr(model.tokenizer.decode([int(token)])) if model.tokenizer is not None else str(int(token))
 
 
@@ -345,7 +349,7 @@ def _labels(
     layer: int | None,
     count: int,
 ) -> pd.DataFrame:
-    """Return the columns that say what `count` components of one kind and layer are, and what they act on."""
+    """Return the columns that identify `count` components of one kind and layer, and their target."""
     numbers = {kind: range(count) if component == kind else [None] * count for kind in ("head", "neuron")}
     return pd.DataFrame(
         {

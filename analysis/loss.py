@@ -1,11 +1,11 @@
 """How well models predict each next token: by model, by position, and token by token.
 
 1. The cross-entropy (CE) of every next token under every model, from log-probabilities in float32.
-2. Its mean over tokens, with documents as the independent draws, and the same of the difference to a reference.
-3. Median, 95 and 99.9 percentiles, and the worst tokens: the mean of an LN-free model may come from very few tokens, as
-   the 130.2 of GPT-2 XL on the Pile, from three samples (Baroni et al. 2025, arXiv 2507.02559).
+2. Its mean over tokens, with documents as independent samples, and the same for the difference to a reference.
+3. Median, 95 and 99.9 percentiles, and the worst tokens. The mean of an LN-free model may be dominated by very few
+   tokens, like the 130.2 of GPT-2 XL on the Pile, which is due to three samples (Baroni et al. 2025, arXiv 2507.02559).
 
-A table has a column `text`: those of several texts, concatenated with `pandas.concat`, are plotted side by side.
+Tables have a column `text`. Concatenate the tables of several texts with `pandas.concat` to plot them side by side.
 """
 
 from collections.abc import Mapping
@@ -38,19 +38,19 @@ def measure_tokens(
     """Measure each model's CE at every token of `tokens` that has one before it in its block.
 
     Args:
-        models: what `analysis.load_trio` returns.
+        models: those of `analysis.load_trio`.
         tokens: packed blocks.
-        documents: the document of each token, `Blocks.document_ids()`; without it each block counts as one.
-        text: what to call the text.
+        documents: the document of each token, `Blocks.document_ids()`. None: each block is one document.
+        text: the name of the text.
         reference: the model to subtract.
-        batch_size: blocks in one forward; no result depends on it.
+        batch_size: blocks per forward. No result depends on it.
 
-    Returns one row per token and model: text, model, block, position and token (id) of the token that is predicted,
-    document of the token before it, loss (nats), difference (loss less that of `reference`, NaN without one, nats).
+    Returns one row per token and model: text, model; block, position and token (id) of the predicted token; document of
+    the token before it; loss (nats); difference (loss minus that of `reference`, NaN without one, nats).
     """
-    # Made whole: small arrays kept from each batch would lie between the large ones, whose place could not be reused.
+    # Allocated in full: small arrays kept from each batch would fragment the memory of the large ones.
     loss = {name: np.empty((len(tokens), tokens.shape[1] - 1)) for name in models}
-    for name, model in models.items():  # one after another: logits are large
+    for name, model in models.items():  # one model at a time, because logits are large
         end = 0
         for batch, outputs in forwards({name: model}, tokens, (), batch_size, f"Loss of {name}", float32=True):
             end += len(batch)
@@ -86,7 +86,7 @@ def measure_tokens(
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """Average what `measure_tokens` returns over the tokens of each text and model.
+    """Average the table of `measure_tokens` over the tokens of each text and model.
 
     Returns one row per text and model, in nats/token: loss (the mean over tokens) and difference (to the reference),
     each with its standard error over documents, `…_error`; median, percentile_95, percentile_99_9, max; tokens;
@@ -107,10 +107,10 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def average_positions(frame: pd.DataFrame) -> pd.DataFrame:
-    """Average what `measure_tokens` returns over the blocks, position by position.
+    """Average the table of `measure_tokens` over blocks, position by position.
 
-    Returns one row per text, model and position (of the token that is predicted): loss, the mean over blocks, and its
-    standard error over blocks, loss_error, in nats/token; tokens.
+    Returns one row per text, model and position (of the predicted token): loss, the mean over blocks, and loss_error,
+    its standard error over blocks, in nats/token; tokens.
     """
     by_position = frame.groupby(["text", "model", "position"], sort=False)["loss"]
     return by_position.agg(loss="mean", loss_error="sem", tokens="size").reset_index()
@@ -125,14 +125,14 @@ def measure(
     reference: str = "original",
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Measure each model's CE on a text: `summarise` of `measure_tokens`, whose arguments it takes."""
+    """Measure each model's CE on a text: `summarise` of `measure_tokens`, with the same arguments."""
     return summarise(measure_tokens(models, tokens, documents, text=text, reference=reference, batch_size=batch_size))
 
 
 def measure_positions(
     models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, text: str = "text", batch_size: int = 8
 ) -> pd.DataFrame:
-    """Measure each model's CE by position: `average_positions` of `measure_tokens`, whose arguments it takes."""
+    """Measure each model's CE by position: `average_positions` of `measure_tokens`, with the same arguments."""
     return average_positions(measure_tokens(models, tokens, text=text, batch_size=batch_size))
 
 
@@ -148,14 +148,14 @@ def worst_tokens(
     """Return the `k` tokens of each model with the largest loss, or the largest difference to the reference above 0.
 
     Args:
-        frame: what `measure_tokens` returns for one text.
+        frame: the table of `measure_tokens` for one text.
         tokens: the tokens that it was measured on.
         tokenizer: turns them into text.
-        k: how many tokens of each model.
-        by: what to order by.
-        context: how many tokens before, of the same block, to show.
+        k: the number of tokens per model.
+        by: the column to sort by.
+        context: the number of preceding tokens, in the same block, to show.
 
-    Returns the rows of `frame`, worst first model by model, with token as text and, last, the context as text.
+    Returns the rows of `frame`, model by model with the worst first, with token as text, and a last column context.
     """
     worst = frame[frame[by] > 0].sort_values(by, ascending=False, kind="stable").groupby("model", sort=False).head(k)
     worst = pd.concat([worst[worst["model"] == model] for model in frame["model"].unique()], ignore_index=True)
@@ -171,7 +171,7 @@ def worst_tokens(
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: means with standard errors, and the tail."""
+    """Plot the table of `measure`: means with standard errors, and the tail."""
     titles = "Mean, with standard error", figures.TAIL_TITLE
     figure = make_subplots(2, 1, subplot_titles=titles, vertical_spacing=0.15)
     for model, group in frame.groupby("model", sort=False):
@@ -195,7 +195,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_positions(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_positions` returns, one panel per text."""
+    """Plot the table of `measure_positions`, one panel per text."""
     texts = list(frame["text"].unique())
     figure = _panels(texts)
     for (model, text), group in frame.groupby(["model", "text"], sort=False):
@@ -218,7 +218,7 @@ def plot_positions(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_tokens(frame: pd.DataFrame, reference: str = "original") -> go.Figure:
-    """Plot how the differences to `reference` that `measure_tokens` returns are distributed, one panel per text."""
+    """Plot the distribution of the differences to `reference` in the table of `measure_tokens`, one panel per text."""
     frame = frame[frame["model"] != reference]
     texts = list(frame["text"].unique())
     figure = _panels(texts)
@@ -227,7 +227,7 @@ def plot_tokens(frame: pd.DataFrame, reference: str = "original") -> go.Figure:
         counts, _ = np.histogram(group["difference"], edges)
         figure.add_scatter(
             x=(edges[1:] + edges[:-1]) / 2,
-            y=np.where(counts > 0, counts, np.nan),  # a logarithmic axis has no 0
+            y=np.where(counts > 0, counts, np.nan),  # a logarithmic axis cannot show 0
             name=model,
             legendgroup=model,
             showlegend=text == texts[0],
@@ -237,11 +237,11 @@ def plot_tokens(frame: pd.DataFrame, reference: str = "original") -> go.Figure:
             row=texts.index(text) + 1,
             col=1,
         )
-    figure.update_xaxes(title=f"CE less that of {reference} (nats)", row=len(texts))
+    figure.update_xaxes(title=f"CE minus that of {reference} (nats)", row=len(texts))
     return figure.update_yaxes(title="Tokens", type="log")
 
 
 def _panels(texts: list[str]) -> go.Figure:
-    """Return an empty figure with one panel per text, one below the other."""
+    """Return an empty figure with one panel per text, arranged vertically."""
     figure = make_subplots(len(texts), 1, shared_xaxes=True, subplot_titles=texts, vertical_spacing=0.2 / len(texts))
     return figure.update_layout(height=150 + 300 * len(texts))

@@ -1,14 +1,14 @@
-"""Is it still the same model on other text, and what goes wrong where it is not.
+"""Whether a model is still the same on other text, and the mechanism by which it fails if it is not.
 
-1. By text: loss, its difference to the reference's, and JSD to it, with the token that fares worst.
-2. The mechanism. An LN-free model divides every token by the same constant. Where the std of a token's residual stream
-   is not what the constant was measured on, the token is read too large or too small, and the next one is mispredicted:
-   the excess loss, that of the LN-free model less the reference's, against the std of the token that it is predicted
-   from, at each point of the stream, over the constant there.
+1. By text: the loss, its difference to the reference's, and the JSD to the reference, with the worst token of each.
+2. The mechanism. An LN-free model divides every token by the same constant. If the std of a token's residual stream
+   differs from the stds on which the constant was measured, the token is read too large or too small, and the next one
+   is mispredicted. Therefore the excess loss, that of the LN-free model minus the reference's, is shown against the std
+   of the token from which it is predicted, divided by the constant, at each point of the stream.
 
-A constant that is folded into weights cannot be told from the gain beside it, so the mean std over the tokens of a text
-like that of fine-tuning stands for it: at every site it is proportional to what the site divides by. Under RMSNorm all
-of this is of the RMS. What the norms of what attention and MLPs write (Gemma 2) divide by is not looked at.
+A constant that is folded into weights cannot be separated from the gain. It is represented by the mean std over the
+tokens of a text like the one of fine-tuning, which is proportional, at every site, to the constant that divides. For
+RMSNorm, everything is about the RMS instead. The divisors of post-norms (Gemma 2) are not considered.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from analysis.stream import Stream, label
 from finetune.evaluate import js_divergence
 
 _PER_OCTAVE = 4
-"""Bins of the ratio of a std and its constant in each factor of two."""
+"""The number of bins per factor of two of the ratio of std and constant."""
 
 
 @torch.inference_mode()
@@ -44,15 +44,15 @@ def measure_tokens(
     """Measure each model at every token of `tokens` that has one before it in its block.
 
     Args:
-        models: what `analysis.load_trio` returns.
+        models: those of `analysis.load_trio`.
         tokens: packed blocks.
-        text: what to call the text.
-        reference: the model to compare with; it has rows of its own.
-        batch_size: blocks in one forward; no result depends on it.
+        text: the name of the text.
+        reference: the model to compare with. It has its own rows.
+        batch_size: blocks per forward. No result depends on it.
 
-    Returns one row per token and model. Columns: text; model; block and position of the token that is predicted; loss,
-    difference (loss less that of `reference`) and jsd to it, nats; and of a model without norms, by its hook name, the
-    std of the residual stream at each point of the token before (NaN of the others), in the stream's own units.
+    Returns one row per token and model. Columns: text; model; block and position of the predicted token; loss (nats);
+    difference (nats), loss minus that of `reference`; jsd (nats) to the reference; and for each point of the residual
+    stream, under its hook name, the std at the token before, in units of the stream (NaN for models with norms).
     """
     points = Stream(models[reference]).points
     norm_free = [name for name, model in models.items() if Stream(model).norm is None]
@@ -82,10 +82,10 @@ def measure_tokens(
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """Average what `measure_tokens` returns over the tokens of each text and model.
+    """Average the table of `measure_tokens` over the tokens of each text and model.
 
-    Returns one row per text and model. Columns: these; the means over tokens of loss, difference and jsd, and the
-    largest of a token, `…_max`, all in nats; tokens.
+    Returns one row per text and model. Columns: these; the means over tokens of loss, difference and jsd, and their
+    maxima, `…_max`, all in nats; tokens.
     """
     measures = {
         column: (name, how)
@@ -103,18 +103,19 @@ def measure(
     reference: str = "original",
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Compare models on a text: `summarise` of `measure_tokens`, whose arguments it takes."""
+    """Compare models on a text: `summarise` of `measure_tokens`, with the same arguments."""
     return summarise(measure_tokens(models, tokens, text=text, reference=reference, batch_size=batch_size))
 
 
 def by_std(frame: pd.DataFrame) -> pd.DataFrame:
-    """Average the excess loss over tokens whose std is as many times the constant, from what `measure_tokens` returns.
+    """Average the excess loss by the ratio of std and constant, from the table of `measure_tokens`.
 
     The constants are means over the tokens after position 0 of the first text in `frame`.
 
-    Returns one row per text, model without norms, point of the residual stream, and bin of the ratio, four to a factor
-    of two, that holds a token. Columns: these (model, point); ratio, std over constant at the bin's middle, without
-    unit; difference, the mean excess loss, and difference_max, that of the worst token, nats; tokens.
+    Returns one row per text, model without norms, point of the residual stream, and bin of the ratio that contains
+    tokens. There are four bins per factor of two. Columns: text, model, point; ratio, std over constant at the centre
+    of the bin, without units; difference, the mean excess loss, and difference_max, that of the worst token, both in
+    nats; tokens.
     """
     points = [column for column in frame if "hook_resid" in column]
     rows = []
@@ -140,17 +141,18 @@ def measure_stds(
     reference: str = "original",
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Measure the excess loss by std over constant: `by_std` of `measure_tokens`, whose arguments it takes.
+    """Measure the excess loss by std over constant: `by_std` of `measure_tokens`, with the same arguments.
 
-    The constants are then those of this text. To take another's, concatenate what `measure_tokens` returns of both.
+    The constants are then those of this text. To use those of another text, apply `by_std` to the concatenated tables
+    of `measure_tokens` for both, with the other text first.
     """
     return by_std(measure_tokens(models, tokens, text=text, reference=reference, batch_size=batch_size))
 
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: means by text, and the largest of a token (✖)."""
-    titles = {"difference": "Loss less the original's<br>(nats/token)", "jsd": "JSD to the original<br>(nats/token)"}
+    """Plot the table of `measure`: means by text, and the maximum over tokens (✖)."""
+    titles = {"difference": "Loss minus the original's<br>(nats/token)", "jsd": "JSD to the original<br>(nats/token)"}
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.08)
     for model, group in frame[frame["jsd_max"] > 0].groupby("model", sort=False):
         for row, column in enumerate(titles, start=1):
@@ -177,7 +179,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_stds(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_stds` returns of one model: a panel for each text, a line for each point of the stream."""
+    """Plot the table of `measure_stds` for one model: one panel per text, one line per point of the stream."""
     texts, points = list(frame["text"].unique()), list(frame["point"].unique())
     colours = dict(zip(points, sample_colorscale("Viridis", np.linspace(0, 0.9, max(2, len(points)))), strict=False))
     figure = make_subplots(

@@ -1,17 +1,18 @@
-"""Outlier features: a few directions of the residual stream's basis that carry most of it.
+"""Outlier features: a few directions of the residual stream's basis that contain most of its norm.
 
-With X the activations at a point of the residual stream, n tokens by d features, and s_j² the mean over tokens of x_j²:
+Let X be the activations at a point of the residual stream, n tokens × d features, and s_j² the token mean of x_j².
 
 - Kurtosis (He et al. 2024, "Understanding and Minimising Outlier Features", arXiv 2405.19279):
-  mean_j(s_j⁴)/(mean_j s_j²)², from 1, all features alike, to d, a single one.
+  mean_j(s_j⁴)/(mean_j s_j²)², from 1 (all features are equal) to d (a single feature).
 - Max-median ratio (same paper): the mean over tokens of max_j|x_j| / median_j|x_j|.
-- What the released code of He and Hofmann, "Simplifying Transformer Blocks" (arXiv 2311.01906), logs of Y, which is X
-  less each token's mean over the width, divided by the RMS over all tokens and features: the variance of Y's s_j²,
-  there called kurtosis too (the kurtosis of Y less 1, times d/(d−1)); the correlations of features, the off-diagonal
-  entries of YᵀY/n; the correlations of inputs, those of YYᵀ/d. Their code takes one batch for X, this one all tokens.
+- The quantities that the released code of He and Hofmann, "Simplifying Transformer Blocks" (arXiv 2311.01906), logs of
+  Y, which is X minus each token's mean over the width, divided by the RMS over all tokens and features: the variance of
+  Y's s_j², there also called kurtosis (it is the kurtosis of Y minus 1, times d/(d−1)); the correlations of features,
+  the off-diagonal entries of YᵀY/n; the correlations of inputs, those of YYᵀ/d. Their X is one batch; here it is all
+  tokens.
 
-Under LayerNorm the models of `load_trio` have the mean over the width taken out of X, on which no prediction depends.
-Under RMSNorm, which reads the mean, it is left in.
+In models of `load_trio` with LayerNorm, the mean over the width, on which no prediction depends, is removed from X. In
+models with RMSNorm, which reads the mean, it is not removed.
 """
 
 from collections.abc import Mapping
@@ -28,14 +29,14 @@ from analysis.stream import Stream, label
 from finetune.features import FeatureSums
 
 CLASSES = ("all", "all but position 0")
-"""The second because in GPT-2 the activations at position 0 are so large that they make up the first."""
+"""The second class exists because GPT-2's activations at position 0 are so large that they dominate the first."""
 
 
 def measure(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batch_size: int = 8) -> pd.DataFrame:
     """Measure outlier features of each model at every point of the residual stream.
 
-    Returns one row per model, point (hook name) and token_class, all dimensionless: kurtosis, from 1 to d_model;
-    max_median_ratio (of an even number of features the lower median); kurtosis_code, the variance of s_j²;
+    Returns one row per model, point (hook name) and token_class. All measures are dimensionless: kurtosis, from 1 to
+    d_model; max_median_ratio (the lower median of an even number of features); kurtosis_code, the variance of s_j²;
     feature_correlation_rms over pairs of features; input_correlation (mean) and input_correlation_rms over pairs of
     tokens. tokens: their number.
     """
@@ -59,7 +60,7 @@ def measure(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batc
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns by point; dotted without position 0."""
+    """Plot the table of `measure` by point. Dotted lines are without position 0."""
     quantities = {
         "kurtosis": "Kurtosis<br>(no unit, 1 to width)",
         "max_median_ratio": "Max-median ratio<br>(no unit)",

@@ -1,7 +1,7 @@
 """One colour per model name, everywhere.
 
-The colours are those of Okabe and Ito (2008, "Color Universal Design") that can be seen on light and on dark pages; the
-trio has the three that have a contrast of at least 3 on both and that readers of every colour vision tell apart best.
+The colours are those of Okabe and Ito (2008, "Color Universal Design") that are visible on light and dark pages. The
+trio has the three with a contrast of at least 3 on both that readers with any colour vision can distinguish best.
 """
 
 import html
@@ -11,9 +11,9 @@ _OTHERS = ("#009E73", "#56B4E9", "#E69F00")
 
 
 def colour(model: str) -> str:
-    """Return the colour of the model called `model`, as "#RRGGBB": the same as long as the process lives.
+    """Return the colour of the model called `model`, as "#RRGGBB". It stays the same for the life of the process.
 
-    Beside the trio, names get a colour when they are first asked for; from the seventh on colours repeat.
+    Names other than the trio's are assigned a colour at first use. From the seventh name on, colours repeat.
     """
-    model = html.unescape(model)  # as figures have it
+    model = html.unescape(model)  # names are escaped in figures
     return _COLOURS.setdefault(model, _OTHERS[len(_COLOURS) % len(_OTHERS)])

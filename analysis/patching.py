@@ -1,18 +1,18 @@
 """How well attribution patching estimates activation patching, on pairs of prompts.
 
-1. A pair is a clean and a corrupt prompt of as many tokens, and the token that each wants next, `correct` and `wrong`.
-   With LD the logit of `correct` less that of `wrong` at the last position, as the model returns them (Gemma 2's
-   soft-cap is one more nonlinearity),
+1. A pair consists of a clean and a corrupt prompt with the same number of tokens, and the next token that each calls
+   for, `correct` and `wrong`. With LD the logit of `correct` minus that of `wrong` at the last position, as returned by
+   the model (Gemma 2's soft-cap is one more nonlinearity),
    metric = (LD − LD_corrupt) / (LD_clean − LD_corrupt): 0 for the corrupt prompt and 1 for the clean one.
-2. A place is a hook point of a layer, a position, and a head where the hook point has heads.
+2. A place is a hook point of a layer, a position and, if the hook point has heads, a head.
 3. Activation patching: run the corrupt prompt with the activation at one place replaced by that of the clean prompt.
-   Effect = metric then − metric of the corrupt prompt, which is 0. Places run side by side in a batch, in whole
-   forwards: a single block of a model with rotary positions cannot be called by itself. Only the last position is
+   The effect is the metric minus that of the corrupt prompt, which is 0. Many places are run in one batch, in whole
+   forwards, because a single block of a model with rotary positions cannot be called alone. Only the last position is
    unembedded.
-4. Attribution patching: (a_clean − a_corrupt) · ∂metric/∂a, the gradient taken at the corrupt prompt: the same to
-   first order, for all places from one backward pass (Syed et al. 2023, arXiv 2310.10348).
-5. Error = |attribution − activation|. LN is one of the nonlinearities that make it; Baroni et al. 2025, arXiv
-   2507.02559, found that it does not shrink when LN is removed.
+4. Attribution patching: (a_clean − a_corrupt) · ∂metric/∂a, with the gradient at the corrupt prompt. This is the effect
+   to first order, for all places from one backward pass (Syed et al. 2023, arXiv 2310.10348).
+5. Error = |attribution − activation|. LN is one of the nonlinearities that cause it; Baroni et al. 2025, arXiv
+   2507.02559, found that it does not decrease when LN is removed.
 """
 
 import math
@@ -51,25 +51,25 @@ def measure(
 ) -> pd.DataFrame:
     """Patch every place of every layer of every model, one by one, for every pair.
 
-    Positions before the first at which the prompts differ are left out: both effects are 0 there.
+    Positions before the first difference between the prompts are omitted, because both effects are 0 there.
 
     Args:
-        models: what `analysis.load_trio` returns.
-        pairs: of prompts.
-        tokenizer: that of the models.
+        models: those of `analysis.load_trio`.
+        pairs: pairs of prompts.
+        tokenizer: the tokenizer of the models.
         only: the numbers of the pairs to patch, from 1. None: all.
-        hook_points: where, by their names in a layer.
-        batch_size: places in one forward; no result depends on it.
-        prefix: a token to put before each prompt, as `text.prefix` in a recipe; it takes position 0.
+        hook_points: the hook points to patch, by their names in a layer.
+        batch_size: places per forward. No result depends on it.
+        prefix: a token to prepend to each prompt, as `text.prefix` in a recipe. It is at position 0.
 
     Returns:
-        One row per model, pair (numbered from 1), hook point, layer, position, head (NA without heads), with `token`,
-        the clean prompt's token there, and `activation`, `attribution` and `error`, in shares of LD_clean − LD_corrupt
-        (no unit). Where a model hardly tells the prompts apart that is small, and the shares are large and mean little:
-        leave such pairs out, with `solved_by_all` of `measure_pairs` as `only`.
+        One row per model, pair (numbered from 1), hook point, layer, position and head (NA without heads). `token` is
+        the clean prompt's token there. `activation`, `attribution` and `error` are fractions of LD_clean − LD_corrupt
+        (no unit). If a model hardly distinguishes the prompts, this difference is small, and the fractions are large
+        and mean little. Omit such pairs by passing `solved_by_all` of `measure_pairs` as `only`.
 
     Raises:
-        PairError: what `encode_pairs` raises.
+        PairError: as in `encode_pairs`.
     """
     frames = []
     for model_name, model in models.items():
@@ -135,7 +135,7 @@ def _activation(
     metric: Metric,
     batch_size: int,
 ) -> Float[Tensor, " place"]:
-    """Return the effect of replacing the activation of `name` at each of `places` by the clean one."""
+    """Return the effect of replacing the activation of `name`, at each of `places`, by the clean activation."""
 
     def patch(activation: Float[Tensor, "place pos ... d"], hook: Any, part: Tensor) -> Tensor:
         activation = activation.clone()
@@ -157,11 +157,11 @@ def _activation(
 def _attribution(
     model: Any, corrupt: Int[Tensor, " pos"], clean: Mapping[str, Float[Tensor, "pos ... d"]], metric: Metric
 ) -> dict[str, Float[Tensor, "pos ..."]]:
-    """Return the first-order effect of replacing the activation at each place of each hook by the clean one."""
+    """Return the first-order effect of replacing the activation at each place of each hook by the clean activation."""
     activations, nothings = {}, {}
 
     def add_nothing(activation: Tensor, hook: Any, name: str) -> Tensor:
-        # What is added has the gradient of the activation, whatever in the model requires one.
+        # The added zero has the gradient of the activation, whether or not the model's parameters require gradients.
         activations[name], nothings[name] = activation.detach(), torch.zeros_like(activation, requires_grad=True)
         return activation + nothings[name]
 
@@ -177,10 +177,10 @@ def _attribution(
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """Average the error of what `measure` returns over pairs, positions and heads.
+    """Average the error in the table of `measure` over pairs, positions and heads.
 
-    Returns one row per model, hook point and layer: mean_error and error_spread, its mean and standard deviation, in
-    shares of LD_clean − LD_corrupt; places, how many there were.
+    Returns one row per model, hook point and layer: mean_error and error_spread, the mean and standard deviation, as
+    fractions of LD_clean − LD_corrupt; places, their number.
     """
     errors = frame.groupby(["model", "hook_point", "layer"], sort=False)["error"]
     return errors.agg(mean_error="mean", error_spread="std", places="count").reset_index()
@@ -194,13 +194,14 @@ def measure_pairs(
     *,
     prefix: str | None = None,
 ) -> pd.DataFrame:
-    """Measure whether the models can do the task: above 0 for the clean prompt and below 0 for the corrupt one.
+    """Measure whether the models solve the pairs: differences above 0 for the clean and below 0 for the corrupt prompt.
 
     Returns one row per model and pair (numbered from 1): the four texts of the pair; clean_difference and
-    corrupt_difference, the logit of `correct` less that of `wrong` at the end of each prompt, behind `prefix` (logits).
+    corrupt_difference, the logit of `correct` minus that of `wrong` at the end of each prompt, in logits. `prefix` is
+    prepended to each prompt.
 
     Raises:
-        PairError: what `encode_pairs` raises.
+        PairError: as in `encode_pairs`.
     """
     rows = []
     for name, model in models.items():
@@ -214,7 +215,7 @@ def measure_pairs(
 
 
 def solved_by_all(frame: pd.DataFrame) -> list[int]:
-    """Return the numbers of the pairs in what `measure_pairs` returns that every model can do."""
+    """Return the numbers of the pairs in the table of `measure_pairs` that every model solves."""
     can = (frame["clean_difference"] > 0) & (frame["corrupt_difference"] < 0)
     return [int(pair) for pair, all_can in can.groupby(frame["pair"]).all().items() if all_can]
 
@@ -223,16 +224,16 @@ told_apart = solved_by_all  # the old name
 
 
 def describe_pairs(frame: pd.DataFrame) -> str:
-    """Say how many of the pairs in what `measure_pairs` returns every model can do."""
+    """Describe how many of the pairs in the table of `measure_pairs` every model solves."""
     return (
-        f"{len(solved_by_all(frame))} of {frame['pair'].nunique()} pairs are patched: those for which every model has "
-        "the answer of the prompt ahead, above 0 for the clean one and below 0 for the corrupt one."
+        f"{len(solved_by_all(frame))} of {frame['pair'].nunique()} pairs are patched: those that every model solves, "
+        "with a difference above 0 for the clean prompt and below 0 for the corrupt one."
     )
 
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: the mean error of attribution patching by layer, one panel per hook point."""
+    """Plot the table of `measure`: the mean error of attribution patching by layer, one panel per hook point."""
     points = list(frame["hook_point"].unique())
     columns = min(2, len(points))
     figure = make_subplots(
@@ -255,9 +256,9 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_effects(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: attribution against activation patching, one dot per place, one panel per model.
+    """Plot the table of `measure`: attribution against activation patching, one dot per place, one panel per model.
 
-    On the grey line they agree.
+    On the grey line they are equal.
     """
     models = list(frame["model"].unique())
     figure = make_subplots(
@@ -282,7 +283,7 @@ def plot_effects(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_pairs(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure_pairs` returns: the logit difference of both prompts, pair by pair."""
+    """Plot the table of `measure_pairs`: the logit difference of both prompts, pair by pair."""
     figure = go.Figure()
     for (model,), group in frame.groupby(["model"], sort=False):
         for prompt, symbol in (("clean", "circle"), ("corrupt", "circle-open")):
@@ -296,4 +297,4 @@ def plot_pairs(frame: pd.DataFrame) -> go.Figure:
                 legendgroup=model,
             )
     figure.update_layout(scattermode="group", xaxis={"title": "Pair (number)", "type": "category"})
-    return figure.update_yaxes(title="Logit of the clean prompt’s answer<br>less the other’s (logits)")
+    return figure.update_yaxes(title="Logit of the clean prompt’s answer<br>minus the other’s (logits)")

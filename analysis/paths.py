@@ -1,20 +1,21 @@
 """The largest paths from the tokens of a prompt to one logit, through at most a few components.
 
-With attention patterns, the gates of MLPs and the divisors of norms held as they are at a prompt (`graph.Held`), a
-model is linear from its embeddings to the logit, and a product of sums that multiplies out to a sum over paths: from
-the embedding of a token or position through heads and MLPs, one after another, to the logit (Elhage et al. 2021, "A
-Mathematical Framework for Transformer Circuits"). Each is exact, and without norms the same whatever else is taken out.
-There are too many to write down: the search below follows the largest alone.
+With attention patterns, the gates of MLPs and the divisors of norms held fixed at a prompt (`graph.Held`), a model is
+linear from its embeddings to the logit. It is a product of sums, which expands into a sum over paths: from the
+embedding of a token or position, through heads and MLPs one after another, to the logit (Elhage et al. 2021, "A
+Mathematical Framework for Transformer Circuits"). Each path is exact, and without norms it does not change when others
+are removed. There are too many paths to enumerate, so a search follows only the largest.
 
-1. A path is built from the logit down. What is there of it reads the stream in a direction r; with an embedding e at
-   its start the path is worth e · r logits.
-2. Before e·r is known of all its beginnings, |e·r| ≤ ‖r‖ · U, with U the longest vector that as many components as are
-   left can make of an embedding at that place. For one component U is exact, for more it comes from spectral norms.
-3. The end of a path with the largest bound is looked at first: all that can come before it is made at once, its values
-   are kept if they are among the largest, and its own bounds are put in line. The search ends when no bound is above
-   the smallest value kept, which then are the largest for certain, or after a number of steps.
-4. The sum of all paths through at most that many components needs no path: each component is applied to the sum of what
-   was written with one component less.
+1. A path is built from the logit down. A partial path reads the stream in a direction r. With an embedding e at its
+   start, its value is e · r logits.
+2. For all beginnings of a partial path, |e·r| ≤ ‖r‖ · U, where U is the length of the longest vector into which the
+   remaining number of components can turn an embedding, at that place. For one component U is exact; for more it
+   follows from spectral norms.
+3. The partial path with the largest bound is expanded first. All of its extensions are computed at once: their values
+   are kept if they are among the largest, and their bounds are added to the queue. The search ends when no bound
+   exceeds the smallest kept value, so that the kept paths are certainly the largest, or after a number of steps.
+4. The sum of all paths through at most that many components needs no enumeration: each component is applied to the sum
+   of what was written through one component fewer.
 """
 
 import heapq
@@ -33,42 +34,42 @@ from analysis.logit_attribution import token_text
 from analysis.stream import Component
 
 STEPS = 2_000
-"""Ends of paths that are looked at, at most."""
+"""The maximum number of partial paths to expand."""
 
 
 @dataclass(frozen=True)
 class Paths:
-    """The largest paths to a logit, and what they leave over."""
+    """The largest paths to a logit, and the rest of the logit."""
 
     frame: pd.DataFrame
     """One row per path, the largest first. Columns: path, nodes as in `graph.Graph`; token and position, where it
-    begins; components, how many it goes through; value, logits."""
+    begins; components, their number; value, in logits."""
     within: float
-    """The sum of all paths from tokens and positions through at most as many components, logits."""
+    """The sum of all paths from tokens and positions through at most the given number of components, in logits."""
     remainder: float
-    """The logit less the sum of the paths of `frame` and the bias of the unembedding: smaller and longer paths, and
-    those that begin at a bias; logits."""
+    """The logit minus the bias of the unembedding and the sum of the paths in `frame`, in logits. It consists of
+    smaller paths, longer paths, and paths that begin at a bias."""
     at_most: float
-    """No path that is left out is larger, logits: where the search came to its end, than the smallest of `frame`; 0
-    where there are no others."""
+    """An upper bound on the size of paths that are not in `frame`, in logits. If the search is complete, it is the
+    smallest size in `frame`, or 0 if there are no other paths."""
     is_complete: bool
-    """Whether the search came to its end, so that these are the largest."""
+    """Whether the search is complete, so that the paths are certainly the largest."""
 
 
 class _End(NamedTuple):
-    """The end of a path, from where it reads to the logit."""
+    """The end of a path: from a point of the stream, where it reads, to the logit."""
 
     direction: Float[Tensor, " d_model"]
     point: str
-    """Of the stream, where it reads."""
+    """The point of the stream where it reads."""
     position: int
     left: int
-    """How many components may come before."""
+    """How many components may still precede it."""
     nodes: tuple[str, ...]
 
 
 class _Layer(NamedTuple):
-    """One layer with its pattern and gates held, float64."""
+    """One layer with its pattern and gates held fixed, in float64."""
 
     heads: Component
     mlp: Component
@@ -115,12 +116,12 @@ class _Linear:
         self.there = {point: {*stream.components_at(point)} for point in points}
 
     def attend(self, layer: _Layer, x: Float[Tensor, "*some pos d_model"]) -> Float[Tensor, "*some pos d_model"]:
-        """Return what the heads of a layer write, all together, where they read `x`."""
+        """Return the sum of what the heads of a layer write when they read `x`."""
         z = layer.pattern @ ((x / self.scales[layer.before_heads]).unsqueeze(-3) @ layer.W_V)
         return (z @ layer.W_O).sum(-3) / self.held.written_scale(layer.heads)
 
     def activate(self, layer: _Layer, x: Float[Tensor, "*some pos d_model"]) -> Float[Tensor, "*some pos d_model"]:
-        """Return what the MLP of a layer writes, less its bias, where it reads `x`."""
+        """Return what the MLP of a layer writes when it reads `x`, without its bias."""
         post = (x / self.scales[layer.before_mlp]) @ layer.W_in * layer.gate
         return post @ layer.W_out / self.written_by_mlp(layer)
 
@@ -147,7 +148,7 @@ class _Linear:
         return torch.stack(some).sum(0) if some else torch.zeros_like(self.sources[0])
 
     def bounds(self, most: int) -> list[dict[str, Float[Tensor, " pos"]]]:
-        """Return by how long a vector 1, 2, … components at most can make of an embedding at each point."""
+        """Return the maximum length, at each point, of a vector that up to 1, 2, … components make of an embedding."""
         longest: dict[Component, Tensor] = {}
         for layer in self.layers:
             each = (self.sources / self.scales[layer.before_heads]).unsqueeze(-3) @ layer.W_V @ layer.W_O
@@ -176,7 +177,7 @@ class _Linear:
         return found
 
     def _divide(self, layer: _Layer, lengths: dict[Component, Tensor], heads: bool = False, mlp: bool = False) -> None:
-        """Divide by live norms of what heads and MLPs write, where there are any."""
+        """Divide by live norms between heads or MLPs and the stream, if there are any."""
         for component, scale, wanted in (
             (layer.heads, self.held.written_scale(layer.heads), heads),
             (layer.mlp, self.written_by_mlp(layer), mlp),
@@ -192,7 +193,7 @@ class _Linear:
         }
 
     def before(self, end: _End) -> list[tuple[Component, str, list[int], Float[Tensor, "part source d_model"]]]:
-        """Return what can come before the end of a path: (component, where it reads, positions, how it reads them)."""
+        """Return what can precede the end of a path: (component, point where it reads, positions, directions)."""
         made = []
         at, r = end.position, end.direction
         for layer in self.layers:
@@ -216,15 +217,16 @@ def find(held: Held, count: int = 20, most: int = 3, *, steps: int = STEPS) -> P
 
     Args:
         held: the model at the prompt, such as `graph.Graph.held`.
-        count: of paths.
-        most: components on the way, heads and MLPs; 0 is from the embedding straight to the logit.
-        steps: of the search. With many components it may not come to its end: `Paths.at_most` says what may be missing.
+        count: the number of paths.
+        most: the maximum number of heads and MLPs on a path. 0: only from the embeddings directly to the logit.
+        steps: the maximum number of steps of the search. With many components it may not be complete: `Paths.at_most`
+            bounds what may be missing.
 
     Raises:
-        ValueError: `count` below 1, or `most` below 0.
+        ValueError: `count` is below 1, or `most` is below 0.
     """
     if count < 1 or most < 0:
-        raise ValueError(f"There are to be 1 path or more through 0 components or more, not {count} through {most}.")
+        raise ValueError(f"count is {count} and most is {most}; they must be at least 1 and at least 0.")
     linear, last, final = _Linear(held), len(held.prompt) - 1, held.stream.final
     bounds = linear.bounds(most) if most else []
     best: list[tuple[float, int, float, int, tuple[str, ...]]] = []

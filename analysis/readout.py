@@ -1,23 +1,23 @@
-"""How a model reads a target off its final residual stream, and what each component of the stream does to it.
+"""How a model reads the logit of a target from its final residual stream, and the effect of each component on it.
 
 The final residual stream r of a token is a sum of components c: the embeddings, every head, every attention bias and
-every MLP. The logit of a target is read off it as LN(r) · w + b, w being the target's column of the unembedding. Where
-the model soft-caps its logits, as Gemma 2 does, that is the logit before: what is capped is not a sum any more.
+every MLP. The logit of a target is LN(r) · w + b, where w is the target's column of the unembedding. If the model
+soft-caps its logits, like Gemma 2, this is the logit before, because a capped logit is not a sum.
 
-1. The target is the next token, whose w is taken less its mean over the vocabulary unless asked otherwise (the logit
-   then counts from the mean logit), or the difference of two given tokens.
+1. The target is the next token, or the difference of two given tokens. For the next token, the mean over the vocabulary
+   is subtracted from w, unless requested otherwise. The logit is then relative to the mean logit.
 2. The DLA of c is its share at the scale of the full r: c · w / σ(r).
-3. The direct effect of c is what the logit loses when c is taken out of r and the final norm, as the model has it, is
-   applied afresh: logit(r) − logit(r − c).
-4. No vector r − c is made. With r, c and w centred, logit(r − c) = (r·w − c·w) / σ(r − c) + b, where
-   d_model · σ²(r − c) = ‖r‖² − 2 r·c + ‖c‖² + d_model · eps: three dot products a component. That of a head is
-   c = z W_O, so that c·w = z·(W_O w), c·r = z·(W_O r) and ‖c‖² = z (W_O W_Oᵀ) z. Under RMSNorm nothing is centred.
-5. Where skips have gains, as those of `load_hooked_blocks` may, c is what is written times the gains of the skips after
-   it. A layer without a skip lets nothing from before it through but what it reads: those components are 0.
-6. Where a live norm lies between a head and the stream (Gemma 2), c is the head's share of what the norm returns, at
-   the scale by which it divides the whole attention output. The direct effect keeps that scale.
+3. The direct effect of c is how much the logit loses when c is removed from r and the model's own final norm is applied
+   again: logit(r) − logit(r − c).
+4. No vector r − c is needed. With r, c and w centred, logit(r − c) = (r·w − c·w) / σ(r − c) + b, where
+   d_model · σ²(r − c) = ‖r‖² − 2 r·c + ‖c‖² + d_model · eps: three dot products per component. For a head, c = z W_O,
+   so c·w = z·(W_O w), c·r = z·(W_O r) and ‖c‖² = z (W_O W_Oᵀ) z. For RMSNorm nothing is centred.
+5. If skips have gains, as in models of `load_hooked_blocks`, c is what is written times the gains of the skips after
+   it. A layer without a skip blocks everything before it except what it reads, so earlier components are 0.
+6. If there is a live norm between a head and the stream (Gemma 2), c is the head's share of the norm's output, at the
+   scale by which the norm divides the whole attention output. The direct effect keeps that scale.
 
-Activations have the model's dtype; from the final residual stream on everything is float64.
+Activations have the model's dtype; everything from the final residual stream on is in float64.
 """
 
 import functools
@@ -33,17 +33,17 @@ from analysis.stream import Component, Stream
 
 
 class Effects(NamedTuple):
-    """What components do to the logit of the target, float64."""
+    """The effects of components on the logit of the target, in float64."""
 
     dla: Float[Tensor, "batch pos component"]
     direct_effect: Float[Tensor, "batch pos component"]
 
 
 class Written:
-    """What a component writes to the residual stream, in float64 and centred as the norm that reads it centres.
+    """What a component writes to the residual stream, in float64, and centred if the norm that reads it centres.
 
-    It is activations times weights, of heads and neurons, and of the others a vector. All that is asked of it is linear
-    in the activations: a vector of a head or neuron is made only by `vectors`.
+    For heads and neurons it is activations times weights; for other components it is a vector. Products with it are
+    computed from activations, so the vectors of heads and neurons are formed only by `vectors`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Written:
         component: Component,
         cached: Callable[[str], Float[Tensor, "*token width"] | Float[Tensor, "*token part width"]],
     ) -> None:
-        """Take what `component` wrote from the activations that `cached` returns by name, of any tokens."""
+        """`cached` returns activations by name, at any tokens."""
         gain = stream.skip_gain(component)
         self._W: Float[Tensor, "part d_in d_model"] | None = None
         if component.kind in ("head", "neuron"):
@@ -68,7 +68,7 @@ class Written:
             self._a = self._a / cached(component.scale).double().unsqueeze(-1)
 
     def dot(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token part"]:
-        """Return the dot products of each part with vectors."""
+        """Return the dot products of each part with the vectors `x`."""
         if self._W is None:
             return torch.linalg.vecdot(self._a, x.unsqueeze(-2))
         return torch.linalg.vecdot(self._a, (x @ self._W.flatten(0, 1).T).unflatten(-1, self._W.shape[:2]))
@@ -80,21 +80,21 @@ class Written:
         return torch.einsum("...ci,cij,...cj->...c", self._a, self._W @ self._W.mT, self._a)
 
     def vectors(self) -> Float[Tensor, "*token part d_model"]:
-        """Return the vectors of the parts themselves, which are many."""
+        """Return the vectors of all parts, which take much memory."""
         return self._a if self._W is None else torch.einsum("...ci,cij->...cj", self._a, self._W)
 
     def into(self, R: Float[Tensor, "d_model unit"]) -> Float[Tensor, "#part d_in unit"]:
-        """Return the weights from activations to what `R` reads of each part: no prompt changes them."""
+        """Return the weights from the activations of each part to the units of `R`, whatever the prompt."""
         return R.unsqueeze(0) if self._W is None else self._W @ R
 
     def through(self, into: Float[Tensor, "#part d_in unit"], at: slice) -> Float[Tensor, "part _ unit"]:
-        """Return what is read of each part at some tokens, of which there is one axis, by the weights of `into`."""
+        """Return what the units read from each part at some tokens, which have one axis, by the weights of `into`."""
         a = self._a[at] if self._a.ndim > 2 else self._a[None]  # a bias is the same at all tokens
         return a.transpose(0, 1) @ into
 
 
 class Readout:
-    """How one model reads the target of every token of a batch off its final residual stream, in float64."""
+    """Reads the target of every token of a batch from one model's final residual stream, in float64."""
 
     def __init__(
         self,
@@ -104,12 +104,12 @@ class Readout:
         pair: tuple[int, int] | None = None,
         centre_unembedding: bool = True,
     ) -> None:
-        """Take the target of each token: the next token, which the last one lacks, or the difference of `pair`.
+        """The target of each token is the next token, which the last token lacks, or the difference of `pair`.
 
-        `cache` holds the final residual stream and the activations of the components that are asked for later.
+        `cache` must contain the final residual stream, and the activations of the components that are used later.
 
         Raises:
-            ValueError: a final norm whose weights are not folded into the unembedding.
+            ValueError: the weights of the final norm are not folded into the unembedding.
         """
         self._stream, self._cache = Stream(model), cache
         self._stream.require_folded_norm()
@@ -128,18 +128,18 @@ class Readout:
         return self._stream.centre(x.double())
 
     def read(self, normalised: Float[Tensor, "batch all_pos d_model"]) -> Float[Tensor, "batch pos"]:
-        """Return the target's logit read off residual vectors that went through the final norm."""
+        """Return the target's logit, given residual vectors after the final norm."""
         return torch.linalg.vecdot(normalised[:, : self._targets.shape[1]], self.w) + self.b
 
     def logit(self, logits: Float[Tensor, "batch all_pos vocab"]) -> Float[Tensor, "batch pos"]:
-        """Return the target's logit among the model's own, before soft-capping."""
+        """Return the target's logit, given the model's own logits before soft-capping."""
         logits = logits[:, : self._targets.shape[1]]
         return logits.gather(-1, self._targets.unsqueeze(-1)).squeeze(-1).double() - self._base(logits)
 
     def normalise(
         self, x: Float[Tensor, "batch pos d_model"]
     ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos 1"]]:
-        """Return the final norm of any residual vectors at their own scale, and that scale."""
+        """Return residual vectors normalised by the final norm, at their own scale, and that scale."""
         x = self._centred(x)
         scale = self._stream.scale(x.square().sum(-1, keepdim=True))
         return x / scale, scale
@@ -156,9 +156,9 @@ class Readout:
         return Effects(cw / scale, self._rw / scale - without)
 
     def effects(self, component: Component) -> Effects:
-        """Return the effects of a component, of heads and neurons one by one.
+        """Return the effects of a component, separately for each head or neuron.
 
-        The attention's bias is none of the heads', the MLP's none of the neurons'.
+        The effects of heads do not include the bias of attention, nor those of neurons the bias of the MLP.
         """
         written = Written(self._stream, component, self.cached)
         return self._effects(written.dot(self.w), written.dot(self.r), written.square())
@@ -166,10 +166,11 @@ class Readout:
     def components(
         self, logits: Float[Tensor, "batch all_pos vocab"], neurons: bool = False
     ) -> Iterator[tuple[str, int | None, Effects]]:
-        """Yield (kind, layer, effects) of everything that adds up to the logit, of that, and of what is left over.
+        """Yield (kind, layer, effects) of every term of the logit, of the logit, and of the residue (logit − sum).
 
-        Neurons are in the sum as parts of their MLP, whose bias is in it too. The model's own `logits` are the sum to
-        be reached, before soft-capping; unlike the DLA, the direct effects of a model with norms do not reach it.
+        Neurons are not additional terms, because they are parts of their MLP, which includes its bias. `logits` are the
+        model's own. The logit is that before soft-capping. Unlike DLA, direct effects do not sum to it in a model with
+        norms.
         """
         dla = direct_effect = self.b
         for component in self._stream.components:
@@ -187,13 +188,13 @@ class Readout:
 def target_base(
     by_token: Float[Tensor, "*shape vocab"], pair: tuple[int, int] | None, centre_unembedding: bool
 ) -> Float[Tensor, "*shape"]:
-    """Return what the target's entry counts from: the other token's, the mean over the vocabulary, or zero."""
+    """Return what to subtract from the target's entry: the other token's, the mean over the vocabulary, or zero."""
     if pair is not None:
         return by_token[..., pair[1]].double()
     if not centre_unembedding:
         return torch.zeros_like(by_token[..., 0], dtype=torch.float64)
     rows = by_token.flatten(0, -2) if by_token.ndim > 1 else by_token[None]
-    # On a CPU the mean makes a copy in float64 of all that it is taken of.
+    # On a CPU, mean copies its whole input to float64.
     means = [rows[piece].mean(-1, dtype=torch.float64) for piece in pieces(len(rows), rows.shape[-1])]
     return torch.cat(means).view(by_token.shape[:-1])
 

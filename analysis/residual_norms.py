@@ -1,14 +1,14 @@
-"""How large the residual stream is, from the embeddings to the end, and how it grows and turns on the way.
+"""The size of the residual stream, from the embeddings to the end, and how it grows and rotates on the way.
 
-1. At every hook point of the residual stream and for every token x: the L2 norm ‖x‖ and the std of x over the width
-   (biased). LayerNorm divides by the std; RMSNorm by ‖x‖/√d_model, which the mean over the width adds to.
-2. From the point before: growth ‖x‖/‖x_before‖, and the cosine similarity of x and x_before.
-3. Summaries over tokens, those at position 0 and end-of-text tokens apart from the others, because in GPT-2 they differ
+1. At every hook point of the residual stream and for every token x: the L2 norm ‖x‖, and the (biased) std of x over the
+   width. LayerNorm divides by the std. RMSNorm divides by ‖x‖/√d_model, which also depends on the mean over the width.
+2. Relative to the point before: growth ‖x‖/‖x_before‖, and the cosine similarity of x and x_before.
+3. Summaries over tokens. Position 0 and end-of-text tokens are separate from the others, because in GPT-2 they differ
    by far: Heimersheim 2024 (arXiv 2409.13710), Baroni et al. 2025 (arXiv 2507.02559).
 
-Under LayerNorm the models of `load_trio` have the mean over the width taken out of x, on which no prediction depends:
-there ‖x‖ is the std times √d_model. Under RMSNorm, which reads the mean, it is left in. Position 0 is the prefix where
-the text has one, the same token in every block.
+In models of `load_trio` with LayerNorm, the mean over the width, on which no prediction depends, is removed from x, so
+‖x‖ is the std times √d_model. In models with RMSNorm, which reads the mean, it is not removed. If the text has a
+prefix, position 0 is the prefix, the same token in every block.
 """
 
 import math
@@ -29,11 +29,11 @@ from analysis.batches import forwards
 from analysis.stream import Stream, label
 
 CLASSES = ("ordinary", "position 0", "end-of-text")
-"""The classes of token; position 0 wins over end-of-text."""
+"""The token classes. Position 0 takes precedence over end-of-text."""
 
 
 def residual_points(model: Any) -> list[str]:
-    """Return the hook names of the residual stream in order, as `analysis.stream.Stream` has them."""
+    """Return the hook names of the residual stream in order: `analysis.stream.Stream.points`."""
     return list(Stream(model).points)
 
 
@@ -47,15 +47,15 @@ def measure(
     """Measure the residual stream of each model at every point.
 
     Args:
-        models: what `analysis.load_trio` returns.
+        models: those of `analysis.load_trio`.
         tokens: packed blocks.
-        eot_token_id: the end-of-text token; None: that of the model's tokenizer, if it has one.
-        batch_size: blocks in one forward; no result depends on it.
+        eot_token_id: the end-of-text token. None: that of the model's tokenizer, if it has one.
+        batch_size: blocks per forward. No result depends on it.
 
-    Returns one row per model, point (hook name) and token_class with any tokens. norm and std: the mean over the tokens
-    of the class, and `…_spread` (std over the tokens), `…_median` (of an even number the lower, to 0.3 %) and `…_max`,
-    all in the units of the residual stream. growth and cosine: means over the tokens, dimensionless, NaN at the first
-    point. tokens: their number.
+    Returns one row per model, point (hook name) and token_class that has tokens. norm and std: the mean over the tokens
+    of the class, with `…_spread` (std over the tokens), `…_median` (the lower one of an even number, to 0.3 %) and
+    `…_max`, all in units of the residual stream. growth and cosine: means over the tokens, dimensionless, NaN at the
+    first point. tokens: their number.
     """
     return pd.concat(
         [_measure(*named, tokens, eot_token_id, batch_size) for named in models.items()], ignore_index=True
@@ -88,7 +88,7 @@ def _measure(
 
 
 def _per_token(residuals: Sequence[Float[Tensor, "batch pos d_model"]]) -> Float[Tensor, "4 point batch pos"]:
-    """Return norm, std, growth and cosine of each token in float64; the last two are NaN at the first point."""
+    """Return norm, std, growth and cosine of each token in float64. The last two are NaN at the first point."""
     norms = torch.stack([x.double().norm(dim=-1) for x in residuals])
     stds = torch.stack([x.double().std(dim=-1, correction=0) for x in residuals])
     cosines = torch.stack([F.cosine_similarity(x.double(), y.double(), dim=-1) for x, y in pairwise(residuals)])
@@ -97,14 +97,14 @@ def _per_token(residuals: Sequence[Float[Tensor, "batch pos d_model"]]) -> Float
 
 
 class _Summary:
-    """The statistics that are reported of values that come batch by batch.
+    """The reported statistics, computed batch by batch.
 
-    A median is the mean in the bucket that the middle value is in, of buckets 0.3 % wide, so that memory does not grow
-    with the number of tokens.
+    A median is the mean of the values in the bucket of the middle value. Buckets are 0.3 % wide, so memory does not
+    grow with the number of tokens.
     """
 
     OCTAVES = 20
-    """From 2^-20 to 2^20; what is outside counts in the first or last bucket."""
+    """Buckets cover 2^-20 to 2^20. Values outside count in the first or last bucket."""
     PER_OCTAVE = 256
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class _Summary:
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: norm and std by point, mean, spread and maximum, one row per class of token."""
+    """Plot the table of `measure`: mean, spread and maximum of norm and std by point, one row per token class."""
     titles = {"norm": "L2 norm (no unit)", "std": "Std over the width (no unit)"}
     classes = [token_class for token_class in CLASSES if (frame["token_class"] == token_class).any()]
     figure = make_subplots(
@@ -188,7 +188,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_steps(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns from each point to the next: growth and cosine, one column per class of token."""
+    """Plot the table of `measure`: growth and cosine from each point to the next, one column per token class."""
     steps = frame[frame["growth"].notna()].assign(point=lambda rows: rows["point"].map(label))
     quantities = {"growth": "Growth of the L2 norm<br>(ratio)", "cosine": "Cosine to the point<br>before (no unit)"}
     figure = figures.lines(steps, "point", quantities, column="token_class").update_yaxes(type="log", dtick="D2", row=1)

@@ -1,8 +1,8 @@
-"""Texts as tokens in TransformerLens, right for any tokenizer.
+"""Correct tokenisation of texts in TransformerLens, for any tokenizer.
 
-TransformerLens asks the tokenizer for a text with special tokens, and takes away the first one where that seems to be
-BOS. Here a text is turned into tokens without special ones, and BOS is put before it: what the tokenizer appends never
-gets in, and no token of the text gets lost. A tokenizer needs neither an end-of-text nor a padding token.
+TransformerLens tokenises a text with special tokens, and removes the first token if that seems to be BOS. Here a text
+is tokenised without special tokens, and BOS is prepended. So tokens that the tokenizer appends are never included, and
+no token of the text is lost. A tokenizer needs neither an end-of-text token nor a padding token.
 """
 
 import copy
@@ -22,9 +22,9 @@ TL4 = int(version("transformer-lens").split(".")[0]) >= 4
 
 
 def around_text(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer puts before a text and behind it, found with a real one.
+    """Return the ids that the tokenizer puts before and after a text, found with a text that is not empty.
 
-    Around the empty text nothing tells what is before from what is behind.
+    Around an empty text, ids before it cannot be distinguished from ids after it.
     """
     for text in ("a", "A", "1", *(tokenizer.decode([token]) for token in range(min(1000, len(tokenizer))))):
         alone, whole = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
@@ -37,9 +37,9 @@ def around_text(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> PreTrainedTokenizerBase:
-    """Return a copy that can pad for a model of so many tokens.
+    """Return a copy of a tokenizer that can pad, for a model with a vocabulary of `vocabulary` tokens.
 
-    For padding serves the padding token, end-of-text, or else the unknown or the last token.
+    The first of these that exists is used for padding: the padding, end-of-text, unknown or last token.
     """
     made = copy.deepcopy(tokenizer)
     candidates = made.pad_token_id, made.eos_token_id, made.unk_token_id, min(len(made), vocabulary) - 1
@@ -50,21 +50,21 @@ def with_padding(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> PreTrai
 
 
 class TextTokens:
-    """Turns texts into tokens, for a model with `cfg` and with a `tokenizer` that `take_tokenizer` sets."""
+    """Tokenises texts, for a model with a `cfg` and a `tokenizer`, which `take_tokenizer` sets."""
 
     tokenizer: PreTrainedTokenizerBase | None
     own_padding = True
-    """Whether padding has a token of its own."""
+    """Whether padding has its own token."""
 
     def take_tokenizer(self: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Set the tokenizer, a copy that pads, on the right.
+        """Set the tokenizer to a copy of `tokenizer` that can pad, and pads on the right.
 
-        BOS is what it puts before a text, or its BOS token, or, as in TransformerLens, end-of-text. TransformerLens's
-        own way reads the tokenizer again by name, from the Hub if that is not a path.
+        BOS is the token that it puts before a text; else its BOS token; else, as in TransformerLens, end-of-text.
+        TransformerLens's own method would load the tokenizer again by name, from the Hub if that is not a path.
         """
         vocabulary = self.cfg.d_vocab
         made = with_padding(tokenizer, vocabulary)
-        made.padding_side = "right"  # or HookedTransformer takes a block's first token for padding where it is the same
+        made.padding_side = "right"  # on the left, HookedTransformer mistakes a block's first token for padding
         before, behind = around_text(tokenizer)
         bos = (before[-1] if before else None), tokenizer.bos_token_id, tokenizer.eos_token_id
         known = [token for token in bos if token is not None and token < vocabulary]
@@ -84,13 +84,13 @@ class TextTokens:
         move_to_device: bool = True,
         truncate: bool = True,
     ) -> Int[Tensor, "text pos"]:
-        """Return the tokens of a text or of a list of texts: what TransformerLens's own `to_tokens` should return.
+        """Return the tokens of a text or of a list of texts, as TransformerLens's own `to_tokens` should.
 
         Raises:
-            NolnError: there is no tokenizer, or padding on the left could not be told from text.
+            NolnError: there is no tokenizer, or padding on the left could not be distinguished from text.
         """
         if self.tokenizer is None:
-            raise NolnError("The model has no tokenizer: put one beside it, or run it on token ids.")
+            raise NolnError("The model has no tokenizer. Put one in its directory, or run the model on token ids.")
         tokenizer, before = self.tokenizer, []
         if (
             self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
@@ -105,15 +105,15 @@ class TextTokens:
             rows[i] = padding + row if on_left else row + padding
             if on_left and not self.own_padding and padding and row[:1] == padding[:1]:
                 raise NolnError(
-                    f"{texts[i]!r} begins with the token that stands for padding, because the tokenizer has none for "
-                    "it: pad on the right, or run it by itself."
+                    f"{texts[i]!r} begins with the token that is used for padding, because the tokenizer has no "
+                    "padding token. Pad on the right, or run this text separately."
                 )
         tokens = torch.tensor(rows, dtype=torch.long)
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
 
 class TextInput(TextTokens):
-    """How a model of TransformerLens handles texts."""
+    """Overrides how a model of TransformerLens handles texts."""
 
     def generate(
         self: Any,
@@ -124,7 +124,7 @@ class TextInput(TextTokens):
         *arguments: Any,
         **options: Any,
     ) -> Any:
-        """Generate, as TransformerLens's own `generate`, and without an end-of-text token until `max_new_tokens`."""
+        """Generate like TransformerLens's own `generate`; without an end-of-text token, until `max_new_tokens`."""
         stop_at_eos = self._stops(stop_at_eos, eos_token_id)
         given = max_new_tokens, stop_at_eos, eos_token_id, *arguments
         of_lens: Any = super()
@@ -142,7 +142,7 @@ class TextInput(TextTokens):
         *arguments: Any,
         **options: Any,
     ) -> Any:
-        """Do what `generate` does, piece by piece."""
+        """Generate like `generate`, but piece by piece."""
         stop_at_eos = self._stops(stop_at_eos, eos_token_id)
         given = max_new_tokens, max_tokens_per_yield, stop_at_eos, eos_token_id, *arguments
         of_lens: Any = super()
@@ -154,16 +154,16 @@ class TextInput(TextTokens):
 
 
 class TextBridge(TextInput, TransformerBridge):
-    """A `TransformerBridge` with the texts of `TextInput`."""
+    """A `TransformerBridge` that handles texts as `TextInput` does."""
 
 
 if not TL4:
 
     class TextTransformer(TextInput, transformer_lens.HookedTransformer):
-        """A `HookedTransformer` with the texts of `TextInput`."""
+        """A `HookedTransformer` that handles texts as `TextInput` does."""
 
 
 def taking_texts(model: Any) -> Any:
-    """Return a model of TransformerLens, now one with the texts of `TextInput`."""
+    """Make a model of TransformerLens handle texts as `TextInput` does, and return it."""
     model.__class__ = TextBridge if isinstance(model, TransformerBridge) else TextTransformer
     return model

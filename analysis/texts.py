@@ -1,4 +1,4 @@
-"""Texts that models are compared on: blocks packed as in training, spread evenly over each text."""
+"""Texts to compare models on: blocks packed as in training, spread evenly over each text."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,25 +20,25 @@ class Sample(NamedTuple):
 
     tokens: Int[Tensor, "block pos"]
     documents: Int[np.ndarray, "block pos"]
-    """The number of each token's document."""
+    """The index of each token's document."""
     description: str
 
 
 def read_text(
     name: str | Documents, model: Any, tokens: int = 8_192, *, context: int | None = None, prefix: str | None = None
 ) -> Sample:
-    """Pack a text for `model` as in training and take blocks spread evenly over it.
+    """Pack a text for `model` as in training, and return blocks that are spread evenly over it.
 
-    Of a Hub data set, which may be larger than the disk, no more is read than the first blocks.
+    From a Hub data set, which may be larger than the disk, only the first blocks are read.
 
     Args:
         name: a source as in a recipe: a bundled name, a file, a directory, or a Hub data set; or documents in memory,
             strings or a data set of `datasets`.
         model: what `load_hooked` or `load_bridge` returns, with a tokenizer.
-        tokens: how many to take, at most, in whole blocks.
-        context: tokens of a block. None: as many as the model takes, at most 1,024.
-        prefix: a token to put before each block, as `text.prefix` in a recipe: "bos", or a token by its text. It takes
-            position 0, at which analyses report sinks and norms of their own. None: nothing is put before a block.
+        tokens: the maximum number of tokens, in whole blocks.
+        context: tokens per block. None: the model's context, at most 1,024.
+        prefix: a token to prepend to each block, as `text.prefix` in a recipe: "bos", or the text of a token. It is at
+            position 0, whose attention sinks and norms the analyses report separately. None: no prefix.
 
     Raises:
         TextError: the model has no tokenizer or fewer positions than `context`, the tokenizer does not have `prefix`,
@@ -50,10 +50,10 @@ def read_text(
             sample = read_text(str(file), model, tokens, context=context, prefix=prefix)
         return sample._replace(description=sample.description.replace(str(file), "text in memory", 1))
     if model.tokenizer is None:
-        raise TextError("The original model has no tokenizer beside it: put its tokenizer.json there.")
+        raise TextError("The original model's directory has no tokenizer. Put its tokenizer.json there.")
     context = context or min(model.cfg.n_ctx, LONGEST_CONTEXT)
     if not 2 <= context <= model.cfg.n_ctx:
-        raise TextError(f"The context is {context}, but the model takes 2 to {model.cfg.n_ctx} tokens: name another.")
+        raise TextError(f"The context is {context}; it must be from 2 to {model.cfg.n_ctx} tokens for this model.")
     wanted, from_hub = max(1, tokens // context), not path_of(name).exists()
     text = Text(name, streaming=from_hub, prefix=prefix)
     packed = load_blocks(text, model.tokenizer, context, model.cfg.d_vocab, most=wanted if from_hub else None)

@@ -1,9 +1,9 @@
 """Fine-tune the norms out of a model, or train one without them from the start.
 
-`remove_norms` does it, a `Recipe` says how, and a `Run` is what it leaves. Beside these, `recipe` reads and writes
-recipes, `text` packs any text, `checkpoint` reads and writes LN-free models, `evaluate` measures models on held-out
-text, `sweep` does many runs, `blocks` has models that need no norms, and `pretrain` trains them: `pretrain.pretrain`
-runs a `PretrainRecipe`. What a user can mend is raised as a `NolnError`.
+`remove_norms` fine-tunes a model as a `Recipe` specifies, and returns a `Run`. The submodules: `recipe` reads and
+writes recipes, `text` packs any text, `checkpoint` reads and writes LN-free models, `evaluate` measures models on
+held-out text, `sweep` does many runs, `blocks` contains models that need no norms, and `pretrain` trains them:
+`pretrain.pretrain` runs a `PretrainRecipe`. Errors that a user can fix are raised as a `NolnError`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ _HOMES = dict.fromkeys(("Gaps", "Layers", "PretrainRecipe", "Recipe", "Schedule"
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are asked for: importing the package loads no torch."""
+    """Import a public name when it is first used, so that importing the package does not load torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
@@ -48,5 +48,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List public names before they are imported too: `python -m pydoc finetune` shows them."""
+    """List public names that are not imported yet, too, so that `python -m pydoc finetune` shows them."""
     return sorted({*globals(), *__all__})

@@ -52,7 +52,7 @@ class Options(Generic[Trains]):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command that `arguments` (None: the process's own) name; what the user can mend is said in a line."""
+    """Run the command in `arguments` (None: those of the process). An error that the user can fix prints one line."""
     speak(sys.stdout, sys.stderr)
     arguments = _with_values([_current_flag(word) for word in (sys.argv[1:] if arguments is None else arguments)])
     if arguments[:1] in (["-h"], ["--help"]):
@@ -70,14 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def speak(*streams: Any) -> None:
-    """Have what a terminal cannot show, one of ASCII only, replaced and not raised."""
+    """Replace characters that a terminal cannot show, such as an ASCII one, instead of raising an error."""
     for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def can_print(text: str) -> bool:
-    """Whether the terminal can show `text`."""
+    """Return whether the terminal can show `text`."""
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -86,7 +86,7 @@ def can_print(text: str) -> bool:
 
 
 def _current_flag(word: str) -> str:
-    """Return a flag of a schedule's phase with the current name of that phase."""
+    """Return a flag with the current name of a schedule's phase in place of a former one."""
     if not word.startswith("--schedule."):
         return word
     flag, equals, value = word.partition("=")
@@ -94,7 +94,7 @@ def _current_flag(word: str) -> str:
 
 
 def _with_values(arguments: list[str]) -> list[str]:
-    """Return flags of booleans that may be None with values, as tyro wants them: `--bf16 True` for `--bf16`."""
+    """Add values to the flags of optional booleans, because tyro requires them: `--bf16` becomes `--bf16 True`."""
     flags = {f"--{field.name}" for field in dataclasses.fields(Recipe) if field.type == bool | None}
     given = {flag: [flag, "True"] for flag in flags} | {flag.replace("--", "--no-"): [flag, "False"] for flag in flags}
     followed = zip(arguments, [*arguments[1:], ""], strict=False)
@@ -172,15 +172,15 @@ def _pretrain(arguments: list[str]) -> None:
 
 
 def _scaled(recipe: Trains, arguments: list[str]) -> Trains:
-    """Scale `recipe` before the other flags are read: what they say holds as it is said."""
+    """Scale `recipe` before the other flags are read, so that their values are not scaled."""
     steps = _given(arguments, "--steps", int)
     return recipe if steps is None else recipe.scaled(steps)
 
 
 def _given(arguments: list[str], flag: str, kind: Callable[[str], Any] = str) -> Any:
-    """Return what `flag` is given, or None where it is not."""
+    """Return the value of `flag`, or None if it is not given."""
     only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    underscored = f"--{flag.removeprefix('--').replace('-', '_')}"  # tyro takes either
+    underscored = f"--{flag.removeprefix('--').replace('-', '_')}"  # tyro accepts either
     only.add_argument(flag, underscored, type=kind, dest="value")
     return only.parse_known_args(arguments)[0].value
 
@@ -241,7 +241,7 @@ def _only(arguments: list[str], usage: str) -> str:
 
 
 def _usage(usage: str, arguments: list[str]) -> NoReturn:
-    """Leave, saying how a command is used; successfully if that was asked."""
+    """Print the usage of a command and exit: successfully if help was requested, else with an error."""
     usage = f"usage: python -m finetune {usage}"
     if arguments in (["-h"], ["--help"]):
         print(usage)
@@ -250,7 +250,7 @@ def _usage(usage: str, arguments: list[str]) -> NoReturn:
 
 
 def _report(run: "Run") -> None:
-    """Print the tables of a complete run, one for each text, and where the rest is."""
+    """Print the tables of a complete run, one per text, and where everything is."""
     from accelerate import PartialState
     from rich import box
     from rich.console import Console
@@ -259,7 +259,7 @@ def _report(run: "Run") -> None:
     pm = "±" if can_print("±") else "+-"
     if not PartialState().is_main_process:
         return
-    # Nothing where a model would be compared with itself, or there is no control.
+    # Leave a cell empty if a model would be compared with itself, or if there is no control.
     measures = {"loss": ("loss", None), "gap": ("gap to control", "control"), "jsd": ("JSD to original", "original")}
     measures = {measure: of for measure, of in measures.items() if measure in run.results}
     headings = ["model", *(heading for heading, _ in measures.values()), "tokens", "seconds"]

@@ -1,4 +1,4 @@
-"""What a run was begun with: recipe, model and text, so that resuming goes on with the same or says what differs."""
+"""What a run was started with: recipe, model and text. Resuming it with anything else is refused."""
 
 import hashlib
 import json
@@ -23,20 +23,20 @@ _FREE = {
     *("also", "control", "control_from"),
     *("export_format", "model", "revision", "tokenizer", "text.source", "text.held_out"),
 }
-"""Fields of a recipe that may change, for they change no weights, or name what is itself compared."""
+"""Recipe fields that may change: they do not affect the weights, or they name something that is compared itself."""
 _MOST_TOKENS = 2**26
-"""Of more than these every so many blocks are compared."""
+"""If a text has more tokens than this, only evenly spaced blocks of it are compared."""
 
 
 class ChangedError(NolnError):
-    """A run is to go on with something else than it was begun with; the message says what differs."""
+    """The recipe, model or text differs from what the run was started with; the message says how."""
 
 
 def check(directory: Path, recipe: Training, model: PreTrainedModel | None, text: TextSplits, anyway: bool) -> None:
-    """Check that a run goes on with what it was begun with, or note it down if it begins now, or `anyway`.
+    """Check that a run continues with what it was started with. Record it if the run is new, or if `anyway`.
 
     Raises:
-        ChangedError: something differs, or what it was begun with is not known any more, and not `anyway`.
+        ChangedError: something differs, or the record is missing or unreadable, and `anyway` is False.
     """
     path = directory / "checkpoints/begun_with.json"
     now = {"recipe": _flat(recipe), "model": _model(model), "text": _text(text, recipe.text)}
@@ -49,20 +49,20 @@ def check(directory: Path, recipe: Training, model: PreTrainedModel | None, text
         changes = [f"{path} is missing"]
     if changes and not anyway:
         raise ChangedError(
-            f"{directory} no longer matches what it was begun with: {'; '.join(changes)}. Restore that, begin another "
-            "run, or go on as it is with --anyway (in Python anyway=True)."
+            f"{directory} no longer matches what it was started with: {'; '.join(changes)}. Restore that, start "
+            "another run, or continue regardless with --anyway (in Python, anyway=True)."
         )
-    PartialState().wait_for_everyone()  # all have read it
+    PartialState().wait_for_everyone()  # all processes have read the record
     if PartialState().is_main_process and (changes or not path.exists()):
         if changes:
-            tqdm.write(f"warning: the run goes on with something else than it was begun with: {'; '.join(changes)}.")
+            tqdm.write(f"warning: continuing although the run has changed since it was started: {'; '.join(changes)}.")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(now, indent=1))
         to_disk(path)
 
 
 def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return what differs, in words; fields that an earlier or a later version does not have are ignored."""
+    """Describe what differs. Fields that only one of the two versions has are ignored."""
     now = json.loads(json.dumps(now))
     fields = now["recipe"].keys() & then["recipe"].keys()
     changes = [
@@ -78,18 +78,18 @@ def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if before[field] != config[field]
         ]
         if then["model"]["weights"] != now["model"]["weights"]:
-            changes.append("the model has other weights")
-    for part, what in {"train": "the text to train on", "held_out": "the held-out text"}.items():
+            changes.append("the model's weights have changed")
+    for part, what in {"train": "the training text", "held_out": "the held-out text"}.items():
         (size, digest), (new_size, new_digest) = then["text"][part], now["text"][part]
         if size != new_size:
             changes.append(f"{what} was {size} and is {new_size}")
         elif digest != new_digest:
-            changes.append(f"{what} is another one")
+            changes.append(f"{what} has changed")
     return changes
 
 
 def _flat(recipe: Training) -> dict[str, Any]:
-    """Return the fields that matter to the weights by their dotted names."""
+    """Return the fields that affect the weights, by dotted name."""
 
     def flatten(value: Any, name: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -102,7 +102,7 @@ def _flat(recipe: Training) -> dict[str, Any]:
 
 
 def _model(model: PreTrainedModel | None) -> dict[str, Any] | None:
-    """Return a digest of a model's weights, and what its config says of what it computes."""
+    """Return a digest of a model's weights, and the fields of its config that affect what it computes."""
     if model is None:
         return None
     digest = hashlib.blake2b()
@@ -116,7 +116,7 @@ def _model(model: PreTrainedModel | None) -> dict[str, Any] | None:
 
 
 def _text(text: TextSplits, source: Text) -> dict[str, tuple[str, str]]:
-    """Return the size of each part of a text in words, and a digest; of a stream's files only the size is known."""
+    """Return the size of each part of a text, in words, and a digest. For a stream, only the size of its files."""
     if isinstance(text.train, StreamedBlocks):
         path = path_of(source.source)
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -130,6 +130,6 @@ def _blocks(blocks: Blocks) -> tuple[str, str]:
     digest = hashlib.blake2b()
     count = min(len(blocks), max(1, _MOST_TOKENS // blocks.context))
     rows = np.linspace(0, len(blocks) - 1, count).round().astype(int)
-    for start in range(0, count, 4096):  # a chunk at a time: the tokens may be more than fit into memory
+    for start in range(0, count, 4096):  # in chunks: the tokens may not fit into memory
         digest.update(np.ascontiguousarray(blocks.blocks[rows[start : start + 4096]], np.uint32).data)
     return f"{blocks.blocks.size:,} tokens", digest.hexdigest()

@@ -1,6 +1,6 @@
-"""Reading and writing models: names, the Hub, configs, weights, tokenizers. Nothing here knows what a norm is.
+"""Loading and saving models: names, the Hub, configs, weights and tokenizers. Nothing here depends on norms.
 
-Only safetensors and GGUF are read, and no remote code is run. What a checkpoint is checked for, `folding` says.
+Only safetensors and GGUF are read, and no remote code is run. `folding` checks the norms of checkpoints.
 """
 
 import json
@@ -43,14 +43,14 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
 ) -> None:
-    """Write `model`, its tokenizer and its model card as a directory, whole or not at all.
+    """Write `model`, its tokenizer and its model card to a new directory, completely or not at all.
 
     Raises:
-        CheckpointError: the directory exists or cannot be written, or what `folding.check_can_be_saved` raises.
+        CheckpointError: the directory exists or cannot be written; or as in `folding.check_can_be_saved`.
     """
     directory = names.expanded(directory)
     if directory.exists():
-        raise CheckpointError(f"{directory} already exists and is not overwritten: move it away or name another.")
+        raise CheckpointError(f"{directory} already exists and is not overwritten. Move it, or choose another name.")
     folding.check_can_be_saved(model)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -64,14 +64,16 @@ def save(
                 (partial / "README.md").write_text(card, encoding="utf-8")
             partial.rename(directory)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} cannot be written: {error}. Make room, or name another.") from error
+        raise CheckpointError(
+            f"{directory} cannot be written: {error}. Free some space, or choose another directory."
+        ) from error
 
 
 def load_config(name_or_path: str | Path, revision: str | None = None) -> PreTrainedConfig:
-    """Read the config of a model: a short name, a directory, a GGUF file or a Hub id; no weights are fetched.
+    """Read the config of a model, given by a short name, a directory, a GGUF file or a Hub id. Downloads no weights.
 
     Raises:
-        CheckpointError: the model does not exist or cannot be read, or neither `families` nor `blocks` has its
+        CheckpointError: the model does not exist or cannot be read, or neither `families` nor `blocks` supports its
             architecture.
     """
     if file := gguf_of(name_or_path, revision):
@@ -97,16 +99,16 @@ def load_config(name_or_path: str | Path, revision: str | None = None) -> PreTra
 
 
 def load(name_or_path: str | Path, revision: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load a model of a known family, LN-free or not, or one of `finetune.blocks`, on the CPU, for evaluation.
+    """Load a model of a supported family, LN-free or not, or of `finetune.blocks`, on the CPU in evaluation mode.
 
-    It is named by a short name (`finetune.names`), a directory, a GGUF file or a Hub id.
+    It is given by a short name (`finetune.names`), a directory, a GGUF file or a Hub id.
 
-    Only safetensors and GGUF are read, and no remote code is run. From a directory nothing is looked up. The weights
-    are float32 unless `dtype` says otherwise, whatever the files hold.
+    Only safetensors and GGUF are read, and no remote code is run. A local directory needs no network. The weights are
+    in float32 unless `dtype` is given, whatever the dtype of the files.
 
     Raises:
-        CheckpointError: nothing there, files missing or corrupt, another architecture, or what
-            `folding.norm_state` raises.
+        CheckpointError: the model does not exist, files are missing or corrupt, or the architecture is not supported;
+            or as in `folding.norm_state`.
     """
     if file := gguf_of(name_or_path, revision):
         with no_progress_bars(), _quiet():
@@ -130,16 +132,16 @@ def load(name_or_path: str | Path, revision: str | None = None, dtype: torch.dty
             output_loading_info=True,
         )
     model_files.check_loaded(info, name_or_path, getattr(config, "tie_word_embeddings", False))
-    folding.norm_state(model)  # raises where it is neither one thing nor the other
+    folding.norm_state(model)  # raises if the norms are in no valid state
     return model
 
 
 def load_tokenizer(name_or_path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model or in its GGUF file; for a published model without, its base's.
+    """Load the tokenizer in a model's directory or GGUF file. For a published model without one, load its base's.
 
     Raises:
-        NoTokenizerError: no tokenizer in it.
-        CheckpointError: nothing there.
+        NoTokenizerError: there is no tokenizer.
+        CheckpointError: the model does not exist, or its tokenizer cannot be read.
     """
     if file := gguf_of(name_or_path, revision):
         return gguf_file.load_tokenizer(file)
@@ -147,36 +149,34 @@ def load_tokenizer(name_or_path: str | Path, revision: str | None = None) -> Pre
     if not (any(any(directory.glob(file)) for file in _VOCABULARIES) or _needs_no_vocabulary(directory)):
         if published := names.PUBLISHED.get(str(name_or_path)):
             return load_tokenizer(published.base)
-        raise NoTokenizerError(f"{name_or_path} has no tokenizer: load that of the model it was made from.")
+        raise NoTokenizerError(f"{name_or_path} has no tokenizer. Load that of the model it was made from.")
     with model_files.reading(f"The tokenizer of {name_or_path}", "Copy its files again from the model's source."):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def tokenizer_of(tokenizer: str | Path | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that is given, which may be named; None for None.
+    """Return a tokenizer that is given as an object or by name. None for None.
 
     Raises:
-        NoTokenizerError, CheckpointError: as `load_tokenizer`, or it is something else.
+        NoTokenizerError, CheckpointError: as in `load_tokenizer`, or `tokenizer` is something else.
     """
     if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     if isinstance(tokenizer, str | Path):
         return load_tokenizer(tokenizer)
-    remedy = (
-        "PreTrainedTokenizerFast(tokenizer_object=...) makes one of a Tokenizer" if hasattr(tokenizer, "to_str") else ""
-    )
+    remedy = "PreTrainedTokenizerFast(tokenizer_object=...) wraps a Tokenizer" if hasattr(tokenizer, "to_str") else ""
     raise CheckpointError(
-        f"The tokenizer is a {type(tokenizer).__name__}: pass a name, a directory, or a tokenizer of transformers"
+        f"The tokenizer is a {type(tokenizer).__name__}. Pass a name, a directory, or a tokenizer of transformers"
         f"{remedy and f' ({remedy})'}."
     )
 
 
 def _needs_no_vocabulary(directory: Path) -> bool:
-    """Return whether a tokenizer is of a class that has a vocabulary without a file, as ByT5's, of bytes."""
+    """Return whether a tokenizer's class needs no vocabulary file, like ByT5's, whose tokens are bytes."""
     try:
         name = json.loads((directory / "tokenizer_config.json").read_bytes())["tokenizer_class"]
         kind = getattr(transformers, name)
-    except Exception:  # whatever is in the file, or missing for what it names
+    except Exception:  # the file is missing or invalid, or the class or its requirements do not exist
         return False
     return isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase) and not kind.vocab_files_names
 
@@ -185,7 +185,7 @@ def gguf_of(name_or_path: str | Path, revision: str | None = None) -> Path | Non
     """Return the GGUF file that a name stands for, or None if it stands for something else.
 
     Raises:
-        CheckpointError: a revision of a file.
+        CheckpointError: a revision of a file is requested.
     """
     path = names.expanded(names.resolve(name_or_path)[0])
     if not gguf_file.is_gguf(path):
@@ -197,7 +197,7 @@ def gguf_of(name_or_path: str | Path, revision: str | None = None) -> Path | Non
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide transformers' own table of what does not fit, which is said in a line."""
+    """Hide transformers' table of weights that do not match, which our error message summarises."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -208,7 +208,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Hide transformers' progress bars, of files that are read and written in a moment."""
+    """Hide transformers' progress bars for files that are read and written in a moment."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -219,17 +219,17 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def _local(name_or_path: str | Path, revision: str | None, files: list[str]) -> Path:
-    """Return the directory of a short name, a path, or a Hub id, whose `files` are downloaded if not cached."""
+    """Return the directory of a short name, a path, or a Hub id. Its `files` are downloaded if they are not cached."""
     name, revision = names.resolve(name_or_path, revision)
     if (directory := names.expanded(name)).is_dir():
         if revision is not None:
             raise CheckpointError(f"{name_or_path} is a directory, which has no revision {revision}.")
         return directory
     if directory.exists():
-        raise CheckpointError(f"{name_or_path} is a file: name the directory of a model, or a GGUF file.")
+        raise CheckpointError(f"{name_or_path} is a file. Pass the directory of a model, or a GGUF file.")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(
-            f"{name_or_path} is not a directory here, and was not available from the Hub: {error}"
+            f"{name_or_path} is not a local directory, and was not available from the Hub: {error}"
         ) from error

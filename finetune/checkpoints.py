@@ -1,8 +1,8 @@
-"""The checkpoints of a fit, which of them are whole, and the log that each holds a copy of.
+"""The checkpoints of a fit: finding the newest intact one, and recovering the log from its copies in checkpoints.
 
 checkpoint-STEP/files.json   the digest of every other file
 checkpoint-STEP/log.jsonl    the run's log up to STEP
-checkpoint-STEP/…            what `transformers.Trainer` goes on from
+checkpoint-STEP/…            the files from which `transformers.Trainer` resumes
 """
 
 import hashlib
@@ -26,12 +26,12 @@ _NEEDED = (_WEIGHTS, _STATE, "optimizer.pt", "scheduler.pt")
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Return the checkpoints in `directory`, oldest first: those that are not half removed, damaged or not."""
+    """Return the checkpoints in `directory`, oldest first. They may be damaged, but partly removed ones are omitted."""
     return [path for path in _begun(directory) if (path / _STATE).exists()]
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step that a checkpoint was made at."""
+    """Return the step of a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -41,7 +41,7 @@ def _begun(directory: Path) -> list[Path]:
 
 
 def seal(checkpoint: Path, log: Path) -> None:
-    """Put a copy of the log and the digests of all files into a checkpoint, and have all of it on the disk."""
+    """Add a copy of the log and the digests of all files to a checkpoint, and flush everything to disk."""
     shutil.copyfile(log, checkpoint / log.name)
     digests = {path.name: _digest(path) for path in sorted(checkpoint.iterdir())}
     (checkpoint / _FILES).write_text(json.dumps(digests))
@@ -50,9 +50,9 @@ def seal(checkpoint: Path, log: Path) -> None:
 
 
 def discard(directory: Path) -> None:
-    """Remove the checkpoints of a fit whose model is exported, but for the newest copy of the log, if any is left.
+    """Remove the checkpoints of a fit whose model has been exported, except for the newest copy of the log.
 
-    They hold three to four times the model, and nothing goes on from them any more.
+    They take three to four times the space of the model, and are no longer needed.
     """
     logs = (log for checkpoint in reversed(_begun(directory)) for log in checkpoint.glob("*.jsonl"))
     if (newest := next(logs, None)) is not None:
@@ -62,9 +62,9 @@ def discard(directory: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Have a file, or the names in a directory, on the disk before anything else is done: the power may fail."""
+    """Flush a file, or a directory's entries, to disk, so that they survive a power failure."""
     if path.is_dir() and os.name == "nt":
-        return  # directories cannot be opened there
+        return  # Windows cannot open directories
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -73,12 +73,13 @@ def to_disk(path: Path) -> None:
 
 
 def newest_whole(directory: Path, anyway: bool = False) -> Path | None:
-    """Return the newest whole checkpoint, or None if there are none at all; say which others are passed over.
+    """Return the newest intact checkpoint, or None if there are no checkpoints. Warn about newer, damaged ones.
 
-    With none that is whole, `anyway` takes the newest that lacks nothing but what training can do without, or None.
+    If none is intact and `anyway` is True, return the newest that lacks only files that training can do without, or
+    None.
 
     Raises:
-        CheckpointError: there are some, but none is whole, and not `anyway`.
+        CheckpointError: there are checkpoints, but none is intact, and `anyway` is False.
     """
     broken: dict[Path, dict[str, str]] = {}
     taken = None
@@ -95,8 +96,8 @@ def newest_whole(directory: Path, anyway: bool = False) -> Path | None:
     )
     if taken is None and not anyway:
         raise CheckpointError(
-            f"No checkpoint in {directory} is whole ({what}). Restore one, or pass --anyway (in Python anyway=True) to "
-            "go on with what is left, or from the first step where nothing is."
+            f"No checkpoint in {directory} is intact ({what}). Restore one, or pass --anyway (in Python, anyway=True) "
+            "to continue from what is left, or from the first step if nothing is."
         )
     if taken is None:
         usable = (
@@ -107,7 +108,7 @@ def newest_whole(directory: Path, anyway: bool = False) -> Path | None:
         taken = next(usable, None)
     if PartialState().is_main_process:
         start = "the first step" if taken is None else taken.name
-        tqdm.write(f"warning: not every checkpoint in {directory} is whole ({what}). Training goes on from {start}.")
+        tqdm.write(f"warning: some checkpoints in {directory} are damaged ({what}). Training continues from {start}.")
     return taken
 
 
@@ -117,7 +118,7 @@ def _faults(checkpoint: Path) -> dict[str, str]:
         digests = json.loads((checkpoint / _FILES).read_text())
         assert isinstance(digests, dict)
     except FileNotFoundError:
-        digests = {}  # an earlier version's
+        digests = {}  # the checkpoint of an earlier version
     except (ValueError, AssertionError):
         return {_FILES: "damaged"}
     faults = {}
@@ -136,7 +137,7 @@ def _digest(path: Path) -> str:
 
 
 def _opens(path: Path) -> bool:
-    """Whether a file of which no digest is known is one of its format."""
+    """Return whether a file without a known digest can be opened in its format."""
     try:
         if path.suffix == ".json":
             return isinstance(json.loads(path.read_text()), dict)
@@ -150,25 +151,25 @@ def _opens(path: Path) -> bool:
 
 
 def read_log(path: Path, checkpoint: Path | None = None) -> list[dict[str, Any]]:
-    """Return the lines of a run's log: as `checkpoint` has it, or else as it is; if it is damaged, as a copy has it.
+    """Return the lines of a run's log, or of its copy in `checkpoint` if given. If the log is damaged, use a copy.
 
-    Half a line at the end, which a process was killed at, is no damage. What else is wrong with the log is said.
+    A partial last line, left by a killed process, does not count as damage. Any other damage is reported.
     """
     written = path.read_bytes() if path.exists() else b""
     copy = None if checkpoint is None else checkpoint / path.name
     if copy is not None and copy.exists():
         lines = list(_lines(copy.read_bytes()))
         if not written.startswith(copy.read_bytes()):
-            _say(f"{path} is damaged: its lines are taken from {copy.parent.name}")
+            _say(f"{path} is damaged. Its copy in {copy.parent.name} is used")
         return lines
     lines = list(_lines(written))
     if len(lines) == written.count(b"\n"):
         return lines
     copies = (path.parent / "checkpoints").rglob(path.name)
     if copy := max(copies, key=lambda copy: copy.stat().st_size, default=None):
-        _say(f"{path} is damaged: its lines are taken from {copy.parent.relative_to(path.parent).as_posix()}")
+        _say(f"{path} is damaged. Its copy in {copy.parent.relative_to(path.parent).as_posix()} is used")
         return list(_lines(copy.read_bytes()))
-    _say(f"{path} is damaged: {written.count(bytes([10])) - len(lines)} lines of it are left out")
+    _say(f"{path} is damaged. {written.count(bytes([10])) - len(lines)} of its lines are skipped")
     return lines
 
 
@@ -178,7 +179,7 @@ def _say(what: str) -> None:
 
 
 def _lines(log: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the lines that are whole."""
+    """Yield the intact lines."""
     for line in log.splitlines(keepends=True):
         try:
             content = json.loads(line) if line.endswith(b"\n") else None

@@ -1,12 +1,13 @@
-"""Cover: blocks of tokens that need not be text, on which the LN-free model is held to the original's predictions.
+"""Cover: blocks of tokens that need not be text, on which the LN-free model is trained to match the original.
 
-A constant is right for the tokens and contexts that training has shown it. Text shows it few of those that other text
-has; the original's predictions, unlike a true next token, are there for any sequence of tokens.
+A constant is right for the tokens and contexts that it was trained on. One text contains few of those that other texts
+contain. A next-token target needs text, but the original's predictions are available for any sequence of tokens.
 
-Of the blocks of a run in their order, that at position i (from 0, within `cover_span`) is cover if and only if
-⌊(i+1)·share⌋ > ⌊i·share⌋: a share of .05 is one block in twenty, evenly spread. Cover takes the place of the text that
-the run would have had there, and is a function of that text and of a generator seeded by the run's seed and i. So all
-other blocks are the control's, and a run that is resumed or shared by several processes sees the same cover.
+Count the blocks of a run from 0, starting at the beginning of `cover_span`. Block i is cover if and only if
+⌊(i+1)·share⌋ > ⌊i·share⌋: with a share of 0.05, one block in twenty, evenly spread. Cover replaces the run's text at
+its position, and is a function of that text and of a generator seeded with the run's seed and the position. So all
+other blocks are the same as the control's, and a run that is resumed or shared by several processes sees the same
+cover.
 """
 
 import itertools
@@ -25,32 +26,32 @@ from finetune.recipe import Recipe
 from finetune.text import Blocks, StreamedBlocks
 
 _COUNTED_BLOCKS = 4096
-"""The blocks of the text whose tokens `unigram` counts, at most: evenly spaced, of a stream the first."""
+"""The maximum number of blocks whose tokens `unigram` counts: evenly spaced ones, or the first ones of a stream."""
 _LONGEST_PERIOD = 32
 _SHORTEST_RUN = 4
 
 
 class Cover:
-    """Which blocks of a run are cover, and what is in them."""
+    """Determines which blocks of a run are cover, and draws their tokens."""
 
     def __init__(self, recipe: Recipe, token_ids: Int[np.ndarray, " id"], text: Blocks | StreamedBlocks) -> None:
-        """Draw from `token_ids`, those that the tokenizer has; `text` is what the run trains on, for its unigrams."""
+        """`token_ids` are those of the tokenizer; `text` is the training text, whose unigrams are counted if needed."""
         self._seed, self._kinds, self._ids = recipe.seed, recipe.cover_kinds, token_ids
-        self._share = Fraction(str(recipe.cover))  # the decimal number that was written, not the nearest binary one
+        self._share = Fraction(str(recipe.cover))  # exactly the decimal in the recipe, not the nearest binary number
         self._first, self._end = (math.floor(part * recipe.steps) * recipe.batch for part in recipe.cover_span)
         unigrams = any(kind.startswith("unigram") for kind in recipe.cover_kinds)
         self._counts = _count(text, token_ids) if unigrams else np.ones(len(token_ids))
         self._kept = 0 if text.prefix is None else 1
 
     def number(self, position: int) -> int | None:
-        """Return which block of cover, from 0, is at a position of the run, or None if there is text."""
+        """Return the index, from 0, of the cover block at a position of the run, or None if text is there."""
         if not self._first <= position < self._end:
             return None
         before, after = (math.floor((position - self._first + i) * self._share) for i in (0, 1))
         return before if after > before else None
 
     def at(self, position: int, block: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the run has at a position where its text has `block`: `input_ids`, and whether they are cover."""
+        """Return the run's block at a position whose text is `block`: its `input_ids`, and whether they are cover."""
         number = self.number(position)
         if number is not None:
             kind = self._kinds[number % len(self._kinds)]
@@ -60,11 +61,11 @@ class Cover:
         return block | {"is_cover": torch.tensor(number is not None)}
 
     def over(self, blocks: Dataset[dict[str, Tensor]]) -> Dataset[dict[str, Tensor]]:
-        """Return the blocks of a run, which are in its order, with cover among them."""
+        """Return the blocks of a run, given in order, with some of them replaced by cover."""
         return _CoveredStream(blocks, self) if isinstance(blocks, IterableDataset) else _Covered(blocks, self)
 
     def draw(self, kind: str, text: Int[np.ndarray, " pos"], rng: np.random.Generator) -> Int[np.ndarray, " pos"]:
-        """Return a block of cover in place of a block of text. `recipe.CoverKind` says what the kinds are."""
+        """Draw a block of cover to replace a block of text. `Recipe.cover_kinds` describes the kinds."""
         name, _, number = kind.partition("-")
         match name:
             case "text":
@@ -105,7 +106,7 @@ def _log_uniform(rng: np.random.Generator, least: int, most: int) -> int:
 
 
 def _count(text: Dataset[Any], token_ids: Int[np.ndarray, " id"]) -> Float[np.ndarray, " id"]:
-    """Return how often each token is in the text, plus one: none is impossible."""
+    """Return each token's count in the text plus one, so that no token is impossible."""
     if isinstance(text, Blocks):
         rows = np.unique(np.linspace(0, len(text) - 1, _COUNTED_BLOCKS).round().astype(int))
         tokens = text.blocks[rows].ravel().astype(np.int64)
@@ -126,7 +127,7 @@ class _Covered(Dataset):
 
 
 class _CoveredStream(IterableDataset):
-    """Every iteration begins at position 0, as the stream does: what a resumed run skips is counted."""
+    """Every iteration begins at position 0, as the stream's does. A resumed run skips blocks after they are counted."""
 
     def __init__(self, blocks: Any, cover: Cover) -> None:
         self.blocks, self.cover = blocks, cover

@@ -1,4 +1,4 @@
-"""How good models are on held-out blocks, and how far from a reference: CE, KL and JSD, in nats/token."""
+"""Measures of models on held-out blocks: CE, and KL and JSD to a reference, in nats/token."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -16,26 +16,26 @@ from transformers import PreTrainedModel
 from finetune.text import Blocks
 
 _LOGITS_AT_ONCE = 2**21
-"""Numbers in one model's logits of one batch: few enough for a cache, and no result depends on it."""
+"""The maximum number of logits per model and batch, so that they fit into a CPU's cache. No result depends on it."""
 
 
 def losses(
     log_probs: Float[Tensor, "batch pos vocab"], input_ids: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos-1"]:
-    """Return the cross-entropy of each next token, nats."""
+    """Return the cross-entropy of each next token, in nats."""
     return -log_probs[:, :-1].gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
 
 
 def kl_divergence(p: Float[Tensor, "*token vocab"], q: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token"]:
-    """Return KL(p ‖ q) of each token from log-probabilities, nats."""
+    """Return KL(p ‖ q) of each token from log-probabilities, in nats."""
     return (p.exp() * (p - q)).sum(-1)
 
 
 def js_divergence(p: Float[Tensor, "*token vocab"], q: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token"]:
-    """Return the Jensen-Shannon divergence of each token from log-probabilities, nats: from 0 to log 2."""
+    """Return the Jensen-Shannon divergence of each token from log-probabilities, in nats: from 0 to log 2."""
 
     def kl_to_mixture(one: Tensor, other: Tensor) -> Tensor:
-        # log mixture = one + softplus(other − one) − log 2: 0 exactly where they are equal.
+        # log mixture = one + softplus(other − one) − log 2, so the result is exactly 0 where the two are equal.
         return (one.exp() * (np.log(2) - F.softplus(other - one))).sum(-1)
 
     return (kl_to_mixture(p, q) + kl_to_mixture(q, p)) / 2
@@ -46,11 +46,12 @@ def mean_and_error(
     documents: Int[np.ndarray, " draw"],
     weights: Float[np.ndarray, " draw"] | Int[np.ndarray, " draw"] | None = None,
 ) -> tuple[float, float]:
-    """Return a weighted mean and its standard error, with documents as the independent draws.
+    """Return a weighted mean and its standard error, treating documents as independent samples.
 
-    `values` are tokens', or means over `weights` tokens each. The linearised error of a ratio: with S_d the sum of a
-    document's deviations from the mean, N the sum of the weights and D documents, √(D/(D−1) · Σ_d S_d²) / N. NaN for a
-    single document. Where documents are pieces of one book it is the error for that book, and not for books.
+    `values` are one per token, or means over `weights` tokens each. The error is the linearised error of a ratio. With
+    S_d the sum of document d's deviations from the mean, N the sum of the weights and D the number of documents, it is
+    √(D/(D−1) · Σ_d S_d²) / N, or NaN for a single document. If documents are pieces of one book, it is the error for
+    that book rather than for books in general.
     """
     weights = np.ones_like(values) if weights is None else weights
     mean = np.average(values, weights=weights)
@@ -64,9 +65,10 @@ def mean_and_error(
 def float32_logits(
     unembedding: nn.Module, weight: Float[Tensor, "vocab d"], bias: Float[Tensor, " vocab"] | None = None
 ) -> Iterator[None]:
-    """Make an unembedding return logits in float32 at least, whatever the model's dtype.
+    """Make an unembedding return logits in at least float32, whatever the model's dtype.
 
-    In bfloat16, logits near 65 have steps of 0.5: rounding costs more than the models that are compared differ.
+    In bfloat16, logits near 65 have steps of 0.5. Such rounding errors exceed the differences between the models that
+    are compared.
     """
 
     def product(_: nn.Module, given: tuple[Any, ...], __: Tensor) -> Tensor:
@@ -82,11 +84,11 @@ def float32_logits(
 def measure_tokens(
     models: Mapping[str, PreTrainedModel], blocks: Blocks, reference: str = "original"
 ) -> dict[str, dict[str, Float[np.ndarray, "block target"]]]:
-    """Measure each model at every token of `blocks` that has a next one: model -> measure -> float64 values, nats.
+    """Measure each model at every token of `blocks` that has a next one: model -> measure -> float64 values, in nats.
 
-    The measures are `loss` and, against the model called `reference`, `kl`, KL(reference ‖ model), and `jsd`. The
-    models share one device and are put in evaluation mode; logits and log-probabilities are taken in float32, whatever
-    the models' dtype.
+    The measures are `loss` and, relative to the model `reference`, `kl`, KL(reference ‖ model), and `jsd`. The models
+    must be on the same device, and are put in evaluation mode. Logits and log-probabilities are computed in float32,
+    whatever the models' dtype.
     """
     models = {reference: models[reference].eval()} | {name: model.eval() for name, model in models.items()}
     device = models[reference].device
@@ -116,10 +118,10 @@ def measure_tokens(
 def measure_documents(
     models: Mapping[str, PreTrainedModel], blocks: Blocks, reference: str = "original"
 ) -> pd.DataFrame:
-    """Measure each model on each document of `blocks`: one row per pair, with the number of tokens and means over them.
+    """Measure each model on each document of `blocks`. Return one row per model and document.
 
-    Columns are model, document, tokens, loss, kl and jsd to `reference` in nats/token (see `measure_tokens`), and
-    loss_max, the largest loss of a token, in nats.
+    Columns: model; document; tokens, their number; loss, and kl and jsd to `reference`, means over tokens in nats/token
+    (see `measure_tokens`); loss_max, the largest loss of a token, in nats.
     """
     measured = measure_tokens(models, blocks, reference)
     tokens = {"document": blocks.document_ids()[:, :-1].ravel()}
@@ -139,16 +141,16 @@ def measure_documents(
 
 
 def by_name(frames: Mapping[str, pd.DataFrame], column: str) -> pd.DataFrame:
-    """Return tables one below the other, with their names in a first column."""
+    """Concatenate tables, with their names in a first column called `column`."""
     return pd.concat(frames, names=[column]).reset_index(column).reset_index(drop=True)
 
 
 def compare(documents: pd.DataFrame, control: str = "control") -> pd.DataFrame:
-    """Compare models by what `measure_documents` found, averaging over tokens.
+    """Compare models by the results of `measure_documents`, averaged over tokens.
 
-    Returns one row per model: loss, kl and jsd to the reference, and gap, the loss less that of the model called
-    `control` (NaN without one), each in nats/token and with its standard error over documents, `…_error`; loss_max,
-    the largest loss of a token, in nats; tokens; documents.
+    Returns one row per model: loss; kl and jsd to the reference; gap, the loss minus that of the model `control` (NaN
+    without one), each in nats/token and with its standard error over documents in `…_error`; loss_max, the largest loss
+    of a token, in nats; tokens and documents, their numbers.
     """
     by_model = {name: frame.set_index("document") for name, frame in documents.groupby("model", sort=False)}
     rows = []

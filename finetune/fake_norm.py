@@ -1,26 +1,28 @@
-"""The norm whose divisor can be frozen, and the only place with its arithmetic.
+"""The norm whose divisor can be frozen. All of its arithmetic is here.
 
-LayerNorm divides a token's centred residual vector by its live standard deviation σ = √(var + eps). RMSNorm is the same
-without the centring: in what follows σ is then the root mean square, √(mean x² + eps). Here the scale is
+LayerNorm divides a token's centred residual vector by its live standard deviation σ = √(var + eps). RMSNorm does not
+centre; for RMSNorm, σ below is the root mean square, √(mean x² + eps). A norm of this module divides by the scale
 
     s = σ^(1−α) · σ̄^α
 
-with σ̄ a constant: α = 0 is the live norm, α = 1 is a constant and linear in the residual vector (FakeLN of Heimersheim
-2024, arXiv 2409.13710, section 2). α and σ̄ are buffers, so that freezing neither recompiles a compiled model nor waits
-for the device. Tokens at position 0 and end-of-text tokens have constants of their own until these are merged into
-the ordinary one.
+where σ̄ is a constant. At α = 0 it is the live norm. At α = 1 the scale is constant and the norm is linear in the
+residual vector (FakeLN of Heimersheim 2024, arXiv 2409.13710, section 2). α and σ̄ are buffers, so freezing neither
+recompiles a compiled model nor waits for the device. Tokens at position 0 and end-of-text tokens have their own
+constants until these are merged into the constant of ordinary tokens.
 
-While training, the scale may be guarded: it is then at least σ/κ, κ > 1, so that a token of uncommonly large σ leaves
-the norm at most κ times as long as it would leave a live one. A gated MLP is quadratic in what it reads, and such
-excesses multiply from block to block. The guard is lifted, κ = ∞, before the norms fold into weights.
+During training the scale can be guarded: it is then at least σ/κ, with κ > 1. A token with an unusually large σ
+therefore leaves the norm at most κ times as long as it would leave a live norm. A gated MLP is quadratic in its input,
+so without the guard such excesses multiply from block to block. The guard is lifted (κ = ∞) before the norms are folded
+into weights.
 
-So do gradients: what a live norm removes from them, the part along the vector that it divides, passes a constant, and
-in a deep gated model grows a thousandfold on its way down. Under the guard that part may be held back: the forward
-divides by a constant, the backward is a live norm's, and only a penalty on the std trains how long vectors are.
+Gradients multiply in the same way. A live norm removes from a gradient the part along the vector that it divides. A
+constant lets that part through, and in a deep gated model it grows a thousandfold on its way down. While the guard is
+on, that part can be held back: the forward divides by a constant, the backward is that of a live norm, and only a
+penalty on the std trains the lengths of vectors.
 
-The norm in front of attention is read on two paths, QK and V, that freeze at different times. The scale is one number
-a token, so it commutes with the weights: every product is taken of the vector scaled for QK, and what belongs to V is
-rescaled, be it columns of a packed QKV or a Linear of its own.
+The norm in front of attention is read on two paths, QK and V, which freeze at different times. The scale is one number
+per token, so it commutes with the weights: all products use the vector scaled for QK, and the outputs that belong to V
+are rescaled afterwards. They are columns of a packed QKV or the output of a separate Linear.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -34,7 +36,7 @@ from torch.nn import functional as F
 from finetune.recipe import StdMean, TokenClass
 
 CLASSES = ("ordinary", "position_0", "eot")
-"""The classes of token, in the order of every buffer of length 3. Position 0 wins over end-of-text."""
+"""The token classes, in the order of every buffer of length 3. Position 0 takes precedence over end-of-text."""
 
 
 STD_MEANS: dict[StdMean, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -42,19 +44,19 @@ STD_MEANS: dict[StdMean, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Te
     "geometric": (torch.log, torch.exp),
     "harmonic": (torch.reciprocal, torch.reciprocal),
 }
-"""What is averaged of a std, and the way back, by the kind of mean."""
+"""For each kind of mean: the transform applied to stds before averaging, and its inverse."""
 
 
 class TokenClasses:
-    """The class of every token of the batch that is in the model: written before a forward, read by every norm."""
+    """The class of every token in the current batch. It is set before each forward, and every norm reads it."""
 
     def __init__(self, eot_token_id: int | None, own: Collection[TokenClass] = get_args(TokenClass)) -> None:
-        """Tell the classes `own` from ordinary tokens."""
+        """Distinguish the classes `own` from ordinary tokens."""
         self.eot_token_id, self.own = eot_token_id, own
         self.index: Int[Tensor, "batch pos"]
 
     def set(self, input_ids: Int[Tensor, "batch pos"], past_length: int = 0) -> None:
-        """Classify tokens that come after `past_length` cached ones."""
+        """Classify tokens that follow `past_length` cached ones."""
         index = torch.zeros_like(input_ids)
         if "eot" in self.own and self.eot_token_id is not None:
             index = torch.where(input_ids == self.eot_token_id, CLASSES.index("eot"), index)
@@ -65,7 +67,7 @@ class TokenClasses:
 
 
 class Divisor(nn.Module):
-    """What divides at one site: the std that was measured there, its constants, and how far it is frozen."""
+    """The divisor of one site: the stds measured there, its constants, and how far it is frozen."""
 
     std_sum: Float[Tensor, "3"]
     std_count: Float[Tensor, "3"]
@@ -73,9 +75,9 @@ class Divisor(nn.Module):
     alpha: Float[Tensor, ""]
     merged: Float[Tensor, "3"]
     least: Float[Tensor, ""]
-    """1/κ, the least share of the live std that divides; 0 without a guard. Not saved: it follows from the step."""
+    """1/κ: the scale is at least this fraction of the live std. 0: no guard. Not saved: the step determines it."""
     held: Float[Tensor, ""]
-    """Which share of the gradient along a vector is held back, as a live norm does. Not saved either."""
+    """The fraction of the gradient along a vector to hold back. A live norm holds all of it back. Not saved either."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, std_mean: StdMean = "arithmetic") -> None:
         super().__init__()
@@ -87,64 +89,64 @@ class Divisor(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=dtype, device=device), persistent=False)
 
     def update(self, std_sum: Float[Tensor, "3"], count: Float[Tensor, "3"], decay: float) -> None:
-        """Take one optimizer step into the running mean: the sum of its (transformed) stds and their number, by class.
+        """Update the running mean with one optimizer step: the sum and the number of its transformed stds, by class.
 
-        The mean is over tokens, a step's weight falling by `decay` with each later step that had tokens of the class.
+        The mean is over tokens. A step's weight is multiplied by `decay` at each later step with tokens of the class.
         """
         kept = torch.where(count > 0, decay, 1.0)
         self.std_sum.mul_(kept).add_(std_sum)
         self.std_count.mul_(kept).add_(count)
 
     def running_std(self) -> Float[Tensor, "3"]:
-        """Return the running mean of the std by class. A class that no token was in has the ordinary one's."""
+        """Return the running mean of the std by class. A class without any tokens so far gets the ordinary mean."""
         mean = self._from_mean(self.std_sum / self.std_count)
         return torch.where(self.std_count > 0, mean, mean[0])
 
     def freeze(self) -> None:
-        """Take the running means as the constants. `alpha` says how much they count."""
+        """Set the constants to the running means. `alpha` determines how much they count."""
         self.frozen.copy_(self.running_std())
 
     def constants(self) -> Float[Tensor, "3"]:
-        """Return the constant of each class, moved towards the ordinary one as far as the class is merged."""
+        """Return the constant of each class, moved towards the ordinary constant as far as the class is merged."""
         return self.frozen.pow(1 - self.merged) * self.frozen[0].pow(self.merged)
 
     def typical(self) -> Float[Tensor, "3"]:
-        """Return what a live std is compared with, by class: the running mean, and the constant as far as it counts.
+        """Return the std that live stds are compared with, by class: running mean^(1−α) · constant^α.
 
-        NaN before the first step has been measured, unless the site is frozen.
+        NaN until the first step has been measured, unless the site is frozen.
         """
         return self.running_std().pow(1 - self.alpha) * self.constants().pow(self.alpha)
 
     def scale(
         self, std: Float[Tensor, "batch pos 1"], classes: Int[Tensor, "batch pos"], guarded: bool = True
     ) -> Float[Tensor, "batch pos 1"]:
-        """Return what divides tokens with these live stds, with the guard or, not `guarded`, without."""
+        """Return the scales of tokens with these live stds. The guard applies if `guarded`."""
         scale = std.pow(1 - self.alpha) * self.frozen_part(classes)
         return torch.maximum(scale, std * self.least) if guarded else scale
 
     def frozen_part(self, classes: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos 1"]:
-        """Return σ̄^α of each token: what the live part σ^(1−α) is to be multiplied by."""
+        """Return σ̄^α of each token, the factor by which the live part σ^(1−α) is multiplied."""
         return self.constants().pow(self.alpha)[classes].unsqueeze(-1)
 
 
 class NormStyle(NamedTuple):
-    """What distinguishes the norms of families."""
+    """How the norms of one family differ from those of others."""
 
     centred: bool = True
-    """LayerNorm; False: RMSNorm."""
+    """True for LayerNorm, False for RMSNorm."""
     gain_offset: float = 0.0
-    """What is added to the weight: 1 in Gemma, where a norm multiplies by 1 + weight."""
+    """A constant added to the weight: 1 in Gemma, whose norms multiply by 1 + weight."""
     eps: str = "eps"
-    """The attribute of the module."""
+    """The name of the module's eps attribute."""
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics are float32, or float64 for a float64 model."""
+    """Return the type of the statistics: float32, or float64 for a float64 model."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _std(centred: Float[Tensor, "batch pos d"], eps: float) -> Float[Tensor, "batch pos 1"]:
-    """Return σ = √(mean square + eps) of vectors. A vector norm is an order faster than torch.var on the CPU."""
+    """Return σ = √(mean square + eps) of vectors. On a CPU, vector_norm is ten times as fast as torch.var."""
     norm = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     return (norm.square() / centred.shape[-1] + eps).sqrt()
 
@@ -154,7 +156,7 @@ def _centre(x: Float[Tensor, "*shape d"], centred: bool) -> Float[Tensor, "*shap
 
 
 def _guard(std: Tensor, c: Tensor, alpha: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Return c and α of the scale σ^(1−α)·c where it is at least σ/κ: there it is a live one, σ·(1/κ)."""
+    """Return c and α of the guarded scale σ^(1−α)·c. Where the guard acts, they are 1/κ and 0: the scale is σ/κ."""
     acts = std * least > std.pow(1 - alpha) * c
     return torch.where(acts, least, c), torch.where(acts, 0.0, alpha)
 
@@ -163,8 +165,9 @@ class _Normalise(torch.autograd.Function):
     """Divide x, centred if `centred`, by s = σ^(1−α)·c; also return σ. Gradients in closed form, without temporaries.
 
     With y = (x − μ)/s, gradients g of y and h of σ, width d and C the centring (the identity under RMSNorm):
-    dx = C(g/s) + y · [h·s/(d·σ) − (1−α)·s/σ² · mean(g·y)]. At α = 1 no live term is left. With a guard, c and α are
-    those of `_guard` for `least` = 1/κ, and 1 − α·(1−η) takes the place of (1−α) for `held` = η.
+    dx = C(g/s) + y · [h·s/(d·σ) − (1−α)·s/σ² · mean(g·y)]. At α = 1 the live term vanishes. With `least` = 1/κ (None:
+    no guard) and `held` = η, the fraction to hold back, c and α are those of `_guard`, and the factor of the live term
+    is 1 − α·(1−η) instead of 1 − α.
     """
 
     @staticmethod
@@ -196,15 +199,16 @@ class _Normalise(torch.autograd.Function):
 
 
 class FakeNorm(nn.Module):
-    """A norm whose divisor can be frozen, read on one path or, as that in front of attention, on several (QK and V).
+    """A norm whose divisor can be frozen. It is read on one path or, in front of attention, on several (QK and V).
 
-    It has a `Divisor` for each path. It takes over the parameters of `norm` and starts as that norm exactly. Where it
-    `has_readers`, these are `NormedReader`s: they apply its gain and bias, which go into their weights and not into the
-    activations. `live_std` holds the σ of the last forward, [batch pos], with its graph: the auxiliary loss trains
+    It has one `Divisor` per path. It shares the parameters of `norm` and initially computes exactly what `norm` does.
+    If it `has_readers`, they are `NormedReader`s, which multiply its gain and bias into their weights rather than into
+    the activations. `live_std`, [batch pos], is the σ of the last forward, with its graph: the auxiliary loss trains
     through it.
 
-    While no path has begun to freeze, `live` may be set: then the norm is an ordinary one. When every path is frozen
-    and every class merged, `constant` may be set: then it disappears into the readers' weights. Both only save time.
+    Until a path begins to freeze, `live` may be set: the norm is then run as an ordinary one. Once every path is frozen
+    and every class is merged, `constant` may be set: the norm is then folded into the readers' weights. Both only save
+    time.
     """
 
     divisors: Sequence[Divisor]
@@ -229,27 +233,27 @@ class FakeNorm(nn.Module):
         self.classes = classes
         self.live = self.constant = False
         self.guards = False
-        """Whether the divisors may have a guard."""
+        """Whether the divisors may be guarded."""
         self.live_graph = False
-        """Whether an ordinary or a constant norm keeps the graph of its live std, for a penalty on it."""
+        """Whether to keep the graph of the live std, for a penalty on it, even if the norm is ordinary or constant."""
         self.live_std: Float[Tensor, "batch pos"]
         self.ratios: list[Float[Tensor, "batch pos 1"]]
-        """Of the last forward: the first path's scale over each other path's."""
+        """The first path's scale divided by each other path's, in the last forward."""
 
     @property
     def gain(self) -> Float[Tensor, " d"]:
-        """What the normalised vector is multiplied by."""
+        """The vector that multiplies the normalised vector."""
         return self.weight + self.style.gain_offset if self.style.gain_offset else self.weight
 
     @property
     def is_live(self) -> bool:
-        """Whether it is run as an ordinary norm: never compiled, or each site that freezes would compile it again."""
+        """Whether to run as an ordinary norm. Never in a compiled model: each site that freezes would recompile it."""
         return not torch.compiler.is_compiling() and self.live
 
     def normalise(
         self, x: Float[Tensor, "batch pos d"]
     ) -> tuple[Float[Tensor, "batch pos d"], list[Float[Tensor, "batch pos 1"]]]:
-        """Return x divided by the first path's scale, centred where it is LayerNorm, and that scale over each other."""
+        """Return x, centred for LayerNorm, divided by the first path's scale, and that scale divided by each other."""
         first, *others = self.divisors
         classes = self.classes.index
         frozen_part = first.frozen_part(classes)
@@ -258,12 +262,12 @@ class FakeNorm(nn.Module):
         y, std = _Normalise.apply(x, frozen_part, first.alpha, self.eps, self.style.centred, *guard)
         self.live_std = std.squeeze(-1)
         if self.guards:
-            std = std + first.held * (std.detach() - std)  # the same number, with as much of its gradient as passes
+            std = std + first.held * (std.detach() - std)  # the same number, with the gradient that is not held back
             return y, [first.scale(std, classes) / other.scale(std, classes) for other in others]
         return y, [std.pow(other.alpha - first.alpha) * frozen_part / other.frozen_part(classes) for other in others]
 
     def ordinary(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        """Return what the ordinary norm returns, in as few kernels as there are for it; `live_std` has no graph."""
+        """Return the output of the ordinary norm, computed by fused kernels. `live_std` then has no graph."""
         dtype = _statistics_dtype(x.dtype)
         wide, gain = x.to(dtype), self.gain.to(dtype)
         if self.style.centred:
@@ -276,7 +280,7 @@ class FakeNorm(nn.Module):
         return y.to(x.dtype)
 
     def forward(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        """Return what its readers take, or, without readers, x normalised, with gain and bias."""
+        """Return the input of the readers or, without readers, the normalised x times the gain plus the bias."""
         if self.has_readers:
             if self.is_live:
                 y = self.ordinary(x)
@@ -292,18 +296,18 @@ class FakeNorm(nn.Module):
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def _measure(self, x: Float[Tensor, "batch pos d"]) -> None:
-        """Keep the live std for the log or a penalty, although the output does not depend on it."""
+        """Record the live std, for the log or a penalty, although the output does not depend on it."""
         with torch.set_grad_enabled(self.live_graph and torch.is_grad_enabled()):
             x = x.to(_statistics_dtype(x.dtype))
             self.live_std = _std(_centre(x, self.style.centred), self.eps).squeeze(-1)
 
 
 class NormedReader(nn.Module):
-    """A linear module that reads a `FakeNorm`: gain and bias of the norm go into its weights, not the activations.
+    """A linear module that reads a `FakeNorm`, and multiplies the norm's gain and bias into its own weights.
 
-    It takes over the parameters of `linear`, an `nn.Linear` or a `Conv1D`, by their names. Its output consists of
-    `groups` times as many equally wide parts as `paths` has entries: `paths` says which path of the norm each part
-    belongs to. Those of the first path come first.
+    It shares the parameters of `linear`, an `nn.Linear` or a `Conv1D`, under their names. Its output consists of
+    `groups` groups of `len(paths)` equally wide parts, and `paths` gives the norm's path that each part belongs to.
+    Within a group, the parts of the first path come first.
     """
 
     norm: FakeNorm
@@ -318,7 +322,7 @@ class NormedReader(nn.Module):
 
     @property
     def matrix(self) -> Float[Tensor, "out d"]:
-        """The weight as `F.linear` takes it."""
+        """The weight in the orientation of `F.linear`."""
         return self._oriented(self.weight)
 
     def _oriented(self, weight: Float[Tensor, "_ _"]) -> Float[Tensor, "out d"]:
@@ -327,9 +331,9 @@ class NormedReader(nn.Module):
     def forward(
         self, y: Float[Tensor, "batch pos d"], delta: Float[Tensor, "_ _"] | None = None
     ) -> Float[Tensor, "batch pos out"]:
-        """Return norm(x)·W + b, each part with the scale of its path, from what the norm returns of x.
+        """Return norm(x)·W + b, each part with the scale of its path. `y` is the norm's output for x.
 
-        An adapter adds `delta` to the weight, in the weight's shape.
+        `delta`, in the shape of the weight, is added to it by an adapter.
         """
         norm = self.norm
         matrix = self.matrix if delta is None else self._oriented(self.weight + delta)
@@ -337,7 +341,7 @@ class NormedReader(nn.Module):
             return F.linear(y, matrix, self.bias)
         bias = self.bias
         if norm.bias is not None:
-            # Not a matrix product, which autocast would round.
+            # A sum rather than a matrix product, which autocast would round.
             through = (norm.bias * matrix).sum(-1)
             bias = through if bias is None else bias + through
         matrix = norm.gain * matrix
@@ -347,7 +351,7 @@ class NormedReader(nn.Module):
             return F.linear(y, (matrix / self._stds().unsqueeze(-1)).to(y.dtype), bias)
         if not any(self.paths):
             return F.linear(y, matrix, bias)
-        # The ratios scale (x − μ)γW, never the bias: the first path's bias is added by the product, the others' after.
+        # The ratios scale (x − μ)γW but not the bias: the product adds the first path's bias, the loop the others'.
         first = self.paths.count(0)
         biases = None if bias is None else bias.view(self.groups, len(self.paths), -1)
         first_bias = None if biases is None or not first else _zero_from(biases, first).flatten()
@@ -360,7 +364,7 @@ class NormedReader(nn.Module):
         return torch.cat(parts, dim=-2).flatten(-3)
 
     def _stds(self) -> Float[Tensor, " out"]:
-        """Return the constant that divides each output."""
+        """Return the constant by which each output is divided."""
         of_parts = torch.stack([self.norm.divisors[path].frozen[0] for path in self.paths])
         width = len(self.matrix) // (self.groups * len(self.paths))
         return of_parts[:, None].expand(self.groups, -1, width).flatten()

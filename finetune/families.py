@@ -1,8 +1,8 @@
-"""The families of models whose norms can be removed: the only file that knows the paths of their modules.
+"""The families of models whose norms can be removed. No other file contains the paths of their modules.
 
-A `Family` says, relative to a block, which norms there are and what reads each of them. With a model's depth follows
-the one list of its norms and sites, `Family.norms_of`, from which the schedule, `Sites`, `folding`, the model card and
-the loaders of `analysis` take theirs. To add a family, add an entry to `FAMILIES`.
+A `Family` defines the norms of a block and the modules that read each norm. Given a model's depth, `Family.norms_of`
+lists all of its norms and sites; the schedule, `Sites`, `folding`, the model card and the loaders of `analysis` all use
+that list. To add a family, add an entry to `FAMILIES`.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ from finetune.fake_norm import NormStyle
 from finetune.recipe import SiteKind
 
 Part = Literal["q", "k", "v", "in", "gate", "unembed"]
-"""What a reader computes: queries, keys, values, what an MLP multiplies or activates, its gate, or logits."""
+"""What a reader computes: queries, keys, values, an MLP's input projection, its gate projection, or logits."""
 Written = Literal["embed", "pos_embed", "o", "out"]
-"""What a writer adds to the residual stream: embeddings of tokens or positions, or the output of attention or MLP."""
+"""What a writer adds to the residual stream: token or position embeddings, or the output of attention or an MLP."""
 
 _LAYER_NORM = NormStyle()
 _KIND_OF_PART: dict[Part, SiteKind] = {
@@ -34,15 +34,15 @@ _KIND_OF_PART: dict[Part, SiteKind] = {
 
 
 class Site(NamedTuple):
-    """One place that divides by a standard deviation or an RMS: a norm, on one of the paths that read it."""
+    """One place that divides by a standard deviation or an RMS: one of the paths that read a norm."""
 
     kind: SiteKind
     layer: int | None
-    """None: the model's final norm."""
+    """None for the model's final norm."""
 
     @property
     def name(self) -> str:
-        """The name in recipes and logs, `h.LAYER.KIND` or `final`: the same in all families."""
+        """The name in recipes and logs, `h.LAYER.KIND` or `final`. It is the same in all families."""
         return self.kind if self.layer is None else f"h.{self.layer}.{self.kind}"
 
 
@@ -51,47 +51,47 @@ class Reader(NamedTuple):
 
     path: str
     parts: tuple[Part, ...]
-    """What its output consists of: equally wide parts, one after another."""
+    """The equally wide parts of its output, in order."""
     by_head: bool = False
     """Whether the parts alternate head by head."""
 
     @property
     def kinds(self) -> tuple[SiteKind, ...]:
-        """The kind of site through which it reads each of its parts."""
+        """For each part, the kind of site through which it is read."""
         return tuple(_KIND_OF_PART[part] for part in self.parts)
 
 
 class Norm(NamedTuple):
-    """A norm of a model: it has readers, or it is a post-norm, which has a writer."""
+    """A norm of a model. It has readers or, if it is a post-norm, a writer."""
 
     path: str
     layer: int | None
-    """None: the final norm."""
+    """None for the final norm."""
     readers: tuple[Reader, ...]
     writer: str | None
-    """The module whose output the norm normalises before the residual stream takes it."""
+    """The module whose output the norm normalises before it is added to the residual stream."""
     writer_kind: SiteKind | None
-    """Of a post-norm: the kind of its site."""
+    """The kind of site of a post-norm; None for other norms."""
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Its sites, one for each path that reads it. A frozen norm holds the constant of the first."""
+        """Its sites, one per path that reads it. A frozen norm contains the constant of the first."""
         if self.writer_kind is not None:
             return (Site(self.writer_kind, self.layer),)
         kinds = dict.fromkeys(kind for reader in self.readers for kind in reader.kinds)
         return tuple(Site(kind, self.layer) for kind in kinds)
 
     def paths(self, reader: Reader) -> tuple[int, ...]:
-        """Return the index of the site through which `reader` reads each of its parts."""
+        """Return, for each part of `reader`, the index of the site through which it is read."""
         kinds = [site.kind for site in self.sites]
         return tuple(kinds.index(kind) for kind in reader.kinds)
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm of each block, or the final one: its path, and the parts that each of its readers computes.
+    """A norm of each block, or the final norm: its path, and the parts that each of its readers computes.
 
-    A post-norm has no readers, but a `writer` and a `kind`.
+    A post-norm has a `writer` and a `kind` instead of readers.
     """
 
     path: str
@@ -102,9 +102,9 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """Where the models of one architecture have their norms, and what their configs and modules call things.
+    """The norms of one architecture, and the names that its modules and configs use.
 
-    Paths of `norms`, of `writers` and of `attention` are relative to a block, the others to the model.
+    The paths in `norms`, `writers` and `attention` are relative to a block, the others to the model.
     """
 
     architecture: str
@@ -115,18 +115,18 @@ class Family:
     embeddings: Mapping[str, Written]
     writers: Mapping[str, Written]
     attention: str
-    """The attention module, whose `scaling`, 1 where it has none, multiplies its scores."""
+    """The attention module. Its attribute `scaling` (1 if absent) multiplies its scores."""
     eps: str
-    """The field of the config that holds the eps of the norms."""
+    """The config field with the eps of the norms."""
     activation: str
-    """The field of the config that holds the MLP's activation function."""
+    """The config field with the MLP's activation function."""
     norm_class: str = "LayerNorm"
     """The class of the norms."""
     style: NormStyle = _LAYER_NORM
     packed_by_head: bool = False
-    """Whether a packed QKV has queries, keys and values of head 0, then those of head 1, …"""
+    """Whether a packed QKV contains the queries, keys and values of head 0, then those of head 1, …"""
     refusal: Callable[[Any], str | None] = lambda config: None
-    """Says of a config what is not supported, or returns None."""
+    """Returns what is not supported in a config, or None."""
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
@@ -135,16 +135,16 @@ class Family:
 
     @property
     def base_class(self) -> type[PreTrainedModel]:
-        """The class in transformers of the model without its unembedding."""
+        """The class in transformers without the unembedding."""
         return getattr(transformers, self.architecture.replace("LMHead", "").replace("ForCausalLM", "Model"))
 
     def norms_of(self, n_layer: int) -> list[Norm]:
-        """Return the norms of a model of `n_layer` layers, in the order in which a forward comes to them."""
+        """Return the norms of a model with `n_layer` layers, in the order of a forward."""
         norms = [self._norm(spec, layer) for layer in range(n_layer) for spec in self.norms]
         return [*norms, self._norm(self.final, None)]
 
     def sites_of(self, n_layer: int) -> list[Site]:
-        """Return the sites of a model of `n_layer` layers, in the order in which a forward comes to them."""
+        """Return the sites of a model with `n_layer` layers, in the order of a forward."""
         return [site for norm in self.norms_of(n_layer) for site in norm.sites]
 
     def _norm(self, spec: NormSpec, layer: int | None) -> Norm:
@@ -155,7 +155,7 @@ class Family:
         return Norm(at + spec.path, layer, readers, spec.writer and at + spec.writer, spec.kind)
 
     def writers_of(self, n_layer: int) -> list[tuple[int | None, Written, str]]:
-        """Return (layer, what it writes, path) of each module that writes to the residual stream."""
+        """Return (layer, kind of output, path) of each module that writes to the residual stream."""
         blocks = [
             (layer, written, f"{self.blocks}.{layer}.{path}")
             for layer in range(n_layer)
@@ -173,7 +173,7 @@ _GATED_MLP: dict[str, tuple[Part, ...]] = {"mlp.gate_proj": ("gate",), "mlp.up_p
 
 
 def _llama(architecture: str, norm_class: str, **others: Any) -> Family:
-    """Return a family with Llama's modules: RMSNorm, separate projections, a gated MLP, no position embedding."""
+    """Return a family with Llama's modules: RMSNorm, separate projections, a gated MLP, no position embeddings."""
     entry: dict[str, Any] = {
         "norms": (NormSpec("input_layernorm", _ATTENTION), NormSpec("post_attention_layernorm", _GATED_MLP)),
         "activation": "hidden_act",
@@ -226,7 +226,7 @@ FAMILIES: dict[str, Family] = {
         eps="layer_norm_eps",
         activation="hidden_act",
         packed_by_head=True,
-        # What a norm's β does on the V path has to go into a bias when the two paths' constants differ.
+        # If the constants of the two paths differ, the effect of β on the V path is folded into a bias.
         refusal=lambda config: None if config.attention_bias else "attention without biases",
     ),
     "gpt_neo": Family(
@@ -270,7 +270,7 @@ FAMILIES: dict[str, Family] = {
         refusal=_not_causal,
     ),
 }
-"""The families by the `model_type` of their configs."""
+"""The families, by the `model_type` of their configs."""
 
 ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
@@ -278,21 +278,21 @@ ACTIVATIONS = {
     "relu": "relu",
     **dict.fromkeys(("silu", "swish"), "silu"),
 }
-"""The activation functions that TransformerLens has, by each of their names in transformers."""
+"""The names of activation functions in TransformerLens, by their names in transformers."""
 
-_QK_NORMS = "norms of queries and keys, which share the config's eps with the others"
+_QK_NORMS = "norms of queries and keys, which share the config's eps with the other norms"
 REFUSED = {
     **dict.fromkeys(("qwen3", "olmo2", "gemma3", "gemma3_text"), _QK_NORMS),
-    "opt": "no eps in its config, by which a frozen norm is stored",
+    "opt": "no eps in its config, which the format of frozen norms needs",
 }
-"""What stands in the way of other well-known architectures, by their `model_type`."""
+"""Why other well-known architectures are not supported, by `model_type`."""
 
 
 def family_of(model: nn.Module | PreTrainedConfig, name: str | None = None) -> Family:
-    """Return the family of a model or of a config, which an error calls `name` (None: by the path it came from).
+    """Return the family of a model or config. Messages call it `name` (None: the path that it was loaded from).
 
     Raises:
-        CheckpointError: another architecture, or a variant of a family that is not supported.
+        CheckpointError: the architecture, or this variant of a family, is not supported.
     """
     config: Any = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
     name = name or getattr(config, "name_or_path", None) or "The model"
@@ -307,12 +307,12 @@ def family_of(model: nn.Module | PreTrainedConfig, name: str | None = None) -> F
 
 
 def why_not(config: Any) -> str:
-    """Return how a sentence goes on that names the architecture of an unsupported model."""
+    """Return the end of a sentence that begins with the architecture of an unsupported model."""
     model_type = getattr(config, "model_type", None)
     if model_type == "noln-blocks":
         return (
-            ": only the norms of Pre-LN blocks can be removed or folded, and `python -m finetune pretrain pre-ln` "
-            "saves these as a GPT2LMHeadModel (`finetune.blocks.to_gpt2`)."
+            ". Only the norms of Pre-LN blocks can be removed or folded, and `python -m finetune pretrain pre-ln` "
+            "saves such a model as a GPT2LMHeadModel (`finetune.blocks.to_gpt2`)."
         )
     reason = REFUSED.get(str(model_type))
     if getattr(config, "is_encoder_decoder", False):
@@ -321,5 +321,5 @@ def why_not(config: Any) -> str:
         reason = "a vision tower, and only language models are supported"
     elif any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
         reason = "a mixture of experts, which is not supported"
-    known = f"These are supported: {', '.join(family.architecture for family in FAMILIES.values())}."
+    known = f"Supported architectures: {', '.join(family.architecture for family in FAMILIES.values())}."
     return f", which has {reason}. {known}" if reason else f". {known}"

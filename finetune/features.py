@@ -1,7 +1,7 @@
-"""Sums over tokens from which outlier features are measured: of one batch in training, of many in an analysis.
+"""Sums over tokens from which outlier features are computed: over one batch in training, over many in an analysis.
 
-`analysis.outlier_features` defines what is measured. No matrix of tokens by tokens is made: ‖YYᵀ‖ = ‖YᵀY‖ (Frobenius),
-and the entries of YYᵀ add up to |Σ y|².
+`analysis.outlier_features` defines the measures. No tokens × tokens matrix is needed, because ‖YYᵀ‖ = ‖YᵀY‖ (Frobenius)
+and the entries of YYᵀ sum to |Σ y|².
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class FeatureSums(NamedTuple):
-    """Sums over tokens of activations x, in one dtype; y is x less its mean over the width."""
+    """Sums over tokens of activations x, all in one dtype. y is x minus its mean over the width."""
 
     tokens: Float[Tensor, ""]
     ratio: Float[Tensor, ""]
@@ -25,7 +25,7 @@ class FeatureSums(NamedTuple):
 
     @classmethod
     def of(cls, x: Float[Tensor, "batch pos d_model"], dtype: torch.dtype = torch.float64) -> "FeatureSums":
-        """Sum over the tokens of x in `dtype`: not every device has float64."""
+        """Sum over the tokens of x, in `dtype`. Not every device supports float64."""
         x = x.float().flatten(0, 1)
         y = x - x.mean(-1, keepdim=True)
         magnitude = x.abs()
@@ -34,17 +34,17 @@ class FeatureSums(NamedTuple):
             (magnitude.amax(-1) / magnitude.median(-1).values).to(dtype).sum(),
             x.to(dtype).square().sum(0),
             y.to(dtype).sum(0),
-            y.T @ y,  # in float64 slow on many GPUs
+            y.T @ y,  # float64 would be slow on many GPUs
             y.to(dtype).square().sum(-1).square().sum(),
         )
         return cls(*(value.to(dtype) for value in sums))
 
     def plus(self, other: "FeatureSums") -> "FeatureSums":
-        """Return the sums over the tokens of both."""
+        """Return the sums over the tokens of both `self` and `other`."""
         return FeatureSums(*(a + b for a, b in zip(self, other, strict=True)))
 
     def measured(self) -> dict[str, Float[Tensor, ""]]:
-        """Return the columns of `analysis.outlier_features.measure` that are measured, by name, without unit."""
+        """Return the measures of `analysis.outlier_features.measure`, by name. They have no units."""
         n, d = self.tokens, len(self.x_square)
         square = self.y_gram.trace() / (n * d)
         features = self.y_gram / (n * square)

@@ -1,18 +1,18 @@
-"""The frozen form and the Identity form of a norm: recognise, write, fold and convert them.
+"""The frozen form and the Identity form of a norm: recognising, writing, folding and converting them.
 
-A frozen norm has an eps that dwarfs any variance, so that it divides by the constant √eps = 1e6 and is linear:
+A frozen norm has an eps that dwarfs any variance, so it divides by the constant √eps = 1e6 and is linear:
 
     LN(x) = (x − μ)/√(σ² + eps) ⊙ weight + bias = (x − μ) ⊙ scale + bias,  scale = weight/√eps
 
-RMSNorm is the same without μ and bias; in Gemma the weight is counted from −1. A post-norm, which normalises what a
-module writes, folds backwards into that module.
+RMSNorm is the same without μ and bias. In Gemma the norm multiplies by 1 + weight. A post-norm, which normalises the
+output of a module, is folded backwards into that module.
 
-An ordinary checkpoint of the model's own class can hold that. There are two formats, with γ and β of the norm and σ̄ the
-constant in place of its σ:
+An ordinary checkpoint of the model's own class can represent frozen norms. There are two formats. With γ and β of the
+norm, and σ̄ the constant that replaces its σ:
     b25  every norm has weight = γ · 1e6/σ̄, bias = β (Baroni et al. 2025, arXiv 2507.02559)
-    h24  γ, β and σ̄ are folded into the weights that read, block norms have weight = 1e6, bias = 0; the final norm is
+    h24  γ, β and σ̄ are folded into the reading weights, and block norms have weight = 1e6, bias = 0; the final norm is
          as in b25, because GPT-2 ties embedding and unembedding (Heimersheim 2024, arXiv 2409.13710)
-In the Identity form, which exists in memory only, the centring is folded too, every norm is `nn.Identity`, and the
+The Identity form exists only in memory. There the centring is folded as well, every norm is `nn.Identity`, and the
 unembedding is untied and has a bias.
 """
 
@@ -38,14 +38,14 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 FROZEN_EPS = 1e12
 _LEAST_FROZEN_EPS = 1e10  # dwarfs any variance: those of GPT-2's residual streams stay below 1e5
-_LARGEST_LIVE_WEIGHT = 1e3  # γ is around 1, at most tens; the formats have 1e6, times γ/σ̄
+_LARGEST_LIVE_WEIGHT = 1e3  # γ is around 1, at most tens; frozen norms have weights of 1e6, times γ/σ̄
 
 
 def norms_of(model: PreTrainedModel) -> list[Norm]:
-    """Return the norms of a model of a known family, in the order in which a forward comes to them.
+    """Return the norms of a model of a supported family, in the order of a forward.
 
     Raises:
-        CheckpointError: another architecture.
+        CheckpointError: the architecture is not supported.
     """
     return family_of(model).norms_of(model.config.num_hidden_layers)
 
@@ -53,21 +53,21 @@ def norms_of(model: PreTrainedModel) -> list[Norm]:
 def norm_state(model: nn.Module) -> NormState:
     """Return whether the norms of `model` are live, frozen (divide by √eps) or `nn.Identity`.
 
-    The modules decide, not the config: they compute the logits. Those of `finetune.blocks` are live where any norm is
-    left, of queries and keys too.
+    This depends on the modules, which compute the logits, rather than on the config. A model of `finetune.blocks` is
+    live if it has any norm, including norms of queries and keys.
 
     Raises:
-        CheckpointError: another architecture, weights that are not finite, a mixture, or the weights of one
-            kind of norm under the eps of the other.
+        CheckpointError: the architecture is not supported, weights are not finite, norms are in different states, or a
+            norm has the weights of one state and the eps of the other.
     """
     norms = [] if isinstance(model, BlocksForCausalLM) else norms_of(model)  # type: ignore[arg-type]
     if isinstance(next(model.parameters()), FakeTensor):
-        return "live"  # shapes without numbers, which a run is planned by
+        return "live"  # shapes without values, from `plan`
     for name, parameter in model.named_parameters():
-        if not torch.stack(parameter.aminmax()).isfinite().all():  # 100 times as fast as asking each value
+        if not torch.stack(parameter.aminmax()).isfinite().all():  # 100 times as fast as testing each value
             raise CheckpointError(
-                f"{name} holds infinities or NaN. LN-free formats have norm weights of about 1e6, which "
-                "do not fit float16: keep them in float32 or bfloat16, and cast to float16 only after `to_identity`."
+                f"{name} contains infinities or NaN. LN-free formats have norm weights of about 1e6, which "
+                "do not fit float16. Keep them in float32 or bfloat16, and cast to float16 only after `to_identity`."
             )
     if isinstance(model, BlocksForCausalLM):
         return "live" if any(isinstance(module, BlocksNorm) for module in model.modules()) else "identity"
@@ -75,7 +75,9 @@ def norm_state(model: nn.Module) -> NormState:
     states = {norm.path: _state(norm.path, model.get_submodule(norm.path), family) for norm in norms}
     groups = {state: [name for name in states if states[name] == state] for state in set(states.values())}
     if len(groups) > 1:
-        raise CheckpointError(f"The norms are a mixture, neither LN-free nor an ordinary model's: {groups}.")
+        raise CheckpointError(
+            f"The model is neither LN-free nor ordinary: its norms are in different states: {groups}."
+        )
     return groups.popitem()[0]
 
 
@@ -83,15 +85,15 @@ def _state(name: str, norm: Any, family: Family) -> NormState:
     if isinstance(norm, nn.Identity):
         return "identity"
     if type(norm).__name__ != family.norm_class:
-        known = f"only {family.norm_class} and nn.Identity are known in a {family.architecture}"
-        raise CheckpointError(f"{name} is a {type(norm).__name__}: {known}.")
+        known = f"Only {family.norm_class} and nn.Identity are supported in a {family.architecture}"
+        raise CheckpointError(f"{name} is a {type(norm).__name__}. {known}.")
     eps, largest = _eps(norm, family), norm.weight.abs().max().item()
     frozen = eps >= _LEAST_FROZEN_EPS
     if frozen != (largest > _LARGEST_LIVE_WEIGHT):
         kind, right = ("an ordinary", 1e-5) if frozen else ("an LN-free", FROZEN_EPS)
         raise CheckpointError(
-            f"{name} has weights up to {largest:.3g}, like {kind} model's, under an eps of {eps:g}: set "
-            f"{family.eps} to {right:g} in its config.json."
+            f"{name} has weights up to {largest:.3g}, like {kind} model's, but an eps of {eps:g}. Set {family.eps} to "
+            f"{right:g} in its config.json."
         )
     return "frozen" if frozen else "live"
 
@@ -101,34 +103,34 @@ def _eps(norm: nn.Module, family: Family) -> float:
 
 
 def check_can_be_saved(model: nn.Module) -> None:
-    """Check that what is saved of `model` is loaded as the same function.
+    """Check that `model`, once saved, will be loaded as the same function.
 
     Raises:
-        CheckpointError: the config's eps is not that of the norms, the model is in Identity form, which transformers
-            cannot load, or what `norm_state` raises.
+        CheckpointError: the config's eps differs from that of the norms; or the model is in Identity form, which
+            transformers cannot load; or as in `norm_state`.
     """
     state = norm_state(model)
     if isinstance(model, BlocksForCausalLM):
         return
     if state == "identity":
-        raise CheckpointError("The Identity form cannot be loaded again: save the model that it was made from.")
+        raise CheckpointError("The Identity form cannot be loaded again. Save the model that it was made from.")
     family, config = family_of(model), model.config
     for norm in norms_of(model):  # type: ignore[arg-type]
         if (eps := _eps(model.get_submodule(norm.path), family)) != getattr(config, family.eps):
             raise CheckpointError(
-                f"{norm.path} has an eps of {eps:g}, but what is saved would be loaded with that of the config, "
-                f"{getattr(config, family.eps):g}: set config.{family.eps}."
+                f"{norm.path} has an eps of {eps:g}, but the saved model would be loaded with that of the config, "
+                f"{getattr(config, family.eps):g}. Set config.{family.eps}."
             )
 
 
 @torch.no_grad()
 def freeze(model: PreTrainedModel, constants: Mapping[str, Float[Tensor, ""]]) -> None:
-    """Freeze every norm of an ordinary model in place, as b25, at the constant of each site in `constants`, by name.
+    """Freeze every norm of an ordinary model in place, in format b25. `constants` maps names of sites to constants.
 
-    A norm that is read on several paths has one scale: that of its first site. With r the ratio of that site's constant
-    to another's, what is read on that other path becomes r·W, and its bias b + (1−r)·βW. Values without a bias hand
-    (1−r)·βW on, through the output projection, to the bias of that: attention weights add up to 1. Computed in float64
-    and rounded once.
+    A norm that is read on several paths has one scale, that of its first site. With r the ratio of that site's constant
+    to another's, the weight W that reads on the other path becomes r·W, and its bias b becomes b + (1−r)·βW. If values
+    have no bias, (1−r)·βW is passed through the output projection and added to its bias, because attention weights sum
+    to 1. This is computed in float64 and rounded once.
     """
     family = family_of(model)
     for norm in norms_of(model):
@@ -158,12 +160,12 @@ def _write(parameter: Tensor, value: Float[Tensor, "*shape"]) -> None:
 
 
 def _gain(norm: Any, family: Family) -> Float[Tensor, " d"]:
-    """Return what a norm multiplies by, in float64, on the CPU as not every device has it."""
+    """Return a norm's gain in float64, on the CPU because not every device supports float64."""
     return norm.weight.detach().to("cpu", torch.float64) + family.style.gain_offset
 
 
 def _output_projection(model: PreTrainedModel, norm: Norm) -> Any:
-    """Return the module through which the attention that reads `norm` writes."""
+    """Return the output projection of the attention that reads `norm`."""
     writers = family_of(model).writers_of(model.config.num_hidden_layers)
     return model.get_submodule(next(path for layer, written, path in writers if layer == norm.layer and written == "o"))
 
@@ -174,14 +176,14 @@ def matrix(linear: Any) -> Float[Tensor, "d_in d_out"]:
 
 
 def part_of_column(model: PreTrainedModel, reader: Reader) -> Int[Tensor, " d_out"]:
-    """Return, for each output column of a reader, the index in `reader.parts` of the part that it belongs to."""
+    """Return, for each output column of a reader, the index in `reader.parts` of its part."""
     groups = model.config.num_attention_heads if reader.by_head else 1
     width = matrix(model.get_submodule(reader.path)).shape[1] // (groups * len(reader.parts))
     return torch.arange(len(reader.parts)).repeat_interleave(width).repeat(groups)
 
 
 def _put(linear: Any, weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, " d_out"] | None) -> None:
-    """Give a reader a weight and a bias of its own: it may have shared the one and lacked the other."""
+    """Give a reader its own weight and bias: its weight may have been shared, and it may have had no bias."""
     weight = weight.T if isinstance(linear, nn.Linear) else weight
     linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     linear.bias = None if bias is None else nn.Parameter(bias.clone())
@@ -191,9 +193,9 @@ def _put(linear: Any, weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, "
 def _fold(
     norm: Any, reader: Any, family: Family, centre: bool
 ) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"] | None]:
-    """Return the reader's weight and bias with the norm's scale and bias folded in; its centring if `centre`.
+    """Return the reader's weight and bias with the norm's scale and bias folded in, and its centring if `centre`.
 
-    Folded in float64, on the CPU; returned in the reader's dtype and place.
+    They are folded in float64 on the CPU, and returned in the reader's dtype and on its device.
     """
     weight = matrix(reader).to("cpu", torch.float64, copy=True)
     bias = None if reader.bias is None else reader.bias.detach().to("cpu", torch.float64)
@@ -207,7 +209,7 @@ def _fold(
 
 
 def _scale(norm: Any, family: Family) -> Float[Tensor, " d"]:
-    """Return what a frozen norm multiplies by, and a live one beside the division by its divisor, in float64."""
+    """Return the factor of a norm in float64: gain/√eps of a frozen norm, the gain of a live one."""
     frozen = _eps(norm, family) >= _LEAST_FROZEN_EPS
     return _gain(norm, family) / (math.sqrt(_eps(norm, family)) if frozen else 1)
 
@@ -215,10 +217,10 @@ def _scale(norm: Any, family: Family) -> Float[Tensor, " d"]:
 def linear_maps(
     model: PreTrainedModel,
 ) -> Iterator[tuple[str, Float[Tensor, "d_model d_out"], Float[Tensor, " d_out"] | None]]:
-    """Yield (path, weight, bias) of every module that reads a norm, norms folded in; None: no bias.
+    """Yield (path, weight, bias or None) of every module that reads a norm, with the norm folded in.
 
-    The residual stream x is mapped to x @ weight + bias where norms are frozen or Identity; where they are
-    live, (x − μ)/σ is mapped, or x/RMS. One map is made at a time, so that a large model is not copied whole.
+    If norms are frozen or Identity, the module maps the residual stream x to x @ weight + bias. If they are live, it
+    maps (x − μ)/σ, or x/RMS, in this way. One map is created at a time, to avoid a copy of a whole large model.
     """
     family = family_of(model)
     for norm in norms_of(model):
@@ -233,7 +235,7 @@ def linear_maps(
 
 @torch.no_grad()
 def _fold_backwards(model: PreTrainedModel, norm: Norm) -> None:
-    """Fold the scale of a post-norm into the module that writes through it, in place."""
+    """Fold the scale of a post-norm into the module whose output it normalises, in place."""
     if norm.writer is None or isinstance(module := model.get_submodule(norm.path), nn.Identity):
         return
     writer: Any = model.get_submodule(norm.writer)
@@ -244,16 +246,16 @@ def _fold_backwards(model: PreTrainedModel, norm: Norm) -> None:
 
 
 def to_identity(model: Model) -> Model:
-    """Return the Identity form of an LN-free model, in the dtype of the model, which stays as it is.
+    """Return the Identity form of an LN-free model, in the model's dtype. The model itself is not changed.
 
     Weights are folded in float64 and rounded once. The result forwards and generates like any model of its class, but
-    cannot be saved as one: `from_pretrained` would put new norms in.
+    it cannot be saved as one, because `from_pretrained` would create new norms.
 
     Raises:
-        CheckpointError: the norms are live, or what `norm_state` raises.
+        CheckpointError: the norms are live; or as in `norm_state`.
     """
     if norm_state(model) == "live":
-        raise CheckpointError("The norms of this model are live: it has no Identity form before they are removed.")
+        raise CheckpointError("The norms of this model are live. It has no Identity form until they are removed.")
     folded = copy.deepcopy(model)
     for path, weight, bias in linear_maps(model):
         _put(folded.get_submodule(path), weight, bias)
@@ -266,9 +268,9 @@ def to_identity(model: Model) -> Model:
 
 @torch.no_grad()
 def to_unit_gain(model: Model) -> Model:
-    """Return a copy of an ordinary model whose norms only centre and divide: gains and biases are in the readers.
+    """Return a copy of an ordinary model whose norms only centre and divide. Gains and biases are in the readers.
 
-    The norms of what attention and MLPs write keep their gains, which nothing but their output reads.
+    Post-norms, which have no readers, keep their gains.
     """
     folded, family = copy.deepcopy(model), family_of(model)
     for path, weight, bias in linear_maps(model):
@@ -284,10 +286,11 @@ def to_unit_gain(model: Model) -> Model:
 
 
 def check_format(model: PreTrainedModel, format: Format) -> None:
-    """Check that a model without norms can be written in the format asked for.
+    """Check that a model can be written in `format` once its norms are removed.
 
     Raises:
-        CheckpointError: h24 folds the bias of a norm into that of a reader, and a reader has none.
+        CheckpointError: the format is h24, which folds the bias of a norm into that of a reader, and a reader has no
+            bias.
     """
     for norm in norms_of(model) if format == "h24" else ():
         if norm.layer is None or getattr(model.get_submodule(norm.path), "bias", None) is None:
@@ -295,22 +298,22 @@ def check_format(model: PreTrainedModel, format: Format) -> None:
         for reader in norm.readers:
             if model.get_submodule(reader.path).bias is None:
                 raise CheckpointError(
-                    f"{reader.path} has no bias, into which h24 folds that of {norm.path}: use the format b25."
+                    f"{reader.path} has no bias into which the format h24 can fold that of {norm.path}. Use b25."
                 )
 
 
 @torch.no_grad()
 def convert(model: Model, format: Format) -> Model:
-    """Return a copy of an LN-free model in the format asked for.
+    """Return a copy of an LN-free model in `format`.
 
-    An h24 model is a b25 model already, with γ = σ̄ and β = 0 in its blocks.
+    An h24 model is also a b25 model, with γ = σ̄ and β = 0 in its blocks, so converting it to b25 changes nothing.
 
     Raises:
-        CheckpointError: the norms are not frozen, or what `check_format` or `norm_state` raises.
+        CheckpointError: the norms are not frozen; or as in `check_format` or `norm_state`.
     """
     check_format(model, format)
     if (state := norm_state(model)) != "frozen":
-        raise CheckpointError(f"The norms of this model are {state}: only frozen ones can be written as {format}.")
+        raise CheckpointError(f"The norms of this model are {state}. Only frozen norms can be written as {format}.")
     converted, family = copy.deepcopy(model), family_of(model)
     if format == "h24":
         for norm in norms_of(converted):

@@ -1,13 +1,13 @@
-"""Low rank: a matrix W stays as it is, and what trains is a narrow product that is added to it.
+"""Low rank: each matrix W stays fixed, and a low-rank product that is added to it is trained.
 
-After Hu et al. 2021 (LoRA, arXiv 2106.09685) a module's weight is
+Following Hu et al. 2021 (LoRA, arXiv 2106.09685), a module's weight is
 
-    W + (lora_alpha / lora_rank) · B·A,  A of shape [rank, d_in], B of shape [d_out, rank], at first 0
+    W + (lora_alpha / lora_rank) · B·A,  A of shape [rank, d_in], B of shape [d_out, rank], initially 0
 
-The adapters are peft's. Those of modules that write to the residual stream are used as peft does it, which adds the
-product's output to the module's. A `NormedReader` puts its norm into its weight, so that it takes the product itself,
-which is added to the weight before that. Gains and biases of norms train whole, and nothing else does, unless the
-recipe names the embeddings. `merge` leaves the ordinary modules, with other weights.
+The adapters are peft's. For modules that write to the residual stream, peft adds the output of the product to that of
+the module. A `NormedReader` multiplies its norm into its weight, so the product itself is added to the weight first.
+Gains and biases of norms are trained in full. Nothing else is trained, unless the recipe names the embeddings. `merge`
+restores the ordinary modules, with merged weights.
 """
 
 from typing import Any
@@ -31,30 +31,31 @@ _ADAPTER = "default"
 
 
 class _LowRank(lora.Linear):
-    """An adapter that stays where it is made, beside its module: shapes without numbers (`plan`) cannot be moved."""
+    """An adapter that is not moved to another device: tensors without values (`plan`) cannot be moved."""
 
     def _move_adapter_to_device_of_base_layer(self, *_: Any, **__: Any) -> None:
         pass
 
 
 class _LowRankReader(_LowRank):
-    """An adapter of a `NormedReader`, which uses its weight directly."""
+    """An adapter of a `NormedReader`, which adds the product to its weight."""
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         d_out, d_in = module.matrix.shape
         return d_in, d_out
 
     def forward(self, y: Float[Tensor, "batch pos d"], *_: Any, **__: Any) -> Float[Tensor, "batch pos out"]:
-        """Return what the reader does with the adapter's product in its weight."""
-        with torch.autocast(y.device.type, enabled=False):  # which would round the product
+        """Return the output of the reader with the adapter's product added to its weight."""
+        with torch.autocast(y.device.type, enabled=False):  # autocast would round the product
             delta = self.get_delta_weight(_ADAPTER)
         return self.base_layer(y, delta)
 
 
 def adapt(sites: Sites, recipe: Recipe) -> None:
-    """Have only that train in the model of `sites` which is trained at the recipe's `lora_rank`.
+    """Add adapters of the recipe's `lora_rank` to the model of `sites`, and freeze everything else but the norms.
 
-    A rank of 0 has no adapters: the norms' own parameters are what trains. A depends on the recipe's seed alone.
+    At rank 0 there are no adapters, and only the parameters of norms are trained. The initial A depends only on the
+    recipe's seed.
     """
     model, rank = sites.model, recipe.lora_rank
     assert rank is not None
@@ -86,9 +87,9 @@ def adapt(sites: Sites, recipe: Recipe) -> None:
 
 @torch.no_grad()
 def merge(model: PreTrainedModel) -> None:
-    """Add every adapter's product to its weight, in place, and leave the modules that were there before.
+    """Add every adapter's product to its weight, and restore the original modules, in place.
 
-    The weights are new tensors, so that whoever shares the old ones keeps them.
+    The merged weights are new tensors, so that other models that share the old ones are not affected.
 
     Raises:
         CheckpointError: a merged weight is not finite.

@@ -1,10 +1,10 @@
-"""Scaling down the neurons that write massive activations, before training begins.
+"""Scaling down the neurons that write massive activations, before training.
 
-A few neurons of trained transformers write vectors hundreds of times as long as the residual stream, at position 0
-above all (massive activations: Sun et al. 2024, arXiv 2402.17762; super weights: Yu et al. 2024, arXiv 2411.07191).
-Live norms hide how long they are, constants do not: divided by one, such a token leaves the norm as many times too
-long, and a gated MLP squares that. Training takes hundreds of steps to shorten them. Scaling a neuron's output weights
-takes none, costs little while norms are live, and leaves training to repair the rest.
+A few neurons of trained transformers write vectors hundreds of times as long as the residual stream, mostly at position
+0 (massive activations: Sun et al. 2024, arXiv 2402.17762; super weights: Yu et al. 2024, arXiv 2411.07191). Live norms
+hide the lengths of these vectors, but constants do not: divided by a constant, such a token leaves the norm hundreds of
+times too long, and a gated MLP squares this factor. Training takes hundreds of steps to shorten the vectors. Scaling
+down a neuron's output weights takes no steps, costs little while norms are live, and training repairs the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,30 +26,31 @@ class MassiveWrite(NamedTuple):
     layer: int
     neuron: int
     write: float
-    """The RMS of the longest vector that it wrote, over the median RMS of the stream behind its block."""
+    """The RMS of the longest vector that it wrote, divided by the median RMS of the stream after its block."""
     factor: float
-    """What its output weights were multiplied by."""
+    """The factor by which its output weights were multiplied."""
 
 
 @torch.no_grad()
 def scale_down(model: PreTrainedModel, input_ids: Int[Tensor, "batch pos"], longest: float) -> list[MassiveWrite]:
-    """Scale the output weights of MLP neurons in place, so that no write on these tokens is too long.
+    """Scale down the output weights of MLP neurons in place, so that no write on these tokens is too long.
 
     Args:
-        model: of a supported family. Norms may be live only.
-        input_ids: tokens to measure on; position 0 of each sequence is where massive activations are found.
-        longest: the RMS that a neuron may write, over the median RMS of the stream behind its block. A neuron that
-            writes more is scaled down to that, layer after layer, so that later neurons see the stream as it becomes.
+        model: a model of a supported family with live norms.
+        input_ids: tokens to measure on. Massive activations are found at position 0 of each sequence.
+        longest: the maximum RMS that a neuron may write, divided by the median RMS of the stream after its block. A
+            neuron that writes more is scaled down to this. Layers are processed in order, so that later neurons are
+            measured on the changed stream.
 
     Raises:
-        RecipeError: what MLPs write passes through a norm on its way to the stream (Gemma 2).
+        RecipeError: the outputs of MLPs pass through a norm before they are added to the stream (Gemma 2).
     """
     family = family_of(model)
     layers = model.config.num_hidden_layers
     if any(norm.writer is not None for norm in family.norms):
         raise RecipeError(
-            f"longest_write is set, but in a {family.architecture} a norm follows each MLP, so that the scale of its "
-            "output weights does not matter: set longest_write to None."
+            f"longest_write is set, but in a {family.architecture} a norm follows each MLP, so the scale of its output "
+            "weights does not matter. Set longest_write to None."
         )
     medians: dict[int, Float[Tensor, ""]] = {}
     found: list[MassiveWrite] = []
@@ -75,7 +76,7 @@ def scale_down(model: PreTrainedModel, input_ids: Int[Tensor, "batch pos"], long
         return hook
 
     _forward(model, input_ids, [(f"{family.blocks}.{i}", "forward_hook", measure(i)) for i in range(layers)])
-    mlps = [path for _, written, path in family.writers_of(layers) if written == "out"]  # one a layer
+    mlps = [path for _, written, path in family.writers_of(layers) if written == "out"]  # one per layer
     _forward(model, input_ids, [(path, "forward_pre_hook", scale(layer)) for layer, path in enumerate(mlps)])
     return found
 
@@ -83,7 +84,7 @@ def scale_down(model: PreTrainedModel, input_ids: Int[Tensor, "batch pos"], long
 def _forward(
     model: PreTrainedModel, input_ids: Int[Tensor, "batch pos"], hooks: Sequence[tuple[str, str, Callable[..., None]]]
 ) -> None:
-    """Run `model` with hooks, each (path of a module, kind of hook, hook), and remove them."""
+    """Run `model` with hooks, each given as (path of a module, kind of hook, hook), then remove them."""
     handles = [getattr(model.get_submodule(path), f"register_{kind}")(hook) for path, kind, hook in hooks]
     try:
         model.base_model(input_ids=input_ids, use_cache=False)

@@ -1,6 +1,6 @@
-"""The short names of models, bundled and published, and what each stands for: a directory, or a model on the Hub.
+"""Short names of bundled and published models, each of which stands for a directory or a model on the Hub.
 
-A name that is neither bundled nor published is a directory or a Hub id.
+Any other name is a directory or a Hub id.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from finetune.bundled import MODELS, TEXTS
 from finetune.errors import NolnError
 
 Format = Literal["b25", "h24"]
-"""How a checkpoint without norms is written: see `folding`."""
+"""The format of a checkpoint without norms: see `folding`."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Published:
     id: str
     revision: str
     format: Format | None
-    """None: LN is kept, a control."""
+    """None for a control, which keeps LN."""
     base: str
-    """The model it was made from, whose tokenizer it uses."""
+    """The model that it was made from, whose tokenizer it uses."""
     paper: str
     checked: bool = False
-    """Whether it was itself loaded and checked, and not only models of its format."""
+    """Whether this model itself was loaded and checked, rather than only models of its format."""
 
 
 _H24 = "arXiv 2409.13710"
@@ -57,19 +57,19 @@ PUBLISHED: dict[str, Published] = {
 
 
 def resolve(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
-    """Return the directory or the Hub id that a name stands for, and its revision."""
+    """Return the directory or Hub id that a name stands for, and its revision."""
     if published := PUBLISHED.get(str(name)):
         return published.id, revision or published.revision
     return str(MODELS.get(str(name), name)), revision
 
 
 def public_name(name: str) -> str:
-    """Return the name of a model or of a text without the directories that a local one lies in."""
+    """Return the name of a model or text; of a local one, without the directories above it."""
     return Path(name).name if is_local(name) else name
 
 
 def is_local(name: str) -> bool:
-    """Return whether a name, of a model or of a text, is a path that exists, and not that of what is bundled."""
+    """Return whether the name of a model or text is an existing path, rather than a bundled name."""
     return name not in MODELS | TEXTS and expanded(name).exists()
 
 
@@ -82,4 +82,4 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise NolnError(f"{path}: the home directory that ~ stands for is not known. Write it out.") from error
+        raise NolnError(f"{path}: the home directory that ~ stands for is unknown. Write it out.") from error

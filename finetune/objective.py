@@ -1,8 +1,8 @@
-"""What fine-tuning minimises: cross-entropy or KL to the original, distance to its residual stream, auxiliary loss.
+"""The losses of fine-tuning: cross-entropy, KL to the original, distance to its residual stream, and penalties.
 
-Cross-entropy and KL are both cross-entropies with a target distribution, the next token's or the teacher's prediction,
-so their mixture has one gradient in closed form, softmax(logits) − target. It is taken together with the loss, a few
-tokens at a time: the logits of a whole batch are never held.
+Cross-entropy and KL are both cross-entropies with a target distribution: the next token, or the teacher's prediction.
+The gradient of their mixture therefore has the closed form softmax(logits) − target. It is computed together with the
+loss, a few tokens at a time, so that the logits of a whole batch are never in memory.
 """
 
 import math
@@ -18,31 +18,32 @@ from transformers import PreTrainedModel
 from finetune.fake_norm import CLASSES
 
 _LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
-"""Numbers in the logits of one piece, by device: few enough for a CPU's cache, enough to keep a GPU busy."""
+"""The number of logits in one piece, by device: small enough for a CPU's cache, large enough to keep a GPU busy."""
 _FEWEST_TOKENS = 256
-"""In one piece: of fewer, reading the unembedding and adding to its gradient takes longer than the logits do."""
+"""The minimum number of tokens in one piece. With fewer, accessing the unembedding and its gradient takes longer than
+the logits."""
 
 _ALIGNED = 64
-"""Products of narrow numbers are fast where sizes are multiples of it."""
+"""Products in bfloat16 or float16 are fast if sizes are multiples of this."""
 _NEVER = -1e30
-"""The logit of a token that the vocabulary is padded with: not −∞, because −∞ − (−∞) is NaN."""
+"""The logit of padding tokens of the vocabulary. It is not −∞ because −∞ − (−∞) is NaN."""
 
 
 class Head(NamedTuple):
-    """The end of a model: what it unembeds, and with what."""
+    """The end of a model: the vectors that it unembeds, and its unembedding."""
 
     residual: Float[Tensor, "batch pos d"]
-    """The last site's output."""
+    """The output of the final norm."""
     unembedding: Float[Tensor, "vocab d"]
 
 
 class DeferredUnembedding(nn.Module):
-    """Stands in for a model's unembedding: owns its weight, and does nothing."""
+    """Takes the place of a model's unembedding: it has its weight, but returns its input."""
 
     def __init__(self, unembedding: nn.Module, softcap: float | None) -> None:
         super().__init__()
         self.weight = unembedding.weight
-        self.__dict__["unembedding"], self.softcap = unembedding, softcap  # the weight is there once
+        self.__dict__["unembedding"], self.softcap = unembedding, softcap  # not a submodule: the weight counts once
 
     def forward(self, residual: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         """Return the residual, for a `Head`."""
@@ -50,7 +51,7 @@ class DeferredUnembedding(nn.Module):
 
 
 def defer_unembedding(model: PreTrainedModel) -> None:
-    """Have `model` return what it unembeds in place of logits, for a loss that takes these in pieces."""
+    """Make `model` return the vectors that it would unembed instead of logits, for a loss computed in pieces."""
     softcap = softcap_of(model)
     model.set_output_embeddings(DeferredUnembedding(model.get_output_embeddings(), softcap))
     if softcap is not None:
@@ -58,7 +59,7 @@ def defer_unembedding(model: PreTrainedModel) -> None:
 
 
 def restore_unembedding(model: PreTrainedModel) -> None:
-    """Have `model` return logits again."""
+    """Make `model` return logits again."""
     deferred: Any = model.get_output_embeddings()
     model.set_output_embeddings(deferred.unembedding)
     if deferred.softcap is not None:
@@ -66,36 +67,37 @@ def restore_unembedding(model: PreTrainedModel) -> None:
 
 
 def head_of(model: PreTrainedModel, residual: Float[Tensor, "batch pos d"]) -> Head:
-    """Return how `model`, its unembedding deferred or not, goes on from what it unembeds."""
+    """Return the `Head` of `model` for the vectors that it unembeds. Its unembedding may be deferred."""
     return Head(residual, unembedding(model))
 
 
 def softcap_of(model: PreTrainedModel) -> float | None:
-    """Return the soft-cap of a model's logits, whether its unembedding is deferred or not."""
+    """Return the soft-cap of a model's logits, or None. Its unembedding may be deferred."""
     deferred: Any = model.get_output_embeddings()
     return getattr(deferred, "softcap", getattr(model.config, "final_logit_softcapping", None))
 
 
 def unembedding(model: PreTrainedModel) -> Float[Tensor, "vocab d"]:
-    """Return the weight of a model's unembedding, deferred or not."""
+    """Return the weight of a model's unembedding, which may be deferred."""
     return model.get_output_embeddings().weight
 
 
 class NextTokenLoss(NamedTuple):
-    """Sums over the text or the cover, divided by the number of all positions but each sequence's last, nats/token.
+    """Sums over text or cover, divided by the number of all positions except each sequence's last, in nats/token.
 
-    Where all is text they are means. Where some is cover, a mean over micro-batches is right however it is spread.
+    If all sequences are text, these are means. If some are cover, the mean over micro-batches is correct even if the
+    cover is unevenly distributed over them.
     """
 
     total: Float[Tensor, ""]
-    """(1 − kl_weight) · cross-entropy of the text + kl_weight · KL on all; the only one with a gradient."""
+    """(1 − kl_weight) · cross-entropy on text + kl_weight · KL on text and cover. Only this part has a gradient."""
     cross_entropy: Float[Tensor, ""]
     kl: Float[Tensor, ""]
-    """KL(teacher ‖ model) on the text; 0 without a teacher."""
+    """KL(teacher ‖ model) on text; 0 without a teacher."""
     teacher_cross_entropy: Float[Tensor, ""]
-    """0 without a teacher."""
+    """The teacher's cross-entropy on text; 0 without a teacher."""
     cover_kl: Float[Tensor, ""]
-    """KL(teacher ‖ model) on the cover."""
+    """KL(teacher ‖ model) on cover."""
 
 
 def loss_of_logits(
@@ -107,11 +109,12 @@ def loss_of_logits(
     softcap: float | None,
     shifts: Sequence[Float[Tensor, "token 1"]] | None,
 ) -> tuple[Float[Tensor, "token padded"], Float[Tensor, "4"], Float[Tensor, "token 1"]]:
-    """Return the gradient of logits, of the sum of their losses; four sums; and the gradients' sums with a soft-cap.
+    """Return the gradient of the summed loss w.r.t. logits, the parts of that loss, and each token's sum of gradients.
 
-    The part of the loss that is no product: compiled, it reads and writes each logit a few times, and not 20. The sums
-    are those of `NextTokenLoss` without the total. Logits are `products`, the model's and, if there is one, the
-    teacher's; `shifts` are added before a soft-cap, which those beyond the `vocabulary` do not have.
+    This is the part of the loss without matrix products. Compiled, it reads and writes each logit a few times rather
+    than 20 times. The parts are those of `NextTokenLoss` without the total. `products` are the logits of the model and,
+    if there is one, of the teacher. With a soft-cap, `shifts` are added to them first; logits beyond the `vocabulary`,
+    which are padding, are not capped. The sums of gradients are those that `shifts` need.
     """
     wide = torch.promote_types(products[0].dtype, torch.float32)
     log_probs, tanhs = [], []
@@ -124,8 +127,8 @@ def loss_of_logits(
     own, *expected = log_probs
     of_targets = [one.gather(-1, target) for one in log_probs]
     sums = [-_sum(of_targets[0].squeeze(-1), text), *own.new_zeros(3)]
-    # The target's gradient is taken by itself: if it were added to the others' in float32, a compiler would not write
-    # these in the products' type alone.
+    # The gradient at the target is computed separately: otherwise a compiler would also write all gradients in float32,
+    # rather than only in the dtype of the products.
     gradient, at_target = own.exp(), of_targets[0].exp()
     if text is not None and kl_weight < 1:
         weight = (kl_weight + (1 - kl_weight) * text).unsqueeze(-1)
@@ -159,17 +162,24 @@ def next_token_loss(
     at_once: int | None = None,
     of_logits: Callable[..., tuple[Tensor, Tensor, Tensor]] = loss_of_logits,
 ) -> NextTokenLoss:
-    """Return the loss of the next token, and of `teacher`'s prediction of it (Hinton et al. 2015, arXiv 1503.02531).
+    """Return the next-token cross-entropy and the KL to `teacher`'s prediction (Hinton et al. 2015, arXiv 1503.02531).
 
-    Sequences that `is_cover` (None: none) are not text: their next tokens say nothing, only `teacher` does. Products
-    are taken in `dtype` (None: the residual's), softmax and sums in float32 at least. A `softcap` c makes c · tanh(x/c)
-    of each logit x, as Gemma 2 does. `at_once` is how many numbers are in the logits of one piece (None: by device).
-    `of_logits` may be that function compiled.
+    Args:
+        model: the end of the model that is trained.
+        input_ids: the tokens.
+        teacher: the end of the original, if there is one.
+        kl_weight: the weight of KL; that of cross-entropy is 1 − kl_weight.
+        dtype: the dtype of matrix products (None: that of the residual). Softmax and sums are in at least float32.
+        is_cover: the sequences that are cover (None: none). Their next tokens are not targets, only `teacher` is.
+        softcap: c, which replaces each logit x by c · tanh(x/c), as in Gemma 2.
+        at_once: the number of logits in one piece (None: depends on the device).
+        of_logits: `loss_of_logits`, or the same function compiled.
 
-    In a `dtype` narrower than float32 the unembedding has its mean over the vocabulary taken out before it is cast. It
-    adds the same to all logits of a token, which softmax does not see, but rounding does: GPT-2's logits lie near −65,
-    where bfloat16's steps are 0.5. Where there is a soft-cap, which sees it, it is added back in float32. It is also
-    padded to a multiple of 64 tokens, which products of narrow numbers are fast for: those added have a logit of −1e30.
+    In a `dtype` narrower than float32, the unembedding's mean over the vocabulary is subtracted before it is cast. The
+    mean adds the same number to all logits of a token. This does not affect softmax, but it affects rounding: GPT-2's
+    logits are near −65, where bfloat16 has steps of 0.5. With a soft-cap, which it does affect, it is added back in
+    float32. The vocabulary is also padded to a multiple of 64 tokens, for which narrow products are fast. The padding
+    has a logit of −1e30.
     """
     ends = [
         end for head in (model, teacher) if head is not None for end in (head.residual[:, :-1].flatten(0, 1), head[1])
@@ -181,7 +191,7 @@ def next_token_loss(
 
 
 _UNEMBEDDING = 8
-"""The place of the model's unembedding among what `_NextTokenLoss` takes."""
+"""The index of the model's unembedding among the arguments of `_NextTokenLoss`."""
 
 
 class _NextTokenLoss(torch.autograd.Function):
@@ -222,11 +232,11 @@ class _NextTokenLoss(torch.autograd.Function):
             )
             sums += parts
             of_residual[piece] = gradient @ unembedding
-            if softcap is not None:  # without a soft-cap each token's gradients add up to 0
+            if softcap is not None:  # without a soft-cap the gradients of each token sum to 0
                 of_residual[piece] += common * offset
             if of_unembedding is not None:
                 of_unembedding += gradient.T @ given[0]
-        if of_unembedding is not None:  # without what it was padded with
+        if of_unembedding is not None:  # without the padding
             of_unembedding = of_unembedding[: len(ends[1])]
         ctx.gradients = [
             None if gradient is None else (gradient / len(targets)).to(end)
@@ -244,12 +254,12 @@ class _NextTokenLoss(torch.autograd.Function):
 
 
 def logits_at_once(device: str, vocabulary: int) -> int:
-    """Return how many numbers are in the logits of one piece on a kind of device."""
+    """Return the number of logits in one piece, for a type of device."""
     return max(_LOGITS_AT_ONCE.get(device, 2**24), _FEWEST_TOKENS * vocabulary)
 
 
 def _piece(tokens: int, vocabulary: int, at_once: int) -> int:
-    """Return how many tokens are in one piece: all pieces are equally long, if that takes at most twice as many."""
+    """Return the number of tokens in one piece. All pieces have equal length, if at most twice as many then suffice."""
     size = math.ceil(tokens / math.ceil(tokens * vocabulary / at_once))
     return next((n for n in range(size, size // 2, -1) if tokens % n == 0), size)
 
@@ -257,9 +267,10 @@ def _piece(tokens: int, vocabulary: int, at_once: int) -> int:
 def _centred(
     unembedding: Float[Tensor, "vocab d"], dtype: torch.dtype, wide: torch.dtype
 ) -> tuple[Float[Tensor, "padded d"], Float[Tensor, " d"]]:
-    """Return an unembedding in `dtype` and, where that is narrow, without its mean over the vocabulary, and the mean.
+    """Return an unembedding in `dtype` minus its mean over the vocabulary, and that mean.
 
-    Where it is narrow it is padded with zeros, too.
+    If `dtype` is `wide`, nothing is subtracted, and the mean is returned as 0. Otherwise the vocabulary is also padded
+    with zeros.
     """
     if dtype == wide:
         return unembedding.to(dtype), unembedding.new_zeros(unembedding.shape[1], dtype=wide)
@@ -276,11 +287,11 @@ def residual_distance(
     teachers: Sequence[Float[Tensor, "batch pos d"]],
     centred: bool = True,
 ) -> Float[Tensor, ""]:
-    """Return the mean squared difference of the residual stream and the teacher's, both at mean 0 and std 1.
+    """Return the mean squared difference of the residual stream and the teacher's, both normalised.
 
-    Where not `centred`, both at an RMS of 1. That is how a LayerNorm or an RMSNorm reads them: their lengths, which a
-    model of constants needs to be other than the teacher's, do not count. The mean is over layers, tokens and the width
-    (hints: Romero et al. 2015, arXiv 1412.6550).
+    They are normalised to mean 0 and std 1 or, if not `centred`, to an RMS of 1, as a LayerNorm or an RMSNorm reads
+    them. Their lengths do not count, because a model with constants needs other lengths than the teacher. The mean is
+    over layers, tokens and the width (hints: Romero et al. 2015, arXiv 1412.6550).
     """
     distances = []
     for residual, target in zip(own, teachers, strict=True):
@@ -295,9 +306,9 @@ def auxiliary_loss(
 ) -> Float[Tensor, ""]:
     """Return the mean of (σ_token − σ̂)² over all positions, with σ̂ the mean of σ over ordinary tokens.
 
-    It keeps the stds at the final norm uniform, so that dividing by a constant changes little. No gradient flows
+    The loss keeps the stds at the final norm uniform, so that dividing by a constant changes little. No gradient flows
     through σ̂ (Baroni et al. 2025, arXiv 2507.02559, section 3). `classes` are indices into `fake_norm.CLASSES`.
-    Sequences that `is_cover` (None: none) count as 0.
+    Sequences that are cover (`is_cover`; None: none) contribute 0.
     """
     ordinary = classes == CLASSES.index("ordinary")
     if is_cover is None:
@@ -315,8 +326,8 @@ def spread_loss(
     weights: Float[Tensor, "site _ _"],
     power: float = 2.0,
 ) -> Float[Tensor, ""]:
-    """Return the mean of |log std − log constant|^power over sites and tokens, each weighed.
+    """Return the mean over sites and tokens of weight · |log std − log constant|^power.
 
-    No gradient flows through the constants. The higher the `power`, the more it is the outliers that count.
+    No gradient flows through the constants. The higher the `power`, the more outliers count.
     """
     return ((stds.log() - constants.detach().log()).abs().pow(power) * weights).mean()

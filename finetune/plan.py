@@ -1,7 +1,7 @@
-"""What a run will take, from its recipe and its model's config alone: memory, tokens, operations.
+"""The memory, tokens and operations that a run will need, from its recipe and its model's config alone.
 
-One micro-batch is run forward and backward on a model of shapes without numbers (torch's fake tensors), through the
-code that trains: every tensor that would be alive is counted, and every product. Nothing is fetched but the config.
+One micro-batch is run forward and backward through the training code, on tensors that have shapes but no values
+(torch's fake tensors). Every tensor that would be alive, and every product, is counted. Only the config is downloaded.
 """
 
 import dataclasses
@@ -27,55 +27,55 @@ from finetune.sites import Sites
 from finetune.training import cast_matrices, share_frozen
 
 _RANK = 16
-"""The rank that a plan is beside which trains all weights."""
+"""The low rank that is shown beside a plan that trains all weights."""
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
     ),
 }
-"""What torch's counter of operations does not know."""
+"""Operations that torch's FlopCounterMode does not count."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. Bytes are those of one process, while the LN-free model is trained."""
+    """What a run will need. Bytes are those of one process, while the LN-free model is trained."""
 
     recipe: Recipe
-    """With `bf16` decided."""
+    """The recipe, with `bf16` decided."""
     context: int
     processes: int
     parameters: int
-    """Adapters among them."""
+    """The number of parameters, including adapters."""
     trained: int
-    """The parameters that train."""
+    """The number of trained parameters."""
     weights: int
     gradients: int
     optimizer: int
-    """AdamW's two moments and, of each parameter, the count of its steps."""
+    """AdamW's two moments, and its step count of each parameter."""
     teacher: int
-    """The original, which the model is fitted to; 0 where it is not. Less what it shares with a model of low rank."""
+    """The original, or 0 if the model is not fitted to it. Weights shared with a model of low rank do not count."""
     gathered: int
-    """What a process gathers of a sharded model beside its own part, at most: what is in no block, with its gradient,
-    and the original's; and two blocks, with the gradient of one."""
+    """The most that a process gathers of a sharded model, in addition to its own part: the weights outside the blocks,
+    of the model (with their gradients) and of the original; and two blocks, with the gradient of one."""
     activations: int
-    """What else is alive at most in a forward and backward of a micro-batch, compiled or not: a compiled model may take
-    less."""
+    """The maximum of all other tensors that are alive in a forward and backward of a micro-batch. A compiled model may
+    need less."""
     tokens: int
-    """Of each fit, all processes together."""
+    """The tokens of each fit, over all processes."""
     flops: float
-    """Of the LN-free model's fit: 2 for each product of two numbers, attention's masked half and what is recomputed
-    (`gradient_checkpointing`) too."""
+    """The operations of the LN-free model's fit: 2 for each product of two numbers, including the masked half of
+    attention and what is recomputed (`gradient_checkpointing`)."""
     control_flops: float
-    """Of the control's fit, 0 without one."""
+    """The operations of the control's fit, or 0 without a control."""
 
     @property
     def bytes(self) -> int:
-        """All that one process holds, if the model is not sharded."""
+        """The total memory of one process, if the model is not sharded."""
         return sum(self.parts(shard=False).values())
 
     def parts(self, shard: bool) -> dict[str, int]:
-        """Return the bytes that one process holds, by what they are of."""
+        """Return the bytes that one process needs, by what they are used for."""
         held = {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -87,24 +87,24 @@ class Plan:
         return held | {"activations": self.activations}
 
     def hours(self, tflops: float, mfu: float) -> float:
-        """Return how long both fits take, at `mfu` of `tflops`, 10¹² operations a second of one process."""
+        """Return the hours that both fits take at a fraction `mfu` of `tflops`, 10¹² operations/s per process."""
         return (self.flops + self.control_flops) / (tflops * 1e12 * mfu * self.processes) / 3600
 
 
 def plan(recipe: Recipe, processes: int = 1) -> Plan:
-    """Return what a run of `recipe` will take.
+    """Return what a run of `recipe` will need.
 
-    A `bf16` that is left to the machine is decided for this one, or for CUDA where the recipe's device is that.
+    If the recipe's `bf16` is None, it is decided for this machine, or for CUDA if that is the recipe's device.
 
     Raises:
-        RecipeError: the recipe does not do for the model, or `processes` cannot share its batch.
-        CheckpointError: the config is not available, or of another architecture.
+        RecipeError: the recipe does not fit the model, or `processes` processes cannot share its batch.
+        CheckpointError: the config is not available, or of an unsupported architecture.
     """
     check_shares(recipe, processes)
     config = checkpoint.load_config(recipe.model, recipe.revision)
     context = removal.context_of(recipe, config)
     if recipe.micro_batch == "auto":
-        recipe = dataclasses.replace(recipe, micro_batch=1)  # the least that a run can do with
+        recipe = dataclasses.replace(recipe, micro_batch=1)  # the minimum that a run needs
     on_cuda = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
     recipe = dataclasses.replace(recipe, bf16=True) if on_cuda and recipe.bf16 is None else decided(recipe)
     fit = _fit(recipe, config, context, "cuda" if on_cuda else "cpu", removes=True)
@@ -125,10 +125,12 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
 
 
 def side_by_side(recipe: Recipe, processes: int = 1) -> dict[str, Plan]:
-    """Return by name the plan of `recipe`, and beside it those of ways to train the same in less memory, or in more.
+    """Return, by name, the plan of `recipe` and, if peft is installed, that with low rank instead of all weights.
+
+    If the recipe trains at low rank, the second plan is that with all weights.
 
     Raises:
-        RecipeError, CheckpointError: as `plan`.
+        RecipeError, CheckpointError: as in `plan`.
     """
     ranks = [recipe.lora_rank]
     if importlib.util.find_spec("peft") is not None:
@@ -140,7 +142,7 @@ def side_by_side(recipe: Recipe, processes: int = 1) -> dict[str, Plan]:
 
 
 def _fit(recipe: Recipe, config: Any, context: int, device: str, removes: bool) -> dict[str, int]:
-    """Count one micro-batch of a fit, the removal's or the control's."""
+    """Count the operations and bytes of one micro-batch of a fit: the removal's or the control's."""
     assert recipe.micro_batch != "auto"
     kind: Any = families.family_of(config, recipe.model).model_class
     dtype = torch.bfloat16 if recipe.bf16 else None
@@ -206,7 +208,7 @@ def _fit(recipe: Recipe, config: Any, context: int, device: str, removes: bool) 
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that are made while it is on, and are alive at one time."""
+    """Counts the bytes of the tensors that are created in its context, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +216,7 @@ class _Alive(TorchDispatchMode):
         self._counted: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func`, and count what it returns but for views and what was there before."""
+        """Call `func`, and count the tensors that it returns, except for views and tensors that existed before."""
         given = {self.key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
@@ -236,31 +238,31 @@ class _Alive(TorchDispatchMode):
 
 
 def describe(plans: Mapping[str, Plan], tflops: float | None = None, mfu: float = 0.4) -> str:
-    """Return plans of one run as a table, the recipe's own first, by the names that they have in `plans`.
+    """Return a table of plans of one run, with one column per plan. The recipe's own plan comes first.
 
-    Of several processes, each plan is there twice, whole and sharded. A rate, 10¹² operations a second of one process,
-    gives hours too.
+    For several processes, each plan has two columns, unsharded and sharded. If `tflops` is given, 10¹² operations per
+    second and process, the table includes hours.
     """
     first = next(iter(plans.values()))
     columns = {}
     for name, plan in plans.items():
         for shard in [False, True] if plan.processes > 1 else [False]:
             parts = plan.parts(shard)
-            parts["together"] = sum(parts.values())
-            column = {"parameters that train": f"{plan.trained:,}"}
+            parts["total"] = sum(parts.values())
+            column = {"trained parameters": f"{plan.trained:,}"}
             column |= {f"{part}, GB": f"{size / 1e9:.3g}" for part, size in parts.items()}
             column |= {"operations": f"{plan.flops:.3g}", "operations, control": f"{plan.control_flops:.3g}"}
             if tflops is not None:
                 column["hours of training"] = f"{plan.hours(tflops, mfu):.3g}"
             columns[f"{name}, sharded" if shard else name] = column
     table = pd.DataFrame(columns, index=max((list(column) for column in columns.values()), key=len)).fillna("")
-    table = table[~table.isin(["0", ""]).all(axis=1)]  # without the original or a control, if there is none
+    table = table[~table.isin(["0", ""]).all(axis=1)]  # omits the original or the control if there is none
     processes = f"each of {first.processes} processes" if first.processes > 1 else "one process"
     lines = [
         f"{first.recipe.model}: {first.tokens:,} tokens, products in {'bfloat16' if first.recipe.bf16 else 'float32'}. "
-        f"Memory is that of {processes}, in micro-batches of {first.recipe.micro_batch} × {first.context:,} tokens.",
+        f"Memory is for {processes}, with micro-batches of {first.recipe.micro_batch} × {first.context:,} tokens.",
         table.to_string(),
     ]
     if tflops is not None:
-        lines.append(f"Hours are at {mfu:.0%} of {tflops:g} TFLOP/s of {processes}.")
+        lines.append(f"Hours assume {mfu:.0%} of {tflops:g} TFLOP/s for {processes}.")
     return "\n".join(lines)

@@ -1,12 +1,12 @@
-"""A run that trains a model from random weights: set up, fit, export, measure, and leave a run directory.
+"""A run that trains a model from random weights: set up, fit, export and measure. It writes a run directory.
 
-RUN/recipe.yaml    what was run, replayable; with versions, git state and command
-RUN/log.jsonl      one line a step
-RUN/checkpoints/   to resume from: of a fit that is not finished
-RUN/model/         a model of the recipe's family; of blocks a GPT2LMHeadModel where these are GPT-2's, else a
-                   `blocks.BlocksForCausalLM`; with a model card
+RUN/recipe.yaml    the recipe, replayable, with versions, git state and command
+RUN/log.jsonl      one line per step
+RUN/checkpoints/   checkpoints of an unfinished fit, to resume from
+RUN/model/         the model, with a model card: of the recipe's family or, for a `block`, a GPT2LMHeadModel if the
+                   blocks are GPT-2's, else a `blocks.BlocksForCausalLM`
 RUN/documents.csv  its loss on each document of held-out text
-RUN/results.csv    the same on all of it
+RUN/results.csv    its loss on the whole held-out text
 """
 
 import copy
@@ -44,17 +44,17 @@ def pretrain(
     text: str | Path | Text | Documents | None = None,
     out: str | Path | None = None,
 ) -> Run:
-    """Train a model from random weights, and return what the command writes.
+    """Train a model from random weights, and return the run.
 
     Args:
         recipe: a shipped name, a YAML file, or a recipe.
-        text: a source, a whole `Text`, or documents in memory, as for `remove_norms`. None: the recipe's.
+        text: a source, a `Text`, or documents in memory, as for `remove_norms`. None: the recipe's.
         out: the run directory. None: runs/RECIPE-TIME.
 
     Raises:
-        RecipeError, BlockError, CheckpointError, TextError: recipe, block, tokenizer or text do not do; nothing has
-            been trained.
-        DivergedError: the loss exploded; the last good checkpoint is in the run directory.
+        RecipeError, BlockError, CheckpointError, TextError: the recipe, block, tokenizer or text is invalid. Nothing
+            has been trained.
+        DivergedError: the loss exploded. The last good checkpoint is in the run directory.
         FileExistsError: `out` exists.
     """
     documents, text = (None, text) if isinstance(text, str | Path | Text | None) else (text, None)
@@ -63,7 +63,7 @@ def pretrain(
 
 
 def start(recipe: PretrainRecipe, out: str | Path | None = None, documents: Documents | None = None) -> Run:
-    """Run `recipe`, with documents in memory in place of its text, if they are given."""
+    """Run `recipe`. If `documents` are given, they replace its text."""
     directory = new_directory(recipe, out)
     with in_file(documents, directory) as file:
         setup = set_up(decided(of_file(recipe, file)))
@@ -78,21 +78,21 @@ def start(recipe: PretrainRecipe, out: str | Path | None = None, documents: Docu
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe with all that it names: loaded, checked against each other, and ready to be trained."""
+    """A recipe and everything that it names, loaded and checked."""
 
     recipe: PretrainRecipe
     model: PreTrainedModel
-    """With random weights, which the seed alone decides."""
+    """The model with random weights, which depend only on the seed."""
     tokenizer: PreTrainedTokenizerBase
     text: TextSplits
 
 
 def set_up(recipe: PretrainRecipe) -> Setup:
-    """Load what `recipe` names, the cheapest checks first.
+    """Load what `recipe` names. The cheapest checks come first.
 
     Raises:
         RecipeError, BlockError, CheckpointError, TextError: something that it names is invalid, or does not fit the
-        rest.
+            rest.
     """
     check_processes(recipe)
     check_cache(recipe)
@@ -117,7 +117,7 @@ def _config(recipe: PretrainRecipe, vocabulary: dict[str, Any]) -> BlocksConfig:
 
 
 def _config_of_family(recipe: PretrainRecipe, vocabulary: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config of a model of a family, without dropout."""
+    """Return the config of a model of the recipe's family, without dropout."""
     if recipe.family not in families.FAMILIES:
         raise RecipeError(f"family is {recipe.family}; it must be one of {', '.join(families.FAMILIES)}.")
     config_class: Any = families.FAMILIES[recipe.family].model_class.config_class
@@ -129,10 +129,10 @@ def _config_of_family(recipe: PretrainRecipe, vocabulary: dict[str, Any]) -> Pre
     }
     has = vars(config_class()).keys() | config_class.attribute_map.keys()
     if unknown := sorted(recipe.knobs.keys() - has):
-        raise RecipeError(f"knobs names {', '.join(unknown)}, which {config_class.__name__} does not have.")
+        raise RecipeError(f"knobs contains {', '.join(unknown)}, which {config_class.__name__} does not have.")
     if said := sorted(recipe.knobs.keys() & (shape.keys() | {config_class.attribute_map.get(name) for name in shape})):
-        raise RecipeError(f"knobs holds {', '.join(said)}: say it as n_layer, n_embd, n_head or n_positions.")
-    # By the config's own names: not every one takes those that the others go by.
+        raise RecipeError(f"knobs contains {', '.join(said)}. Set n_layer, n_embd, n_head or n_positions instead.")
+    # Use the config's own names: some configs do not accept the common ones.
     own: dict[str, Any] = {config_class.attribute_map.get(name, name): value for name, value in shape.items()}
     if "attention_types" in has:  # GPT-Neo: every other layer is local
         pairs, rest = divmod(recipe.n_layer, 2)
@@ -140,7 +140,7 @@ def _config_of_family(recipe: PretrainRecipe, vocabulary: dict[str, Any]) -> Pre
     try:
         config = config_class(**own | vocabulary | recipe.knobs)
     except (TypeError, ValueError, StrictDataclassError) as error:
-        raise RecipeError(f"A {config_class.__name__} cannot be made of this recipe: {error}") from error
+        raise RecipeError(f"A {config_class.__name__} cannot be created from this recipe: {error}") from error
     for name, value in list(vars(config).items()):
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -148,7 +148,7 @@ def _config_of_family(recipe: PretrainRecipe, vocabulary: dict[str, Any]) -> Pre
 
 
 def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
-    """Do what remains of a run: fit, export and measure. `anyway` is that of `resuming.resume`."""
+    """Complete a run: fit, export and measure, except for what is done already. For `anyway`, see `resuming.resume`."""
     with directory_lock(directory / "checkpoints", PartialState().is_main_process):
         begun_with.check(directory, setup.recipe, None, setup.text, anyway)
         if not (directory / "model").exists():
@@ -162,7 +162,7 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
 
 
 def fit(setup: Setup, directory: Path, anyway: bool = False) -> None:
-    """Train the model, from the newest whole checkpoint in `directory` on."""
+    """Train the model, starting from the newest complete checkpoint in `directory` if there is one."""
     model, implementation = setup.model, setup.model.config._attn_implementation
     trainer = _trainer(setup, directory)
     trainer.train(newest_whole(directory / "checkpoints/model", anyway))
@@ -171,7 +171,7 @@ def fit(setup: Setup, directory: Path, anyway: bool = False) -> None:
 
 
 def _trainer(setup: Setup, directory: Path) -> "PretrainTrainer":
-    """Return what trains the model itself."""
+    """Return a trainer of the model. It changes the model in place."""
     model = setup.model.train()
     fuse_gelu(model)
     attend_without_masks(model, setup.recipe.n_positions)
@@ -189,7 +189,7 @@ def _attempt(setup: Setup, size: int) -> None:
 
 
 def export(setup: Setup, directory: Path) -> None:
-    """Write the trained model: as a GPT-2 where its blocks are, which anyone loads without this package."""
+    """Write the trained model. If its blocks are GPT-2's, write a GPT-2, which can be loaded without this package."""
     model = setup.model
     if isinstance(model, BlocksForCausalLM) and not blocks.other_than_gpt2(model.config):
         model = blocks.to_gpt2(model)
@@ -198,10 +198,11 @@ def export(setup: Setup, directory: Path) -> None:
 
 
 def conclude(setup: Setup, directory: Path) -> pd.DataFrame:
-    """Measure the model on held-out text, and write tables and model card.
+    """Measure the model on held-out text, and write the tables and the model card.
 
-    The row of results: model; loss, nats/token, and loss_error, its standard error over documents; tokens and documents
-    of held-out text; parameters that train; trained_tokens, trained_seconds and steps_per_second of the fit.
+    The results have one row: model; loss, in nats/token, and loss_error, its standard error over documents; tokens and
+    documents of held-out text; parameters, the number of trained ones; trained_tokens, trained_seconds and
+    steps_per_second of the fit.
     """
     state = PartialState()
     if state.is_main_process:
@@ -225,18 +226,19 @@ def conclude(setup: Setup, directory: Path) -> pd.DataFrame:
         )
         write(directory / "model/README.md", card)
     state.wait_for_everyone()
-    if state.is_main_process:  # nobody waits for it
+    if state.is_main_process:  # the other processes do not wait for this
         push(setup.recipe, directory / "model")
     return pd.read_csv(directory / "results.csv")
 
 
 class PretrainTrainer(RunTrainer):
-    """Trains a model whose unembedding is deferred on the next token.
+    """Trains a model with a deferred unembedding (`objective.defer_unembedding`) on next-token cross-entropy.
 
-    `directory` takes the checkpoints, `log_path` one line of JSON a step: model (`name`), step, tokens seen so far, the
-    mean of the step's loss (nats/token), lr, grad_norm and seconds; of `finetune.blocks` every `log_every` steps
-    signals, of the weights that the step begins with: see `blocks.signals`. They are measured on the same held-out
-    sequences each time, so that they move with the weights alone, however a batch is shared out.
+    Checkpoints are written to `directory`, and one line of JSON per step to `log_path`: model (`name`), step, tokens
+    seen so far, the mean loss of the step (nats/token), lr, grad_norm and seconds. For a model of `finetune.blocks`,
+    the line also contains signals (`blocks.signals`) every `log_every` steps. They are those of the weights at the
+    beginning of the step. They are always measured on the same held-out sequences, so that they depend only on the
+    weights, and not on how a batch is divided.
     """
 
     recipe: PretrainRecipe
@@ -279,7 +281,7 @@ class PretrainTrainer(RunTrainer):
 
     @torch.no_grad()
     def signals(self) -> dict[str, float | None]:
-        """Measure the model itself, neither wrapped nor compiled, in float32; None where there is no finite number."""
+        """Measure the unwrapped, uncompiled model in float32. A signal that is not finite is None."""
         model: Any = self.model.eval()
         with blocks.signals(model) as values:  # the class's forward: accelerate wraps the model's own in autocast
             type(model).forward(model, self._watched.to(model.device), use_cache=False)
@@ -291,7 +293,7 @@ class _PretrainRecord(Record):
     trainer: PretrainTrainer
 
     def measure(self, line: dict[str, Any], losses: Float[Tensor, " part"]) -> list[Tensor]:
-        """Log the signals at the interval; the other processes do not wait for them before the next step."""
+        """Log the signals every `log_every` steps. The other processes do not wait for them before the next step."""
         if not isinstance(self.trainer.model, BlocksForCausalLM):
             return []
         if line["step"] % self.trainer.recipe.log_every == 0 and self.trainer.is_world_process_zero():

@@ -1,4 +1,4 @@
-"""The processes of a run: how many there are, on which device, and whether they can share a batch."""
+"""The processes of a run: their number and device, and checks that they can share a batch."""
 
 import dataclasses
 import os
@@ -20,19 +20,20 @@ from finetune.text.bins import bin_files
 Trains = TypeVar("Trains", bound=Training)
 
 _FSDP = "ACCELERATE_USE_FSDP"
-"""What `accelerate launch` tells a process whose model is to be sharded."""
+"""The variable that `accelerate launch` sets for a process whose model is to be sharded."""
 _PATIENCE = timedelta(hours=4)
-"""How long a process waits for another: one alone exports, and measures the models; NCCL would allow ten minutes."""
+"""How long processes wait for each other. One process alone exports and measures the models; NCCL's default is ten
+minutes."""
 
 
 def processes(recipe: Training) -> PartialState:
-    """Return the processes; without an accelerator they know of each other only if they are told that they are CPUs."""
+    """Return the processes of a run. Without an accelerator, they find each other only if told that they use CPUs."""
     on_cpu = recipe.device == "cpu" or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu, timeout=_PATIENCE)
 
 
 def decided(recipe: Trains) -> Trains:
-    """Return `recipe` with what it leaves to the machine, as this one decides it: bf16, and FSDP of `accelerate`."""
+    """Return `recipe` with the settings that depend on the machine filled in: bf16, and FSDP of `accelerate`."""
     if isinstance(recipe, Recipe) and os.environ.get(_FSDP, "false").lower() == "true":
         recipe = dataclasses.replace(recipe, shard=True)
     if recipe.bf16 is not None:
@@ -42,49 +43,49 @@ def decided(recipe: Trains) -> Trains:
 
 
 def has_bf16(device: str, instructions: tuple[str, ...] = ("amx_bf16", "avx512_bf16")) -> bool:
-    """Whether a device is made for matrix products in bfloat16: of CPUs, those with any of these instructions."""
+    """Return whether a device supports matrix products in bfloat16. A CPU needs at least one of these instructions."""
     if device == "cpu":
-        # Older versions of torch do not tell.
+        # Older versions of torch lack get_capabilities.
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return any(capabilities.get(name) for name in instructions)
     return device == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def check_processes(recipe: Training) -> None:
-    """Check that the device is there, and that the processes can share a batch.
+    """Check that the device is available, and that the processes can share a batch.
 
     Raises:
-        RecipeError: it is not, or they cannot.
+        RecipeError: the device is not available, or the batch cannot be shared.
     """
     state = processes(recipe)
-    os.environ.pop(_FSDP, None)  # its own way would be another on GPUs, and none on CPUs
+    os.environ.pop(_FSDP, None)  # accelerate itself would shard differently on GPUs, and not at all on CPUs
     if recipe.device not in ("auto", state.device.type):
-        raise RecipeError(f"device is {recipe.device}, but what torch finds here is {state.device.type}.")
+        raise RecipeError(f"device is {recipe.device}, but torch finds only {state.device.type} here.")
     check_shares(recipe, state.num_processes)
 
 
 def check_shares(recipe: Training, processes: int) -> None:
-    """Check that so many processes can share the batch.
+    """Check that this number of processes can share the batch.
 
     Raises:
         RecipeError: they cannot.
     """
     if processes < 1:
-        raise RecipeError(f"{processes} processes cannot run anything: at least 1 is needed.")
+        raise RecipeError(f"The number of processes is {processes}; at least 1 is needed.")
     size = 1 if recipe.micro_batch == "auto" else recipe.micro_batch
     if recipe.batch % (size * processes):
         fitting = [n for n in range(1, size + 1) if recipe.batch % (n * processes) == 0]
-        remedy = f"micro_batch {fitting[-1]} would do" if fitting else "change batch or the number of processes"
+        remedy = f"Set micro_batch to {fitting[-1]}" if fitting else "Change batch or the number of processes"
         raise RecipeError(
             f"A batch of {recipe.batch} cannot be shared by {processes} processes in micro-batches of "
-            f"{recipe.micro_batch}: {remedy}."
+            f"{recipe.micro_batch}. {remedy}."
         )
 
 
 def with_micro_batch(recipe: Trains, attempt: Callable[[int], None]) -> Trains:
-    """Return `recipe` with the micro-batch that "auto" comes to: the largest that fits, the same in all processes.
+    """Return `recipe` with a micro-batch of "auto" replaced by the largest that fits into every process's memory.
 
-    `attempt` takes two steps with so many sequences, in this process alone, and runs out of memory or does not.
+    `attempt` takes two steps with a given number of sequences, in this process alone. It may run out of memory.
 
     Raises:
         RecipeError: not even one sequence fits.
@@ -96,7 +97,7 @@ def with_micro_batch(recipe: Trains, attempt: Callable[[int], None]) -> Trains:
 
     @find_executable_batch_size(starting_batch_size=next(sizes), reduce_batch_size_fn=lambda: next(sizes))
     def largest(size: int) -> int:
-        clear_device_cache(garbage_collection=True)  # what the error of the last attempt held
+        clear_device_cache(garbage_collection=True)  # frees what the error of the last attempt refers to
         attempt(size)
         return size
 
@@ -109,16 +110,16 @@ def with_micro_batch(recipe: Trains, attempt: Callable[[int], None]) -> Trains:
     clear_device_cache(garbage_collection=True)
     if not (fits := min(gather_object([fits]))):
         raise RecipeError(
-            "Not even one sequence fits into memory: gradient_checkpointing, shorter sequences and lora_rank need less."
+            "Not even one sequence fits into memory. Set gradient_checkpointing, a smaller context or lora_rank."
         )
     return dataclasses.replace(recipe, micro_batch=fits)
 
 
 def check_cache(recipe: Training) -> None:
-    """Check that the text's tokens can be cached, unless they are streamed or in nanoGPT's files already.
+    """Check that the text's tokens can be cached, unless they are streamed or already in nanoGPT's files.
 
     Raises:
-        NolnError: the cache cannot be made or written to.
+        NolnError: the cache cannot be created or written to.
     """
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
@@ -128,5 +129,5 @@ def check_cache(recipe: Training) -> None:
                 raise PermissionError("no permission to write")
     except OSError as error:
         raise NolnError(
-            f"The cache {cache} cannot be written to: {error}. Set HF_DATASETS_CACHE to a directory that can."
+            f"The cache {cache} cannot be written to: {error}. Set HF_DATASETS_CACHE to a writable directory."
         ) from error

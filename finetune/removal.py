@@ -1,15 +1,15 @@
-"""A run that removes LayerNorm: set up, fit, export, compare, and leave a run directory.
+"""A run that removes LayerNorm: set up, fit, export and compare. It writes a run directory.
 
-RUN/recipe.yaml    what was run, replayable; with versions, git state and command
-RUN/replay.yaml    of an adaptive schedule: the recipe with the steps that it came to
-RUN/original/      of a model in memory or a GGUF file: the model, as a directory
+RUN/recipe.yaml    the recipe, replayable, with versions, git state and command
+RUN/replay.yaml    for an adaptive schedule: the recipe with the steps that the schedule chose
+RUN/original/      for a model in memory or a GGUF file: the model, as a directory
 RUN/massive_writes.csv  with `longest_write`: the neurons that were scaled down before training
-RUN/log.jsonl      one line a step of each fit
-RUN/checkpoints/   to resume from: of a fit that is not finished
-RUN/control/       fine-tuned the same way with LayerNorm kept
+RUN/log.jsonl      one line per step of each fit
+RUN/checkpoints/   checkpoints of an unfinished fit, to resume from
+RUN/control/       the control: fine-tuned the same way, but with LayerNorm
 RUN/ln_free/       without LayerNorm: an ordinary checkpoint of the model's own class, with a model card
 RUN/documents.csv  original, control and LN-free on each document of each text: held out, random tokens, and others
-RUN/results.csv    the same on all of each text
+RUN/results.csv    the same, averaged over each text
 """
 
 import copy
@@ -62,13 +62,13 @@ from finetune.text.sources import path_of
 from finetune.training import attend_without_masks, fuse_gelu, in_order
 
 _CHECKED_TOKENS = 2048
-"""Held-out tokens by which an export is checked."""
+"""The number of held-out tokens on which an export is checked."""
 _MOST_RANDOM_BLOCKS = 60
-"""Blocks of random tokens that the models are measured on, at most: each is as good as any other."""
+"""The maximum number of blocks of random tokens to measure on. Any of them are as good as any others."""
 HELD_OUT = "held-out"
-"""What results call the recipe's own held-out text."""
+"""The name in results of the recipe's own held-out text."""
 _LARGEST_FROZEN_STD = 1e4
-"""At that live std or RMS, √(σ² + eps) is 5e-5 off the constant √eps that a frozen norm divides by."""
+"""At this live std or RMS, √(σ² + eps) differs by 5e-5 from √eps, the constant that a frozen norm divides by."""
 
 
 def remove_norms(
@@ -78,20 +78,20 @@ def remove_norms(
     recipe: str | Path | Recipe = "micro",
     out: str | Path | None = None,
 ) -> Run:
-    """Fine-tune the norms out of a model, beside a control that keeps them, and return what the command writes.
+    """Fine-tune the norms out of a model, and fine-tune a control that keeps them. Return the run.
 
     Args:
-        model: a bundled name, a directory, a GGUF file, a Hub name, or a model in memory, compiled and wrapped or not,
-            which stays as it is. None: the recipe's.
-        tokenizer: a name, a directory, or one in memory; needed with a model in memory. None: the one beside the model.
-        text: a source; a whole `Text`; or documents in memory: strings, or a data set of `datasets`, which are written
-            into the run directory, so that the run can be resumed and replayed. None: the recipe's.
+        model: a bundled name, a directory, a GGUF file, a Hub name, or a model in memory, which may be compiled or
+            wrapped and is not changed. None: the recipe's.
+        tokenizer: a name, a directory, or a tokenizer in memory. Required with a model in memory. None: the model's.
+        text: a source; a `Text`; or documents in memory, which are strings or a data set of `datasets`. They are
+            written into the run directory, so that the run can be resumed and replayed. None: the recipe's.
         recipe: a shipped name, a YAML file, or a recipe.
         out: the run directory. None: runs/RECIPE-TIME.
 
     Raises:
-        RecipeError, CheckpointError, TextError: recipe, model or text do not do; nothing has been trained.
-        DivergedError: the loss exploded; the last good checkpoint is in the run directory.
+        RecipeError, CheckpointError, TextError: the recipe, model or text is invalid. Nothing has been trained.
+        DivergedError: the loss exploded. The last good checkpoint is in the run directory.
         FileExistsError: `out` exists.
     """
     documents, text = (None, text) if isinstance(text, str | Path | Text | None) else (text, None)
@@ -112,17 +112,17 @@ def start(
     tokenizer: PreTrainedTokenizerBase | None = None,
     documents: Documents | None = None,
 ) -> Run:
-    """Run `recipe`, with the model, tokenizer and text in memory in place of those that it names, if they are given.
+    """Run `recipe`. A model, tokenizer or text in memory, if given, replaces the one that the recipe names.
 
     Raises:
-        RecipeError, CheckpointError, TextError, DivergedError, FileExistsError: as `remove_norms`.
+        RecipeError, CheckpointError, TextError, DivergedError, FileExistsError: as in `remove_norms`.
     """
     directory = new_directory(recipe, out)
     with in_file(documents, directory) as file:
         setup = set_up(decided(of_file(recipe, file)), model, tokenizer)
         setup = dataclasses.replace(setup, recipe=with_micro_batch(setup.recipe, partial(_attempt, setup)))
         directory = make(directory, out)
-        # A run is replayed and resumed from files alone, and a model that was dequantised is kept as it was.
+        # A run is replayed and resumed from files alone, so a model in memory or a dequantised one is saved.
         recipe = of_file(setup.recipe, take_in(file, directory))
     kept = model is not None or tokenizer is not None or checkpoint.gguf_of(recipe.model) is not None
     if kept:
@@ -138,7 +138,7 @@ def start(
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe with all that it names: loaded, checked against each other, and ready to be trained."""
+    """A recipe and everything that it names, loaded and checked."""
 
     recipe: Recipe
     model: PreTrainedModel
@@ -152,15 +152,15 @@ class Setup:
 def set_up(
     recipe: Recipe, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Setup:
-    """Load what `recipe` names, the cheapest checks first.
+    """Load what `recipe` names. The cheapest checks come first.
 
     Raises:
-        RecipeError, CheckpointError, TextError: they do not do, or not together.
+        RecipeError, CheckpointError, TextError: something that it names is invalid, or does not fit the rest.
     """
     check_processes(recipe)
     check_cache(recipe)
     if recipe.lora_rank is not None and importlib.util.find_spec("peft") is None:
-        raise RecipeError("lora_rank needs peft, which is not installed: pip install 'noln[lora]', or omit lora_rank.")
+        raise RecipeError("lora_rank requires peft. Install it with `pip install 'noln[lora]'`, or omit lora_rank.")
     config = checkpoint.load_config(recipe.model, recipe.revision) if model is None else model.config
     family = families.family_of(config, recipe.model) if model is None else families.family_of(model)
     sites = family.sites_of(config.num_hidden_layers)
@@ -169,13 +169,13 @@ def set_up(
         checkpoint.load_config(recipe.control_from)
     if tokenizer is None:
         if model is not None:
-            raise CheckpointError("A model in memory needs its tokenizer: pass it as `tokenizer`.")
+            raise CheckpointError("A model in memory requires its tokenizer. Pass it as `tokenizer`.")
         tokenizer = checkpoint.load_tokenizer(recipe.model, recipe.revision)
     given, model = model, checkpoint.load(recipe.model, recipe.revision) if model is None else model
     if (norms := folding.norm_state(model)) != "live":
         name = model.name_or_path or "the model in memory"
-        raise CheckpointError(f"The norms of {name} are {norms}: there is no LayerNorm left to remove.")
-    model = model if given is None else plain_copy(given)  # a model in memory stays as it is, on its device
+        raise CheckpointError(f"The norms of {name} are already {norms}, so there is no LayerNorm to remove.")
+    model = model if given is None else plain_copy(given)  # a model in memory is not changed, and stays on its device
     context = context_of(recipe, config)
     folding.check_format(model, recipe.export_format)
     if (activation := getattr(config, family.activation)) not in families.ACTIVATIONS:
@@ -194,7 +194,7 @@ def set_up(
 
 
 def names_of(sources: Sequence[str]) -> dict[str, str]:
-    """Return what results call texts: without the directories of local files, unless two are called the same."""
+    """Return the names of texts in results. Local files are named without directories, unless two names are equal."""
     names = [HELD_OUT, *(public_name(source) for source in sources)]
     return {
         source: name if names.count(name) == 1 else str(Path(source).absolute())
@@ -205,7 +205,7 @@ def names_of(sources: Sequence[str]) -> dict[str, str]:
 def _load_other(
     source: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int, config: PreTrainedConfig
 ) -> Blocks:
-    """Return the first blocks of a text that the models are measured on besides their own."""
+    """Return the first blocks of a text, other than the recipe's own, on which the models are measured."""
     own = recipe.text
     text = Text(source, prefix=own.prefix, token_dtype=own.token_dtype, streaming=not path_of(source).exists())
     most = min(own.held_out_blocks, _MOST_RANDOM_BLOCKS) if source == RANDOM_TOKENS else own.held_out_blocks
@@ -213,21 +213,21 @@ def _load_other(
 
 
 def context_of(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """Return the length of the sequences that `recipe` trains a model of this config on, in tokens.
+    """Return the length, in tokens, of the sequences on which `recipe` trains a model with this config.
 
     Raises:
-        RecipeError: it is more than the model has positions.
+        RecipeError: it exceeds the model's number of positions, or the model has only one position.
     """
     positions: int = config.max_position_embeddings
     if recipe.context is not None and recipe.context > positions:
-        raise RecipeError(f"context is {recipe.context}, but the model has {positions} positions: lower it.")
+        raise RecipeError(f"context is {recipe.context}, but the model has only {positions} positions. Lower it.")
     if (context := recipe.context or min(positions, LONGEST_CONTEXT)) < 2:
-        raise RecipeError(f"The model has {positions} position, and there is no next token in a sequence of one.")
+        raise RecipeError(f"The model has {positions} position, so a sequence has no next token to predict.")
     return context
 
 
 def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
-    """Do what is still to be done of a run: fit, export and compare; `anyway` is that of `resuming.resume`."""
+    """Complete a run: fit, export and compare, except for what is done already. For `anyway`, see `resuming.resume`."""
     with directory_lock(directory / "checkpoints", PartialState().is_main_process):
         begun_with.check(directory, setup.recipe, setup.model, setup.text, anyway)
         fits: dict[str, Sequence[Event]] = {"ln_free": setup.events}
@@ -235,7 +235,7 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
             fits["control"] = []
         for name, events in fits.items():
             fit(setup, directory, name, events, anyway)
-            # Trainer and record refer to each other: without this, weights and moments stay while another is trained.
+            # The trainer and its record refer to each other. Without this, weights and moments stay in memory.
             gc.collect()
             if PartialState().is_main_process:
                 discard(directory / "checkpoints" / name)
@@ -243,9 +243,9 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
 
 
 def _sites(setup: Setup, scaled_in: Path | None = None) -> Sites:
-    """Return a copy of the model, ready to be trained.
+    """Return the sites of a copy of the model that is ready to be trained.
 
-    `scaled_in` is the directory that says which massive writes were scaled down; None: none are.
+    If `scaled_in` is given, massive writes are scaled down, and a table of them is written to that directory.
     """
     recipe = setup.recipe
     model = ready(copy.deepcopy(setup.model).float(), setup.text.train.context)
@@ -253,14 +253,14 @@ def _sites(setup: Setup, scaled_in: Path | None = None) -> Sites:
         _scale_down_massive_writes(model, setup, scaled_in)
     sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
     if recipe.lora_rank is not None:
-        from finetune import low_rank  # and peft, which takes seconds
+        from finetune import low_rank  # imports peft, which takes seconds
 
         low_rank.adapt(sites, recipe)
     return sites
 
 
 def _trainer(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> RemovalTrainer:
-    """Return what trains a copy of the model through `events`."""
+    """Return a trainer of a copy of the model with these `events`."""
     recipe, context = setup.recipe, setup.text.train.context
     sites = _sites(setup, directory if events else None)
     return RemovalTrainer(
@@ -282,7 +282,7 @@ def _trainer(setup: Setup, directory: Path, name: str, events: Sequence[Event]) 
 
 
 def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anyway: bool = False) -> None:
-    """Fine-tune a copy of the model through `events` (none: the control), and export it to `directory`/`name`."""
+    """Fine-tune a copy of the model with `events` (none for the control), and export it to `directory`/`name`."""
     if (directory / name).exists():
         return
     recipe, trainer = setup.recipe, _trainer(setup, directory, name, events)
@@ -294,7 +294,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         state = sharding.state_of(sites.model)
         if PartialState().is_main_process:
             sites = _sites(setup)
-            sites.model.load_state_dict(state, strict=False)  # tied weights are there once
+            sites.model.load_state_dict(state, strict=False)  # the state contains tied weights only once
     else:
         objective.restore_unembedding(sites.model)
     if recipe.lora_rank is not None:
@@ -307,14 +307,14 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
         plain = sites.to_plain()
         if events:
             plain = folding.convert(plain, recipe.export_format)
-        plain.config.use_cache = setup.model.config.use_cache  # training does without
+        plain.config.use_cache = setup.model.config.use_cache  # training switches it off
         plain.set_attn_implementation(setup.model.config._attn_implementation)
         checkpoint.save(plain, directory / name, setup.tokenizer)
     PartialState().wait_for_everyone()
 
 
 def _scale_down_massive_writes(model: PreTrainedModel, setup: Setup, directory: Path) -> None:
-    """Scale down what writes massive activations on the text that training begins with, and say what that was."""
+    """Scale down the neurons that write massive activations on the first training text, and write a table of them."""
     recipe = setup.recipe
     assert recipe.longest_write is not None
     count = math.ceil(_CHECKED_TOKENS / setup.text.train.context)
@@ -335,10 +335,10 @@ def _attempt(setup: Setup, size: int) -> None:
 
 @torch.no_grad()
 def _check_stds(sites: Sites, setup: Setup) -> None:
-    """Check that a frozen norm can hold the constants: on held-out text every live std is far below √eps.
+    """Check that frozen norms can represent the constants: every live std on held-out text must be far below √eps.
 
     Raises:
-        CheckpointError: one is not; the message names its site.
+        CheckpointError: a live std is too large. The message names its site.
     """
     held_out = setup.text.held_out
     count = min(len(held_out), max(1, _CHECKED_TOKENS // held_out.context))
@@ -348,14 +348,15 @@ def _check_stds(sites: Sites, setup: Setup) -> None:
         for name, std in sites.largest_stds().items():
             if std > _LARGEST_FROZEN_STD:
                 raise CheckpointError(
-                    f"At {name} a live std or RMS is {std:.3g}: too near to {math.sqrt(folding.FROZEN_EPS):g}, the "
-                    "root of a frozen norm's eps, for an ordinary checkpoint to hold its constant. Train with a lower "
-                    "lr, or with aux_weight or spread_weight, which hold the stds down."
+                    f"At {name} a live std or RMS is {std:.3g}. This is too close to "
+                    f"{math.sqrt(folding.FROZEN_EPS):g}, the square root of a frozen norm's eps, for an ordinary "
+                    "checkpoint to represent its constant. Train with a lower lr, or with aux_weight or "
+                    "spread_weight, which keep the stds small."
                 )
 
 
 def _replay(recipe: Recipe, events: Sequence[Event]) -> Recipe:
-    """Return `recipe` with what an adaptive schedule came to as explicit steps."""
+    """Return `recipe` with the steps that an adaptive schedule chose as explicit steps."""
     order = tuple(event.name.removeprefix("merge ") for event in events)
     schedule = dataclasses.replace(
         recipe.schedule, order=order, at=tuple(event.step for event in events), tolerance=None, max_gap=math.inf
@@ -364,7 +365,7 @@ def _replay(recipe: Recipe, events: Sequence[Event]) -> Recipe:
 
 
 def ready(model: PreTrainedModel, context: int) -> PreTrainedModel:
-    """Return `model`, changed to what is trained on `context` tokens: without dropout, the same function otherwise."""
+    """Prepare `model`, in place, for training on `context` tokens: no dropout, otherwise the same function."""
     model.config.use_cache = False
     module: Any
     for module in model.modules():
@@ -388,7 +389,7 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
         models["ln_free"] = checkpoint.load(directory / "ln_free")
         for model in models.values():
             if shards:
-                sharding.shard(model)  # all processes measure the same
+                sharding.shard(model)  # all processes measure the same blocks
             else:
                 model.to(state.device)
         documents = {
@@ -407,13 +408,13 @@ def _conclude(setup: Setup, directory: Path) -> pd.DataFrame:
             if (directory / name).is_dir():
                 write(directory / name / "README.md", model_card(setup, directory, name, results, log))
     state.wait_for_everyone()
-    if state.is_main_process:  # nobody waits for it
+    if state.is_main_process:  # the other processes do not wait for this
         push(setup.recipe, directory / "ln_free")
     return pd.read_csv(directory / "results.csv")
 
 
 def model_card(setup: Setup, directory: Path, name: str, results: pd.DataFrame, log: list[dict[str, Any]]) -> str:
-    """Return the model card of the model called `name` (control, ln_free) of a run, from its results and its log."""
+    """Return the model card of a run's model `name` (control or ln_free), from the run's results and log."""
     model = setup.recipe.model
     base = "a local model" if Path(model) == directory / "original" else Path(model).name
     centred = families.family_of(setup.model).style.centred

@@ -1,11 +1,12 @@
-"""Trains a model through the removal of its norms: the schedule as a callback, the losses, and what is logged of them.
+"""Training through the removal of norms: the schedule as a callback, the losses, and the log.
 
 An optimizer step of the removal, in order:
-1. Sites are brought to where the schedule has them (`Sites.advance`).
-2. For each micro-batch: forward, loss, backward; the live stds of the forward are kept (`Sites.observe`).
-3. The losses, copied to the host since the forward, are checked before the weights move.
-4. The stds of all micro-batches and processes go into the running means (`Sites.update`); the optimizer steps.
-5. The step's record waits on the device until the next report, so that no step waits for the device.
+1. Sites are brought to their state in the schedule (`Sites.advance`).
+2. Each micro-batch is run forward and backward, and the live stds of its forward are recorded (`Sites.observe`).
+3. The losses, which have been copied to the host since the forward, are checked before the weights are updated.
+4. The running means are updated with the stds of all micro-batches and processes (`Sites.update`), and the optimizer
+   updates the weights.
+5. The step's record stays on the device until the next report, so that no step has to wait for the device.
 """
 
 import contextlib
@@ -31,20 +32,24 @@ from finetune.text import Blocks, StreamedBlocks
 from finetune.training import DivergedError, Record, RunTrainer, cast_matrices, share_frozen
 
 _NOTABLE = 2
-"""A live std so many times what divides it, rounded down, is worth saying when a run has diverged."""
+"""When a run has diverged, report the largest live std if it is at least this many times its divisor, rounded down."""
 
 
 class RemovalTrainer(RunTrainer):
-    """Trains a model with `Sites` in it through a schedule; with no events it is the control.
+    """Trains a model with `Sites` through a schedule. Without events, it trains the control.
 
-    `directory` takes the checkpoints, `log_path` one line of JSON a step: model (`name`), step, tokens seen so far,
-    means over the step's text of loss (cross-entropy, nats/token) and of kl to the teacher (0 without one), and over
-    all of distance to the teacher and of aux (the auxiliary loss), lr, grad_norm, frozen (what froze at this step) and
-    seconds; with a teacher teacher_loss, its cross-entropy on the same text, and teacher_seconds, of its forward but
-    for the unembedding; with cover cover_kl, the kl on it (None if the step had none), and text, which share of the
-    step's tokens was text; with a penalty on it spread; with a guard guarded, on which share of sites and tokens it
-    acted; every `log_every` steps std, for each site the live and the frozen stds by class of token, and over_constant,
-    the 99.9th percentile and the largest of live std over constant (at a live site, over the running mean).
+    Checkpoints are written to `directory`, and one line of JSON per step to `log_path`:
+
+    - always: model (`name`), step, tokens seen so far, lr, grad_norm, frozen (the sites that froze at this step) and
+      seconds; loss (cross-entropy, nats/token) and kl to the teacher (0 without one), means over the step's text;
+      distance to the teacher and aux (the auxiliary loss), means over all of the step's tokens;
+    - with a teacher: teacher_loss, its cross-entropy on the same text, and teacher_seconds, the time of its forward
+      without the unembedding;
+    - with cover: cover_kl, the kl on cover (None if the step had none), and text, the fraction of text tokens;
+    - with a penalty on it: spread;
+    - with a guard: guarded, the fraction of sites and tokens on which it acted;
+    - every `log_every` steps: std, the live and frozen stds of each site by token class, and over_constant, the 99.9th
+      percentile and the maximum of live std over constant (at a live site, over the running mean).
     """
 
     recipe: Recipe
@@ -63,11 +68,11 @@ class RemovalTrainer(RunTrainer):
         cover: Cover | None = None,
         decode: Callable[[int], str] = str,
     ) -> None:
-        """See the class; `decode` makes text of a token, for messages."""
+        """See the class. `decode` turns a token into text, for messages."""
         self.sites, self.removes, self.covers = sites, bool(events), cover is not None
         adaptive = self.removes and recipe.schedule.tolerance is not None
         self.pacing = schedule.Pacing(events, recipe.schedule, recipe.steps) if adaptive else None
-        self.events = [] if adaptive else list(events)  # with a pacing, those that have begun
+        self.events = [] if adaptive else list(events)  # with an adaptive schedule, the events that have begun
         objective.defer_unembedding(sites.model)
         super().__init__(sites.model, recipe, text, directory, _RemovalRecord(self, log_path, name), recipe.shard)
         if cover is not None:
@@ -93,11 +98,11 @@ class RemovalTrainer(RunTrainer):
                     teacher.base_model.compile(backend=backend)
         self._softcap = objective.softcap_of(sites.model)
         self._centred = sites.norms[-1].style.centred
-        # The streams between blocks are matched: one block has none.
+        # Streams are matched between blocks, so a model with one block has nothing to match.
         self._matches = teacher is not None and recipe.match_weight > 0 and sites.model.config.num_hidden_layers > 1
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
-        """Return the loss of the next token, plus the auxiliary loss where a schedule is run."""
+        """Return the next-token loss plus the recipe's other losses: distance, auxiliary loss and spread."""
         input_ids, is_cover, recipe = inputs["input_ids"], inputs.get("is_cover"), self.recipe
         self._counted = None if is_cover is None or recipe.cover_stds else ~is_cover
         own = model(input_ids=input_ids, use_cache=False, output_hidden_states=self._matches)
@@ -108,7 +113,7 @@ class RemovalTrainer(RunTrainer):
                 original = self.teacher(input_ids=input_ids, use_cache=False, output_hidden_states=self._matches)
             teacher = objective.head_of(self.teacher, original.logits)
             if self._matches:
-                # The first is the embeddings, the last is behind the final norm: what it unembeds to is matched by KL.
+                # Omit the embeddings (first) and the final norm's output (last), whose predictions KL compares.
                 streams = own.hidden_states[1:-1], original.hidden_states[1:-1]
                 distance = objective.residual_distance(*streams, centred=self._centred)
         kl_weight = recipe.kl_weight if teacher else 0.0
@@ -134,29 +139,29 @@ class RemovalTrainer(RunTrainer):
         return loss.total + distance + recipe.aux_weight * auxiliary + recipe.spread_weight * spread
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a micro-batch forward and backward, and observe its stds once, recomputed or not."""
+        """Run a micro-batch forward and backward, and observe its stds once, even if the forward is recomputed."""
         loss = super().training_step(*args, **kwargs)
         self.sites.observe(self._counted, keep=self.removes and self.state.global_step % self.recipe.log_every == 0)
         return loss
 
 
 class _RemovalRecord(Record):
-    """Runs the schedule too, and logs what froze, the stds and the teacher's time."""
+    """Runs the schedule as well, and logs what froze, the stds and the teacher's time."""
 
     trainer: RemovalTrainer
     parts = ("loss", "kl", "teacher_loss", "cover_kl", "distance", "aux", "spread", "guarded", "text")
-    advice = "A longer schedule.fade and larger gaps make the removal steadier; so can another lr and a higher min_lr."
+    advice = "A longer schedule.fade, larger gaps, another lr or a higher min_lr can make the removal more stable."
 
     def __init__(self, trainer: RemovalTrainer, path: Path, name: str) -> None:
         super().__init__(trainer, path, name)
         self._teacher: list[Callable[[], float]] = []
         self._outliers: list[tuple[tuple[int, ...], Tensor]] = []
         self._worst = ""
-        """Which token has left its divisor behind the most in the last step that is not all NaN, if any has."""
+        """The token whose std most exceeds its divisor in the last step that is not all NaN, if that is notable."""
 
     @contextlib.contextmanager
     def teacher_clock(self, device: torch.device) -> Iterator[None]:
-        """Time what the teacher does; on CUDA on the device's own clock, which is read when the log is written."""
+        """Time the teacher's work. On CUDA, use the device's clock, which is read when the log is written."""
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -170,15 +175,15 @@ class _RemovalRecord(Record):
             self._teacher.append(lambda: seconds)
 
     def watch(self, input_ids: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        """Look for the token that has left its divisor behind the most, and start to copy it to the host.
+        """Find the token whose std most exceeds its divisor, and start copying it to the host.
 
-        Returns on which share of sites and tokens the guard acts.
+        Returns the fraction of sites and tokens on which the guard acts.
         """
         recipe, least = self.trainer.recipe, self.trainer.sites.least
         excess = self.trainer.sites.excess()
         guarded = (excess * least > 1).to(excess).mean()
         flat = excess.clamp(max=1 / least if least else 1e15).nan_to_num(0.0).flatten()
-        # Beyond the limit, the first in the order of the forward: those after it are its consequences.
+        # If any exceeds the limit, take the first in the order of the forward: it has caused those after it.
         first = torch.where(flat > recipe.max_outlier, torch.arange(len(flat), device=flat.device), len(flat)).min()
         place = torch.where(first < len(flat), first, flat.argmax())
         found = torch.stack([place, flat.take(place).long(), input_ids.take(place % input_ids.numel())])
@@ -186,32 +191,32 @@ class _RemovalRecord(Record):
         return guarded
 
     def _check(self, excess: float, step: int) -> None:
-        """Stop also where a divisor has been left behind."""
+        """Also stop if a live std exceeds its divisor too far."""
         trainer, limit = self.trainer, self.trainer.recipe.max_outlier
         outliers = [(shape, *found.tolist()) for shape, found in self._outliers]
         self._outliers.clear()
         factor = 0
         if outliers:
             shape, place, factor, token = max(outliers, key=lambda outlier: outlier[2])
-        if factor:  # where all is NaN, the step before tells more
+        if factor:  # if all is NaN, keep the description of the step before
             self._worst = ""
         if factor >= _NOTABLE:
             site, _, position = np.unravel_index(place, shape)
             self._worst = (
                 f"the live {'std' if trainer._centred else 'RMS'} of token {token} ({trainer.decode(token)!r}) at "
-                f"position {position} is {factor:,} times what divides it at {list(trainer.sites)[site]}"
+                f"position {position} is {factor:,} times its divisor at {list(trainer.sites)[site]}"
             )
         if factor > limit:
             worst, self._worst = self._worst, ""
             self.write()
             raise self.diverged(
-                f"at step {step} {worst}, more than max_outlier={limit:g}: the divisor has been left behind. "
-                "spread_live draws stds together before sites freeze, and guard bounds what outliers do in training"
+                f"at step {step} {worst}, more than max_outlier={limit:g}: the std has drifted from the constant. "
+                "spread_live pulls stds together before sites freeze, and guard limits outliers during training"
             )
         super()._check(excess, step)
 
     def replay(self, log: list[dict[str, Any]], step: int) -> None:
-        """Take the decisions of an adaptive schedule once more."""
+        """Repeat the decisions of an adaptive schedule."""
         for line in log:
             self._begin_events(line["step"])
             self._observe(line["loss"], line["kl"])
@@ -220,11 +225,11 @@ class _RemovalRecord(Record):
 
     @property
     def guarded(self) -> str:  # type: ignore[override]
-        """What `excess` is."""
-        return "the loss" if self.trainer.teacher is None else "the loss less the original's on the same tokens"
+        """A description of `excess`."""
+        return "the loss" if self.trainer.teacher is None else "the loss minus the original's on the same tokens"
 
     def excess(self, line: dict[str, Any]) -> float:
-        """Return the loss less the teacher's: text that is hard for both says nothing of the training."""
+        """Return the loss minus the teacher's: text that is difficult for both says nothing about the training."""
         if self.trainer.teacher is None:
             return super().excess(line)
         if not all(math.isfinite(line[part] or 0) for part in ("cover_kl", "distance") if part in line):
@@ -232,16 +237,16 @@ class _RemovalRecord(Record):
         return line["loss"] - line["teacher_loss"]
 
     def means(self, losses: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
-        """Return means over the text, or over the cover, of what is summed over these and divided by all."""
+        """Return means over text, or over cover, given sums over these divided by the number of all tokens."""
         if not self.trainer.covers:
             return losses
         loss, kl, teacher_loss, cover_kl, *others, text = losses.unbind()
-        of_text = torch.where(text > 0, text, 1.0)  # another process may have all of it
+        of_text = torch.where(text > 0, text, 1.0)  # all of the text may be on another process
         of_cover = torch.where(text < 1, 1 - text, 1.0)
         return torch.stack([loss / of_text, kl / of_text, teacher_loss / of_text, cover_kl / of_cover, *others, text])
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Bring the sites to where the schedule has them."""
+        """Bring the sites to their state in the schedule."""
         self._begin_events(state.global_step)
         sites, recipe = self.trainer.sites, self.trainer.recipe
         constant = sites.constant
@@ -252,8 +257,8 @@ class _RemovalRecord(Record):
         if self._begun:
             self._frozen = self._begun[-1]
         if sites.constant and not constant:
-            compiling = ", the compiled model is compiled once more" if args.torch_compile else ""
-            self.bar.write(f"Step {state.global_step}: every norm is a constant from here on{compiling}.")
+            compiling = " The model is compiled again." if args.torch_compile else ""
+            self.bar.write(f"Step {state.global_step}: every norm is a constant from here on.{compiling}")
 
     def _begin_events(self, step: int) -> None:
         if self.trainer.pacing is not None:
@@ -265,30 +270,30 @@ class _RemovalRecord(Record):
             self.trainer.pacing.observe((1 - kl_weight) * cross_entropy + kl_weight * kl)
 
     def measure(self, line: dict[str, Any], losses: Float[Tensor, " part"]) -> list[Tensor]:
-        """Update the running stds; at the interval return live and frozen ones."""
+        """Update the running stds. Every `log_every` steps, return live and frozen ones."""
         recipe, sites = self.trainer.recipe, self.trainer.sites
         live = sites.update(recipe.std_decay)
         line["frozen"] = self._begun
         if self.trainer.teacher is not None:
             line["teacher_seconds"], self._teacher = self._teacher, []
         if self.trainer.pacing is not None:
-            self._observe(*losses[:2].tolist())  # waits for the device; rounded as in the log, to be replayed from it
+            self._observe(*losses[:2].tolist())  # waits for the device; the same numbers as in the log, for `replay`
         if line["step"] % recipe.log_every:
             return []
         stds = [live.flatten(), sites.constants().flatten()]
         return [*stds, sites.largest_over_constants().flatten()] if self.trainer.removes else stds
 
     def status(self) -> dict[str, str]:
-        """Return what froze last, but of the control."""
+        """Return what froze last, except for the control."""
         return {"frozen": self._frozen} if self.trainer.removes else {}
 
     def diverged(self, what: str) -> DivergedError:
-        """Say also what froze last, and where a divisor has been left behind."""
+        """Add what froze last, and the worst outlier, to the error."""
         worst = f"; {self._worst}" if self._worst else ""
-        return super().diverged(f"{what}{worst}; the last to freeze was {self._frozen}")
+        return super().diverged(f"{what}{worst}; the last site to freeze was {self._frozen}")
 
     def named(self, numbers: Float[Tensor, " number"], line: dict[str, Any]) -> dict[str, Any]:
-        """Return the stds by site, and read the teacher's clocks, too."""
+        """Also return the stds by site, and read the teacher's clocks."""
         named = super().named(numbers, line)
         if self.trainer.teacher is None:
             del named["teacher_loss"]
@@ -320,5 +325,5 @@ class _RemovalRecord(Record):
 
 
 def _or_none(numbers: Float[Tensor, " number"]) -> list[float | None]:
-    """Return numbers as JSON has them, None for NaN."""
+    """Return numbers as a JSON list, with None for NaN."""
     return [None if math.isnan(number) else number for number in numbers.tolist()]

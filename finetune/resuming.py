@@ -1,4 +1,4 @@
-"""Taking up a run of either kind where it was cut off."""
+"""Resuming an interrupted run of either kind."""
 
 from pathlib import Path
 
@@ -9,17 +9,18 @@ from finetune.run_directory import Run, check_links, recipe_of
 
 
 def resume(directory: str | Path, anyway: bool = False) -> Run:
-    """Take up a run of either kind where its newest whole checkpoint is; a complete one is only measured again.
+    """Resume a run of either kind from its newest intact checkpoint. A complete run is only measured again.
 
     Args:
         directory: the run directory.
-        anyway: whether to go on with another recipe, model or text than the run was begun with, and from a checkpoint
-            that lacks files if none is whole.
+        anyway: whether to continue even if the recipe, model or text has changed since the run was started and, if no
+            checkpoint is intact, from one that lacks files.
 
     Raises:
-        RecipeError, CheckpointError, TextError, DivergedError: as `removal.remove_norms`; no checkpoint is whole.
-        ChangedError: the recipe, the model or the text is not what the run was begun with.
-        InUseError: it is still running.
+        RecipeError, CheckpointError, TextError, DivergedError: as in `removal.remove_norms`; or no checkpoint is
+            intact.
+        ChangedError: the recipe, model or text has changed since the run was started.
+        InUseError: the run is still running.
     """
     directory = expanded(directory).absolute()
     check_links(directory)

@@ -1,6 +1,6 @@
-"""A run's directory, whatever the run trains: making it, writing into it, and finding what it holds.
+"""A run's directory, for either kind of run: creating it, writing into it, and finding its contents.
 
-What is in it, `removal` and `pretrain` say, which are built on this.
+`removal` and `pretrain` list the contents.
 """
 
 import dataclasses
@@ -41,17 +41,17 @@ Trains = TypeVar("Trains", bound=Training)
 
 @dataclass(frozen=True)
 class Run:
-    """What a run leaves."""
+    """The result of a run."""
 
     directory: Path
     """The run directory."""
     results: pd.DataFrame
-    """One row per text (held-out, random-tokens, those of `also`) and model (original, control, ln_free), as
-    `evaluate.compare` has it; trained_tokens, seconds are of the model's fit. Of pretraining one row (model): see
-    `pretrain.conclude`."""
+    """One row per text (held-out, random-tokens, those of `also`) and model (original, control, ln_free), with the
+    columns of `evaluate.compare`, and trained_tokens and trained_seconds of the model's fit. For pretraining, one row
+    (model): see `pretrain.conclude`."""
 
     def load(self, name: str) -> PreTrainedModel:
-        """Return the model called `name`: ln_free, control or original; of pretraining model."""
+        """Load a model of the run: ln_free, control or original; for pretraining, model."""
         named = recipe_of(self.directory)
         if name == "original" and isinstance(named, Recipe):
             return checkpoint.load(named.model, named.revision)
@@ -61,13 +61,13 @@ class Run:
 
 
 def recipe_of(directory: Path) -> Recipe | PretrainRecipe:
-    """Return the recipe of a run, which may have moved.
+    """Return the recipe of a run, whose directory may have been moved.
 
     Raises:
-        RecipeError: `directory` is no run directory, or its recipe cannot be read.
+        RecipeError: `directory` is not a run directory, or its recipe cannot be read.
     """
     recipe = recipes.load_run(directory)
-    # What was a model or text in memory, or a GGUF file, moves with the run directory.
+    # A model or text in memory, or a GGUF file, was copied into the run directory, which may have been moved.
     original, text = directory / "original", directory / TEXT
     if isinstance(recipe, Recipe) and original.is_dir():
         recipe = dataclasses.replace(recipe, model=str(original))
@@ -77,33 +77,35 @@ def recipe_of(directory: Path) -> Recipe | PretrainRecipe:
 
 
 def control_of(recipe: Recipe, directory: Path) -> str | Path | None:
-    """Return where the control of a run lies, if it has one: in its directory, or where the recipe takes it from."""
+    """Return the path of a run's control, if it has one: in its directory, or `control_from` of the recipe."""
     return (recipe.control_from or directory / "control") if recipe.control else None
 
 
 def new_directory(recipe: Training, out: str | Path | None) -> Path:
-    """Return the run directory that is to be made, the same in all processes.
+    """Return the run directory to create, the same in all processes.
 
     Raises:
-        FileExistsError: it exists.
+        FileExistsError: `out` exists.
     """
-    processes(recipe)  # whoever asks first decides for all
-    name = re.sub(r"[^\w.-]+", "-", recipe.name)  # no path, whatever a recipe is called
+    processes(recipe)  # must be the first to create the PartialState, which all share
+    name = re.sub(r"[^\w.-]+", "-", recipe.name)  # never a path, whatever the recipe's name
     directory = expanded(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}" if out is None else out)
     directory = Path(broadcast_object_list([str(directory.absolute())])[0])
     if out is not None and directory.exists():
         raise FileExistsError(
-            f"{directory} exists, and a run writes over nothing: `resume` it, or name another with --out."
+            f"{directory} exists, and a run overwrites nothing. `resume` it, or choose another with --out."
         )
     return directory
 
 
 def make(directory: Path, out: str | Path | None) -> Path:
-    """Make a run directory, the same in all processes: another if that of a run of the same second has its name.
+    """Create a run directory, and return it, the same in all processes.
+
+    If another run has just created a directory with the same name, a number is appended, unless `out` gave the name.
 
     Raises:
-        FileExistsError: it exists, and `out` named it.
-        NolnError: it cannot be made there.
+        FileExistsError: `out` exists.
+        NolnError: the directory cannot be created.
     """
     made = directory
     if PartialState().is_main_process:
@@ -117,27 +119,30 @@ def make(directory: Path, out: str | Path | None) -> Path:
                 made = directory.with_name(f"{directory.name}-{again}")
             except OSError as error:
                 raise NolnError(
-                    f"The run directory {made} cannot be made: {error}. Name another with --out."
+                    f"The run directory {made} cannot be created: {error}. Choose another with --out."
                 ) from error
     return Path(broadcast_object_list([str(made)])[0])
 
 
 def check_links(directory: Path) -> None:
-    """Check that nothing in a run directory, which may be somebody else's, leads out of it.
+    """Check that no symbolic link leads out of a run directory, which may come from somebody else.
 
     Raises:
-        NolnError: a symbolic link does, and what a run writes or removes would be elsewhere.
+        NolnError: a link does, so that a run would write or remove files elsewhere.
     """
     inside = directory.resolve()
     for path in directory.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            raise NolnError(f"{path} is a symbolic link out of the run directory: put what it leads to in its place.")
+            raise NolnError(
+                f"{path} is a symbolic link out of the run directory. Replace it with a copy of its target."
+            )
 
 
 def render(template: str, **fields: Any) -> str:
-    """Return a template of the package, filled in.
+    """Render a template of the package.
 
-    Its filter `public` is `public_name`; `plain` and `code` make of any text such Markdown as shows it.
+    Templates can use the filters `public`, which is `public_name`, and `plain` and `code`, which escape text for
+    Markdown.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("finetune", ""), trim_blocks=True, undefined=jinja2.StrictUndefined
@@ -157,22 +162,22 @@ def _code(text: str) -> str:
 
 
 def push(recipe: Training, model: Path) -> None:
-    """Push a model's directory to the Hub, if the recipe says so."""
+    """Push a model's directory to the Hub if the recipe sets `push_to_hub`."""
     if recipe.push_to_hub is not None:
         HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
         HfApi().upload_folder(repo_id=recipe.push_to_hub, folder_path=model)
 
 
 class InUseError(NolnError):
-    """A directory that another process writes into."""
+    """Another process is writing into a directory."""
 
 
 @contextmanager
 def directory_lock(directory: Path, is_main_process: bool = True) -> Iterator[None]:
-    """Keep other runs out of a directory, which is made; of the processes of one run only the main one holds it.
+    """Create a directory, and lock it against other runs. Only the main process of a run takes the lock.
 
     Raises:
-        InUseError: another run is in it.
+        InUseError: another run has locked it.
     """
     if not is_main_process:
         yield
@@ -181,26 +186,26 @@ def directory_lock(directory: Path, is_main_process: bool = True) -> Iterator[No
     try:
         held = FileLock(directory / ".lock").acquire(timeout=0)
     except Timeout as error:
-        raise InUseError(f"Another process writes into {directory}: wait until it is done, or stop it.") from error
+        raise InUseError(f"Another process is writing into {directory}. Wait until it is done, or stop it.") from error
     with held:
         yield
 
 
 def write_recipe(recipe: Training, directory: Path) -> None:
-    """Write what is going to be run, with what there is to know of it, and say where the run is."""
+    """Write the recipe that will be run, with its provenance, and print where the run is."""
     tqdm.write(f"The run is in {directory}")
     write(directory / "recipe.yaml", recipes.dump(_absolute(recipe), _provenance()))
 
 
 def write(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(content, encoding="utf-8")
     partial.replace(path)
 
 
 def _absolute(recipe: Trains) -> Trains:
-    """Return `recipe` with local paths absolute, so that it can be replayed from anywhere."""
+    """Return `recipe` with absolute local paths, so that it can be replayed from any directory."""
 
     def absolute(part: Any, *fields: str) -> dict[str, Any]:
         return {field: _absolute_paths(getattr(part, field)) for field in fields if hasattr(part, field)}
@@ -210,14 +215,14 @@ def _absolute(recipe: Trains) -> Trains:
 
 
 def _absolute_paths(names: Any) -> Any:
-    """Return a name, several, or none, the local ones as absolute paths."""
+    """Return a name, several names, or None, with local paths made absolute."""
     if isinstance(names, tuple):
         return tuple(map(_absolute_paths, names))
     return str(expanded(names).absolute()) if names and is_local(names) else names
 
 
 def _provenance() -> dict[str, Any]:
-    """Return what else there is to know of a run: its time, command, versions, git state and processes."""
+    """Return the provenance of a run: its time, command, versions, git state and processes."""
     packages = ("noln", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
     return {
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -230,7 +235,7 @@ def _provenance() -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """Return which version is installed; this package may be run where it is not."""
+    """Return the installed version of a package, or None. This package can run without being installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -238,7 +243,7 @@ def version_of(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of this package, if it is run from a repository of its own and not from within another's."""
+    """Return the commit of this package if it runs from its own git repository, else None."""
     if shutil.which("git") is None:
         return None
     here = Path(__file__)

@@ -1,10 +1,10 @@
-"""Sharding: of every weight, gradient and moment each process holds a part (torch's FSDP2), and gathers what it needs.
+"""Sharding: each process holds a part of every weight, gradient and moment (torch's FSDP2) and gathers what it needs.
 
-A block's weights are gathered when it is run, forward and backward, and given up after it; what is in no block
-(embeddings, unembedding, final norm) stays gathered from a model's forward to the end of its backward. Gradients are
-averaged over the processes and given out again after every micro-batch. All of this is the same on GPUs and on CPUs.
+A block's weights are gathered for its forward and for its backward, and freed after each. Weights outside the blocks
+(embeddings, unembedding, final norm) stay gathered from the model's forward to the end of its backward. After every
+micro-batch, gradients are averaged over the processes and sharded again. GPUs and CPUs behave the same.
 
-Checkpoints hold whole tensors, as those of other runs do, which go through the host of every process one by one.
+Checkpoints contain whole tensors, as in runs without sharding. The tensors pass through each host one at a time.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ from finetune.families import family_of
 
 
 def shard(model: PreTrainedModel, backend: str | None = None) -> None:
-    """Have every process hold its part of `model`, on its device; forward and backward are for all of them at once.
+    """Shard `model` over all processes, each part on its process's device. All processes run it together.
 
-    What is called has to be `model` itself. All processes give the same weights. With a `backend` of torch.compile each
-    block is compiled.
+    Call `model` itself, not a submodule. All processes must pass the same weights. If `backend` is given, each block
+    is compiled with that backend of torch.compile.
     """
     state = PartialState()
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
@@ -37,7 +37,7 @@ def shard(model: PreTrainedModel, backend: str | None = None) -> None:
 
 
 def whole(tensors: Any) -> Any:
-    """Return tensors, in dictionaries and lists, whole and on the host of the main process; elsewhere None."""
+    """Gather tensors, nested in dictionaries and lists, on the main process's CPU. Elsewhere each becomes None."""
     if isinstance(tensors, Tensor):
         full = tensors.full_tensor() if isinstance(tensors, DTensor) else tensors
         return full.detach().cpu() if PartialState().is_main_process else None
@@ -47,26 +47,26 @@ def whole(tensors: Any) -> Any:
 
 
 def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return a model's whole state dict, weights that are tied once, as `whole` does."""
+    """Return a model's state dict, gathered by `whole`, with each tied weight once."""
     state, names = model.state_dict(), [dict(model.named_parameters(remove_duplicate=r)).keys() for r in (False, True)]
     return whole({name: tensor for name, tensor in state.items() if name not in names[0] - names[1]})
 
 
 def like(tensor: Tensor, sharded: Tensor) -> Tensor:
-    """Return a whole tensor, which all processes give, as `sharded` is: its part, if it is."""
+    """Shard a whole tensor, which all processes pass, as `sharded` is. Return it as is if `sharded` is not sharded."""
     if not isinstance(sharded, DTensor) or tensor.shape != sharded.shape:
         return tensor
     return distribute_tensor(tensor.to(sharded.device), sharded.device_mesh, sharded.placements)
 
 
 def load(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    """Take in a whole state dict, of which all processes have the same; weights that are tied may be left out."""
+    """Load a whole state dict, which all processes pass. Tied weights may be missing from it."""
     own = model.state_dict()
     model.load_state_dict({name: like(tensor, own[name]) for name, tensor in state.items()}, strict=False)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take in an optimizer's whole state dict."""
+    """Load an optimizer's whole state dict."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {name: like(value, parameters[index]) for name, value in of_one.items()}

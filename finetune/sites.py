@@ -1,6 +1,6 @@
-"""All sites of one model: putting our norms in, measuring and freezing them, and taking them out again.
+"""All sites of one model: inserting our norms, measuring and freezing them, and removing them again.
 
-It is the only model surgery of fine-tuning. Where the sites are, `families` knows.
+All model surgery of fine-tuning happens here. `families` defines where the sites are.
 """
 
 import copy
@@ -23,10 +23,10 @@ from finetune.schedule import Event
 
 
 class Sites:
-    """The sites of one model, by name (`h.0.qk`, `h.0.v`, `h.0.mlp`, …, `final`), and what is done to them together.
+    """The sites of one model, by name (`h.0.qk`, `h.0.v`, `h.0.mlp`, …, `final`), and operations on all of them.
 
-    Making it changes `model` in place: each norm becomes a `FakeNorm`, and each module that reads the norm of a block a
-    `NormedReader`; parameters keep their values and names. `to_plain` returns an ordinary model.
+    The constructor changes `model` in place: each norm becomes a `FakeNorm`, and each module that reads a block's norm
+    becomes a `NormedReader`. Parameters keep their values and names. `to_plain` returns an ordinary model.
     """
 
     def __init__(
@@ -36,18 +36,18 @@ class Sites:
         classes: Collection[TokenClass] = get_args(TokenClass),
         std_mean: StdMean = "arithmetic",
     ) -> None:
-        """Put our norms into `model`.
+        """Insert our norms into `model`.
 
-        The tokens of `classes` have constants of their own until they are merged; constants are means of the kind
+        Tokens of the given `classes` have their own constants until they are merged. A constant is a mean of the kind
         `std_mean`.
 
         Raises:
-            CheckpointError: the model is of an unknown family, or its norms are frozen or gone already.
+            CheckpointError: the model's family is not supported, or its norms are already frozen or removed.
         """
         if (state := folding.norm_state(model)) != "live":
             raise CheckpointError(
-                f"The norms of this model are {state} already, there is none left to remove: name the model that it "
-                f"was made from, or any other {type(model).__name__} with live norms."
+                f"The norms of this model are already {state}, so there is nothing to remove. Pass the model that it "
+                f"was made from, or another {type(model).__name__} with live norms."
             )
         self.model = model
         self.classes = TokenClasses(eot_token_id, classes)
@@ -62,7 +62,7 @@ class Sites:
         """1/κ of the guard; 0 without one."""
         style, heads = family_of(model).style, model.config.num_attention_heads
         for norm in folding.norms_of(model):
-            # Of the final norm's output the loss takes logits in pieces: it has no reader of ours.
+            # The loss computes logits from the final norm's output in pieces, so that norm has no NormedReader.
             readers = norm.readers if norm.layer is not None else ()
             module = model.get_submodule(norm.path)
             fake = FakeNorm(module, style, len(norm.sites), self.classes, std_mean, has_readers=bool(readers))
@@ -77,7 +77,7 @@ class Sites:
 
     @property
     def constant(self) -> bool:
-        """Whether every norm is a constant."""
+        """Whether every norm is constant."""
         return self.norms[0].constant
 
     def _classify(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,12 +85,12 @@ class Sites:
         self.classes.set(args[0] if args else kwargs["input_ids"], 0 if past is None else past.get_seq_length())
 
     def keep_live_graph(self) -> None:
-        """Keep the graph of live stds even where norms are ordinary ones or constants, for `spread`."""
+        """Keep the graph of live stds, for `spread`, even if norms are ordinary or constant."""
         for norm in self.norms:
             norm.live_graph = True
 
     def __getitem__(self, name: str) -> Divisor:
-        """Return what divides at the site called `name`."""
+        """Return the divisor of the site `name`."""
         return self._divisors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -98,11 +98,11 @@ class Sites:
         return iter(self._divisors)
 
     def guard(self, least: float, held: float = 0.0) -> None:
-        """Have no scale be less than `least`, 1/κ, times the live std; at 0 the guard is lifted.
+        """Require each scale to be at least `least` = 1/κ times the live std. 0 lifts the guard.
 
-        Of the gradient along the vectors that constants divide, the share `held` is held back.
+        `held` is the fraction of the gradient along the divided vectors that frozen sites hold back.
 
-        Called before `advance`: while there is a guard, no norm becomes a constant.
+        Call this before `advance`: no norm becomes constant while there is a guard.
         """
         self.least = least
         for norm in self.norms:
@@ -114,12 +114,12 @@ class Sites:
     def spread(
         self, of: Bool[Tensor, " batch"] | None = None, live: bool = False, position_0: float = 1.0
     ) -> tuple[Float[Tensor, "site batch pos"], Float[Tensor, "site _ _"], Float[Tensor, "site _ _"]]:
-        """Return the live stds of the last forward, what they are to be, and how much each counts.
+        """Return the live stds of the last forward, their targets, and the weight of each.
 
-        Without `live` they are to be the constants in their place, and a site counts as far as it is frozen. With
-        `live`, all sites count, and every token's std is to be that of ordinary ones: their running mean, and as far as
-        the site is frozen their constant. Tokens count in the sequences `of` (None: in all), those at position 0
-        `position_0` times. See `objective.spread_loss`.
+        If `live` is False, the targets are the constants that replace the stds, and a site's weight is its α. If `live`
+        is True, all sites have weight 1, and the target of every token is the typical std of ordinary tokens
+        (`Divisor.typical`). Only tokens of the sequences `of` count (None: all sequences), and those at position 0 are
+        weighted by `position_0`. See `objective.spread_loss`.
         """
         of_site = [(norm.live_std, divisor) for norm in self.norms for divisor in norm.divisors]
         stds = torch.stack([std for std, _ in of_site])
@@ -138,7 +138,7 @@ class Sites:
 
     @torch.no_grad()
     def excess(self) -> Float[Tensor, "site batch pos"]:
-        """Return the live stds of the last forward over what would divide without a guard: 1 at a live site."""
+        """Return the live stds of the last forward divided by the unguarded scales. The ratio is 1 at a live site."""
         classes = self.classes.index
         stds = [norm.live_std.detach().unsqueeze(-1) for norm in self.norms for _ in norm.divisors]
         scales = [
@@ -148,9 +148,9 @@ class Sites:
 
     @torch.no_grad()
     def observe(self, of: Bool[Tensor, " batch"] | None = None, keep: bool = False) -> None:
-        """Take in the live stds of the last forward: once a micro-batch, however often it was recomputed.
+        """Record the live stds of the last forward. Call once per micro-batch, however often it was recomputed.
 
-        Only those of the sequences `of` (None: of all). `keep` them, too, for `largest_over_constants`.
+        Only the sequences `of` are recorded (None: all). If `keep`, they are also kept for `largest_over_constants`.
         """
         to_mean, _ = STD_MEANS[self._std_mean]
         live = torch.stack([norm.live_std.detach() for norm in self.norms])
@@ -166,9 +166,9 @@ class Sites:
 
     @torch.no_grad()
     def update(self, decay: float) -> Float[Tensor, "sites 3"]:
-        """Take what was observed, by every process, into the running means: once an optimizer step.
+        """Update the running means with the stds that all processes observed. Call once per optimizer step.
 
-        Returns the mean live std of each site by class of token; NaN where there was no token of the class.
+        Returns the mean live std of each site by token class; NaN if there were no tokens of the class.
         """
         total = torch.stack(self._observed).sum(0)
         self._observed.clear()
@@ -185,9 +185,9 @@ class Sites:
 
     @torch.no_grad()
     def advance(self, events: Sequence[Event], step: int) -> list[Event]:
-        """Bring every site to where `events` have it at `step`; return the events that begin at this step.
+        """Bring every site to its state in `events` at `step`. Return the events that begin at this step.
 
-        Called at the beginning of every step, in order. When the last event is complete the norms become constants.
+        Call at the beginning of every step, in order. Once the last event is complete, the norms become constant.
         """
         for event in events:
             if not event.step <= step <= event.end:
@@ -211,9 +211,10 @@ class Sites:
 
     @torch.no_grad()
     def largest_over_constants(self) -> Float[Tensor, "sites 2"]:
-        """Return the 99.9th percentile and the largest of live std over constant of the tokens that were kept.
+        """Return the 99.9th percentile and the maximum, over the kept tokens, of live std divided by constant.
 
-        Where a site is live its running mean stands for the constant. Of several processes, the largest of each.
+        At a live site, the running mean takes the place of the constant. With several processes, each is the maximum
+        over the processes.
         """
         found = []
         for i, norm in enumerate(self.norms):
@@ -233,25 +234,25 @@ class Sites:
         return dict(zip(self, stds, strict=True))
 
     def constants(self) -> Float[Tensor, "sites 3"]:
-        """Return the constant of each site by class of token."""
+        """Return the constant of each site by token class."""
         return torch.stack([divisor.constants() for divisor in self._divisors.values()])
 
     @torch.no_grad()
     def to_plain(self) -> PreTrainedModel:
-        """Return an ordinary model: with live norms if no site is frozen, LN-free (format b25) if all are.
+        """Return an ordinary model: with live norms if no site is frozen, LN-free (format b25) if all sites are.
 
         Raises:
-            CheckpointError: some sites are frozen and others not, or a class of token is not merged.
+            CheckpointError: only some sites are frozen, or a token class is not merged.
         """
         own = [CLASSES.index(name) for name in self.classes.own]
         begun = {name for name, divisor in self._divisors.items() if divisor.alpha > 0 or divisor.merged.any()}
         frozen = {name for name, divisor in self._divisors.items() if divisor.alpha == 1 and divisor.merged[own].all()}
         if begun and frozen != set(self._divisors):
             raise CheckpointError(
-                f"Still to be frozen or merged: {', '.join(name for name in self if name not in frozen)}. Such a model "
-                "is neither LN-free nor an ordinary one: train on to the end of its schedule."
+                f"These sites are not yet frozen and merged: {', '.join(name for name in self if name not in frozen)}. "
+                "The model is neither LN-free nor an ordinary one: continue training to the end of its schedule."
             )
-        # Copies: what is frozen below is not this model.
+        # Copies, so that freezing below leaves this model unchanged.
         state = {name: tensor.clone() for name, tensor in self.model.state_dict().items() if ".divisors." not in name}
         with no_progress_bars():
             plain: PreTrainedModel = (

@@ -2,24 +2,24 @@
 
 A sweep file is YAML:
 
-    recipe: micro                                  # what every run starts from, unless it names another `recipe`
+    recipe: micro                                  # the base of every run, unless the run sets another `recipe`
     seeds: [0, 1, 2]
-    set: {text.held_out_blocks: 96}                # overridden in every run
-    runs: [{kl_weight: 0.0}, {kl_weight: 1.0}]     # a run each, at every seed
-    grid: {schedule.fade: [1, 30]}                 # each of them with every combination
-    texts: {report: books-report}                  # measured beside the recipe's held-out text, which is `choose`,
-                                                   # on as many blocks (text.held_out_blocks) at the most;
-                                                   # random-tokens is tokens drawn uniformly, 60 blocks at the most
+    set: {text.held_out_blocks: 96}                # overrides in every run
+    runs: [{kl_weight: 0.0}, {kl_weight: 1.0}]     # overrides of one run each, at every seed
+    grid: {schedule.fade: [1, 30]}                 # each run is repeated with every combination of these
+    texts: {report: books-report}                  # measured in addition to the recipe's held-out text, called
+                                                   # `choose`, on at most text.held_out_blocks blocks each;
+                                                   # random-tokens is tokens drawn uniformly, at most 60 blocks
 
-OUT/runs/RUN/       a run directory each
-OUT/results.csv     a row a run
-OUT/documents.csv   each model of each run on each document of each text, to resample
+OUT/runs/RUN/       one run directory per run
+OUT/results.csv     one row per run
+OUT/documents.csv   each model of each run on each document of each text, for resampling
 OUT/figure.html     gap to control and JSD to the original against tokens seen
 
-Runs that differ only in how LN is removed share their control: the first of them trains it, and the others wait for it.
-What has a row is not run again, unless it failed for another reason than that it diverged; a run that was cut off is
-resumed. A run is called after all that its recipe says, so that a recipe that changed is run anew, and so is one whose
-products are in bf16 on this machine and were not where it was run before.
+Runs that differ only in how LN is removed share a control: the first of them trains it, and the others wait for it. A
+run with a row in the table is not repeated, unless it failed for another reason than divergence. An interrupted run is
+resumed. A run's name is a hash of its whole recipe, so a run is repeated if its recipe changes, or if bf16 was decided
+differently where it was run before.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ MODELS = ("original", "control", "ln_free")
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class Sweep:
-    """What a sweep file holds; see the module."""
+    """The contents of a sweep file. See the module's docstring."""
 
     recipe: str
     seeds: tuple[int, ...] = (0,)
@@ -73,48 +73,48 @@ class Job:
 
     recipe: Recipe
     base: str
-    """The recipe that the sweep starts from."""
+    """The name of the recipe whose fields are overridden."""
     overrides: dict[str, Any]
     texts: dict[str, str]
     directory: Path
 
     @property
     def name(self) -> str:
-        """What the run directory and its row are called."""
+        """The name of the run directory and of its row."""
         return self.directory.name
 
     @property
     def trains_control(self) -> bool:
-        """Whether the run trains a control, if there is none yet."""
+        """Whether the run trains a control if there is none yet."""
         return self.recipe.control and self.recipe.control_from is None
 
     @property
     def control_settings(self) -> tuple[Any, ...]:
-        """What the control depends on: the runs for which this is the same share one."""
+        """The settings on which the control depends. Runs with equal settings share a control."""
         return self.recipe.control_settings
 
 
 def load(path: str | Path, out: str | Path) -> list[Job]:
-    """Read a sweep file; return its runs, whose directories lie in `out`.
+    """Read a sweep file. Return its runs, whose directories are in `out`.
 
     Raises:
-        RecipeError: the file cannot be read, it holds no run or the same one twice, or a run does not hold; the message
+        RecipeError: the file cannot be read, it contains no run or the same run twice, or a run is invalid. The message
             says which.
     """
     path, out = expanded(path), expanded(out)
     sweep = recipes.validate(Sweep, recipes.read_yaml(path, "sweep"), f"sweep {path}")
     if "choose" in sweep.texts:
-        raise RecipeError("texts.choose is the recipe's own held-out text: name yours otherwise.")
+        raise RecipeError("texts.choose is reserved for the recipe's own held-out text. Choose another name.")
     jobs: dict[Path, Job] = {}
     for run, *values in itertools.product(sweep.runs, *sweep.grid.values()):
         overrides = sweep.set | run | dict(zip(sweep.grid, values, strict=True))
         base = str(overrides.pop("recipe", sweep.recipe))
         if "seed" in overrides:
-            raise RecipeError(f"The sweep's run {overrides} has a seed of its own: say it in `seeds`, for all runs.")
+            raise RecipeError(f"The sweep's run {overrides} sets a seed. Set `seeds` instead, for all runs.")
         for seed in sweep.seeds:
             recipe = recipes.override(recipes.load(base), overrides | {"seed": seed}, f"sweep's run {overrides}")
             fields = recipes.changed_fields(dataclasses.replace(decided(recipe), name="", seed=0))
-            if not fields["bf16"]:  # as it was everywhere when the first names were given
+            if not fields["bf16"]:  # keeps the names of the first runs, none of which used bf16
                 del fields["bf16"]
             digest = hashlib.sha256(json.dumps([fields, sweep.texts], sort_keys=True).encode()).hexdigest()
             directory = Path(out).absolute() / "runs" / f"{digest[:8]}-seed{seed}"
@@ -123,16 +123,16 @@ def load(path: str | Path, out: str | Path) -> list[Job]:
                 raise RecipeError(f"The sweep's runs {jobs[directory].overrides} and {overrides} are the same.")
             jobs[directory] = Job(recipe, base, overrides, sweep.texts, directory)
     if not jobs:
-        raise RecipeError(f"The sweep {path} holds no run.")
+        raise RecipeError(f"The sweep {path} contains no run.")
     return list(jobs.values())
 
 
 def run(path: str | Path, out: str | Path, processes: int = 1) -> pd.DataFrame:
-    """Do what a sweep file asks for and is not done yet; return the table of all its runs.
+    """Do the runs of a sweep file that are not done yet. Return the table of all its runs.
 
     Raises:
-        RecipeError: as `load` does; nothing has been run.
-        InUseError: another process runs this sweep.
+        RecipeError: as in `load`. Nothing has been run.
+        InUseError: another process is running this sweep.
     """
     jobs, out = load(path, out), expanded(out)
     with directory_lock(out):
@@ -141,16 +141,16 @@ def run(path: str | Path, out: str | Path, processes: int = 1) -> pd.DataFrame:
 
 def _run_jobs(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
     rows, documents = (_read_table(out / name) for name in ("results.csv", "documents.csv"))
-    if "error" in rows:  # a run that diverged would again; what failed otherwise may not
+    if "error" in rows:  # a run that diverged would diverge again; other failures may not recur
         rows = rows[rows["error"].isna() | rows["error"].astype(str).str.startswith(DivergedError.__name__)]
     done = {*rows.get("run", ())}
     if not documents.empty:
-        documents = documents[documents["run"].isin(done)]  # the others' were written, but their rows no more
+        documents = documents[documents["run"].isin(done)]  # the process may have stopped before it wrote a run's row
     controls = {job.control_settings: job.directory / "control" for job in jobs if (job.directory / "control").is_dir()}
     to_do = [job for job in jobs if job.name not in done]
     with tqdm(total=len(to_do), desc="sweep", unit="run", disable=not to_do) as bar:
         for job, (row, measured) in _do_each(to_do, controls, processes):
-            if (job.directory / "control").is_dir():  # for those to come
+            if (job.directory / "control").is_dir():  # for later runs
                 controls[job.control_settings] = job.directory / "control"
             rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
             documents = pd.concat([documents, measured], ignore_index=True)
@@ -159,7 +159,7 @@ def _run_jobs(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
             bar.update()
     order = {job.name: i for i, job in enumerate(jobs)}
     rows = rows.sort_values("run", key=lambda names: names.map(order), ignore_index=True)
-    # As the file has them, and no longer as they came to be done.
+    # In the order of the sweep file, rather than in the order in which the runs were completed.
     write(out / "results.csv", rows.to_csv(index=False))
     rows = rows[rows["run"].isin(order)]
     if not (complete := rows[rows["error"].isna()] if "error" in rows else rows).empty:
@@ -170,14 +170,14 @@ def _run_jobs(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
 def _do_each(
     jobs: list[Job], controls: dict[tuple[Any, ...], Path], processes: int
 ) -> Iterator[tuple[Job, tuple[dict[str, Any], pd.DataFrame]]]:
-    """Do `jobs`, in this process or in several; yield each with its result as soon as it is done."""
+    """Do `jobs`, in this process or in several. Yield each with its result as soon as it is done."""
     if processes == 1:
         for job in jobs:
             yield job, do(job, controls.get(job.control_settings))
         return
-    os.environ["TQDM_DISABLE"] = "1"  # for the processes to come, whose bars would write over each other
+    os.environ["TQDM_DISABLE"] = "1"  # for the child processes, whose bars would overwrite each other
     waiting, running = jobs.copy(), dict[Future, Job]()
-    # No more are handed to the pool than it has processes: it would not give them back when one raises.
+    # The pool never gets more jobs than it has processes, because queued jobs would still run after one raises.
     with ProcessPoolExecutor(
         processes, get_context("spawn"), _share_cores, (processes,), max_tasks_per_child=1
     ) as pool:
@@ -197,7 +197,7 @@ def _share_cores(processes: int) -> None:
 
 
 def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Do a run, with a control that is there already or with its own; return its row and its table of documents."""
+    """Do a run, with an existing `control` or, if that is None, its own. Return its row and its table of documents."""
     row: dict[str, Any] = {"recipe": job.base, "seed": job.recipe.seed}
     overridden = {f"override.{name}": json.dumps(value) for name, value in job.overrides.items()}
     try:
@@ -240,12 +240,13 @@ def do(job: Job, control: Path | None) -> tuple[dict[str, Any], pd.DataFrame]:
 
 
 def summarise(results: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
-    """Average a table of runs over seeds: a row a setting, which is what was overridden, in the order of the table.
+    """Average a table of runs over seeds. Return one row per setting (the overrides), in the order of the table.
 
-    Columns are setting (`names`, or what was overridden and differs between runs), runs, tokens, seconds; and of
-    `loss` (LN-free less original on `choose`), `gap` (to the control) and `jsd` (to the original), all nats/token, the
-    mean, its standard error over seeds `…_error`, the mean difference to the first setting at the same seeds
-    `…_change` and the standard error of that, `…_change_error`: seeds share their text, so differences say more.
+    Columns: setting (`names`, or the overrides that differ between runs); runs, tokens and seconds. For each measure
+    `loss` (LN-free minus original, on `choose`), `gap` (to the control) and `jsd` (to the original), in nats/token: the
+    mean; `…_error`, its standard error over seeds; `…_change`, the mean difference to the first setting at the same
+    seeds; and `…_change_error`, the standard error of that. Differences are more precise than means, because settings
+    with the same seed train on the same text.
     """
     results = results.assign(
         setting=settings(results),
@@ -270,7 +271,7 @@ def summarise(results: pd.DataFrame, names: Sequence[str] | None = None) -> pd.D
 
 
 def settings(results: pd.DataFrame) -> list[str]:
-    """Return of each run of a table what was overridden, but for what was in all runs."""
+    """Return the overrides of each run of a table, except those that are the same in all runs."""
     columns = ["recipe", *(column for column in results if column.startswith("override."))]
     varied = [column for column in columns if results[column].nunique(dropna=False) > 1]
     return [
@@ -280,7 +281,7 @@ def settings(results: pd.DataFrame) -> list[str]:
 
 
 def plot(results: pd.DataFrame) -> go.Figure:
-    """Draw gap to control and JSD to the original, nats/token, against tokens seen: means over seeds ± their error."""
+    """Plot gap to control and JSD to the original, in nats/token, against tokens seen: means over seeds ± error."""
     figure = make_subplots(1, 2, subplot_titles=["Gap to control", "JSD to original"])
     for _, row in summarise(results).iterrows():
         for column, measure in enumerate(("gap", "jsd"), start=1):
@@ -302,7 +303,7 @@ def plot(results: pd.DataFrame) -> go.Figure:
 
 
 def plot_settings(summary: pd.DataFrame) -> go.Figure:
-    """Draw what `summarise` returns, a line a setting: loss above the original and JSD to it ± standard errors."""
+    """Plot the table of `summarise`, one line per setting: loss above the original and JSD to it, ± standard errors."""
     figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=["Loss above the original", "JSD to original"])
     for column, measure in enumerate(("loss", "jsd"), start=1):
         figure.add_trace(
@@ -323,7 +324,7 @@ def plot_settings(summary: pd.DataFrame) -> go.Figure:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    """Read a table, if there is one yet, what was overridden as the JSON that it is."""
+    """Read a table, if it exists. Overrides are kept as JSON strings."""
     if not path.exists() or not path.read_text().strip():
         return pd.DataFrame()
     overridden = [column for column in pd.read_csv(path, nrows=0) if column.startswith("override.")]

@@ -1,9 +1,10 @@
-"""What both kinds of run share: `transformers.Trainer` with a log of every step and checkpoints that are whole.
+"""The training loop of both kinds of run: `transformers.Trainer` with a log of every step and atomic checkpoints.
 
 An optimizer step, in order:
-1. For each micro-batch: forward, loss, backward; the parts of the loss are kept (`Record.keep`).
-2. The losses, copied to the host since the forward, are checked before the weights move.
-3. The optimizer steps. The step's record waits on the device until the next report, so that no step waits for it.
+1. Each micro-batch is run forward and backward; the parts of its loss are recorded (`Record.keep`).
+2. The losses, which have been copied to the host since the forward, are checked before the weights are updated.
+3. The optimizer updates the weights. The step's record stays on the device until the next report, so that no step has
+   to wait for it.
 """
 
 import contextlib
@@ -51,21 +52,22 @@ from finetune.recipe import Training
 from finetune.text import Blocks, ReadAhead, StreamedBlocks
 
 _RISEN_STEPS = 3
-"""Steps in a row at which the loss has to be too high for a run to stop."""
+"""The number of consecutive steps with too high a loss after which a run stops."""
 
 
 class DivergedError(NolnError):
-    """The loss is not finite, or has exploded; the message says when, and what froze last."""
+    """The loss is not finite, or has exploded; the message says at which step, and what froze last."""
 
 
 class NotSavedError(NolnError):
-    """A checkpoint could not be written: a full disk, or a directory that is not to be written to."""
+    """A checkpoint could not be written, because the disk is full or the directory is not writable."""
 
 
 class RunTrainer(Trainer):
-    """Trains as a recipe says, with a log of every step and checkpoints that are whole.
+    """Trains as a recipe specifies, with a log of every step and atomic checkpoints.
 
-    A subclass returns the loss, a mean over equally long micro-batches, and hands its parts to its `record`.
+    A subclass returns the loss of a micro-batch, a mean, and passes its parts to its `record`. All micro-batches have
+    the same number of tokens.
     """
 
     def __init__(
@@ -93,19 +95,19 @@ class RunTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self._dtype = torch.bfloat16 if self.args.bf16 else None
         if self.shards:
-            # The model itself is not compiled, blocks are: FSDP gathers their weights in between.
+            # Compile the blocks rather than the model: FSDP gathers weights between blocks.
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             sharding.shard(model, self.args.torch_compile_backend if recipe.compile else None)
-            # Another word for: leave the model as it is, and do not wrap it in DDP.
+            # This makes the Trainer leave the model as it is, rather than wrap it in DDP.
             self.is_distributed_loading_by_transformers = True
         self._of_logits = objective.loss_of_logits
         if recipe.compile:
             self._of_logits = torch.compile(self._of_logits, backend=self.args.torch_compile_backend or "inductor")
-        # Mean losses of equally long micro-batches: the Trainer divides by their number, `forward` knows nothing of it.
+        # The Trainer divides the sum of the micro-batches' mean losses by their number; `forward` must not do so too.
         self.model_accepts_loss_kwargs = False
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Have DDP hold gradients once, and not in its buckets too: 4 bytes a parameter."""
+        """Have DDP keep gradients only once, rather than also in its buckets. This saves 4 bytes per parameter."""
         arguments = super()._build_accelerator_args(**kwargs)
         for handler in arguments["kwargs_handlers"]:
             if isinstance(handler, DistributedDataParallelKwargs):
@@ -113,12 +115,12 @@ class RunTrainer(Trainer):
         return arguments
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """Leave a model that is to be sharded where it is: it may be larger than the device."""
+        """Do not move a model that will be sharded: it may be larger than the device."""
         if not self.shards:
             super()._move_model_to_device(model, device)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from a checkpoint on if there is one, and leave the line of the progress bar, however it ends."""
+        """Train, starting from a checkpoint if one is given. Close the progress bar even if training fails."""
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
             return super().train(str(self.resumed_from) if self.resumed_from else None, *args, **kwargs)
@@ -126,23 +128,23 @@ class RunTrainer(Trainer):
             self._record.bar.close()
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Have a stream read ahead: a step's blocks while the step before it is taken. Other blocks take no time."""
+        """Read a stream ahead: the blocks of a step are read during the step before. Other blocks take no time."""
         if isinstance(self.train_dataset, IterableDataset) and not isinstance(self.train_dataset, ReadAhead):
             size = self.args.per_device_train_batch_size
             self.train_dataset = ReadAhead(self.train_dataset, size, 2 * self.recipe.batch // size)
         return super().get_train_dataloader()
 
     def try_out(self) -> None:
-        """Take two steps of one micro-batch, without the other processes; what is left is not to be trained.
+        """Take two steps with one micro-batch, without the other processes. The trainer must not be used afterwards.
 
-        The second holds all that training ever does: gradients and moments beside activations.
+        The second step needs as much memory as training ever does: gradients, moments and activations.
         """
         self.create_optimizer_and_scheduler(self.recipe.steps)
         assert isinstance(self.model, PreTrainedModel)
         assert self.optimizer is not None
         if self.args.activation_checkpointing:
             self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
-        model = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # cast and compiled, not shared
+        model = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # casts and compiles, without DDP
         block: dict[str, Tensor] = next(iter(self.train_dataset))  # type: ignore[arg-type]
         size = self.args.per_device_train_batch_size
         inputs = {name: torch.stack([tensor] * size).to(self.args.device) for name, tensor in block.items()}
@@ -152,7 +154,7 @@ class RunTrainer(Trainer):
             self.optimizer.step()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Go through the text, unless the last step is done: a stream, which has no end, would begin anew."""
+        """Run an epoch, unless the last step is done: an endless stream would start again from the beginning."""
         self.control.should_training_stop = self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
@@ -160,11 +162,11 @@ class RunTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, *args: Any, **kwargs: Any
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Let the learning rate fall until the recipe's horizon, which may lie beyond the run."""
+        """Decay the learning rate until the recipe's horizon, which may lie beyond the run."""
         return super().create_scheduler(self.recipe.horizon, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Decay matrices, and no vectors: the Trainer's own rule would decay the gains of a norm of ours."""
+        """Decay matrices and not vectors. The Trainer's own rule would decay the gains of our norms."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -176,10 +178,10 @@ class RunTrainer(Trainer):
         return str(self._partial or self.directory)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save weights by the names of their modules, by which resuming loads them.
+        """Save weights under the names of their modules, which resuming expects.
 
-        transformers saves GPT-NeoX's unembedding by the name that it had in old checkpoints, and its Trainer, which
-        loads whatever names agree, would go on with that of the untrained model.
+        transformers saves GPT-NeoX's unembedding under its name in old checkpoints. Its Trainer loads only weights
+        whose names match, so it would resume with the unembedding of the untrained model.
         """
         assert isinstance(self.model, PreTrainedModel)
         if self.shards:
@@ -220,7 +222,7 @@ class RunTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write a checkpoint under another name and rename it: one that has its name is whole."""
+        """Write a checkpoint under a temporary name, then rename it, so that one with its final name is complete."""
         self._record.write()
         self._partial = self.directory / "partial"
         if self.args.should_save:
@@ -237,15 +239,15 @@ class RunTrainer(Trainer):
             shutil.rmtree(self._partial, ignore_errors=True)
             raise NotSavedError(
                 f"The checkpoint of step {self.state.global_step} cannot be written to {self.directory}: {error}. "
-                "Make room, then go on from the last one with `python -m finetune resume`."
+                "Free some space, then continue from the last one with `python -m finetune resume`."
             ) from error
         if self.args.should_save:
             for checkpoint in self._partial.iterdir():
                 whole = self.directory / checkpoint.name
-                shutil.rmtree(whole, ignore_errors=True)  # one that is there is not whole, or would not be written anew
+                shutil.rmtree(whole, ignore_errors=True)  # an existing one is damaged, or it would not be rewritten
                 checkpoint.rename(whole)
                 to_disk(self.directory)
-            # One of a later step is of a run that went on from before it, because that one was damaged.
+            # A checkpoint of a later step was damaged, and the run resumed from an earlier one: do not count it.
             behind = [path for path in checkpoints(self.directory) if step_of(path) <= self.state.global_step]
             for checkpoint in behind[:-2]:
                 shutil.rmtree(checkpoint)
@@ -253,7 +255,7 @@ class RunTrainer(Trainer):
 
 
 def fuse_gelu(model: nn.Module) -> None:
-    """Compute GPT-2's activation function in one kernel and not in seven."""
+    """Compute GPT-2's activation function with one kernel instead of seven."""
     module: Any
     for module in model.modules():
         if isinstance(getattr(module, "act", None), NewGELUActivation):
@@ -261,9 +263,9 @@ def fuse_gelu(model: nn.Module) -> None:
 
 
 def cast_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast the weights of a model's products, but for the unembedding's, to what autocast makes of them each time.
+    """Cast the weights of a model's products, except the unembedding, to the dtype to which autocast would cast them.
 
-    The rest stays as it is: embeddings, norms and the residual stream in float32.
+    Embeddings, norms and the residual stream stay in float32.
     """
     for module in model.base_model.modules():
         if isinstance(module, nn.Linear | Conv1D):
@@ -271,7 +273,7 @@ def cast_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def share_frozen(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Have `teacher`, the model as it was, hold no copy of what does not train in `model`."""
+    """Let `teacher`, the original, share the weights of `model` that are not trained, to save memory."""
     frozen = {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
@@ -284,15 +286,16 @@ def share_frozen(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
 
 
 CAUSAL = "noln_causal"
-"""transformers' SDPA by a name that it makes no masks for: without one it is causal, and flash kernels take it."""
+"""transformers' SDPA under a name for which no mask is built. Without a mask it is causal and can use flash kernels."""
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 def attend_without_masks(model: PreTrainedModel, context: int) -> None:
-    """Have `model` attend causally to sequences of `context` tokens without padding, and make no mask for it.
+    """Let `model` attend causally, without building masks, to sequences of `context` tokens without padding.
 
-    The same function: transformers leaves the mask away too, but not where the model is compiled, and elsewhere asks
-    the device each time whether it may. Models whose windows are shorter, or that do not use SDPA, stay as they are.
+    The model computes the same function. transformers omits the mask too, but not in a compiled model, and otherwise
+    it queries the device each time to find out whether it may. Models with shorter attention windows, or without SDPA,
+    are not changed.
     """
     window = getattr(model.config, "sliding_window", None)
     is_whole = window is None or window > context
@@ -301,7 +304,7 @@ def attend_without_masks(model: PreTrainedModel, context: int) -> None:
 
 
 def training_arguments(recipe: Training, directory: Path, **others: Any) -> TrainingArguments:
-    """Return what the Trainer is told of `recipe`; `others` are more of its arguments, or others in place of these."""
+    """Return the Trainer's arguments for `recipe`; `others` are added to these, or replace them."""
     assert recipe.micro_batch != "auto"
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -312,7 +315,7 @@ def training_arguments(recipe: Training, directory: Path, **others: Any) -> Trai
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config={
             "non_blocking": torch.cuda.is_available(),  # from pinned memory, while the device works
-            # Of a sharded model: whole gradients of every process would wait for the last micro-batch otherwise.
+            # Otherwise each process of a sharded model would keep whole gradients until the last micro-batch.
             "gradient_accumulation_kwargs": {"sync_each_batch": getattr(recipe, "shard", False)},
         },
         remove_unused_columns=False,
@@ -323,13 +326,13 @@ def training_arguments(recipe: Training, directory: Path, **others: Any) -> Trai
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
         max_grad_norm=recipe.clip,
-        # None: begun by an earlier version, which took it on CPUs with AMX alone.
+        # None: the run was started by an earlier version, which used bf16 only on CPUs with AMX.
         bf16=has_bf16(PartialState().device.type, ("amx_bf16",)) if recipe.bf16 is None else recipe.bf16,
         torch_compile=recipe.compile,
         activation_checkpointing=recipe.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        use_cpu=PartialState().device.type == "cpu",  # the Trainer refuses bf16 on a CPU that it was not told of
-        # Statistics are summed over processes; rank 0's buffers are not to be copied over the others'.
+        use_cpu=PartialState().device.type == "cpu",  # otherwise the Trainer refuses bf16 on a CPU
+        # Statistics are summed over processes, so rank 0's buffers must not overwrite the others'.
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
         seed=recipe.seed,
@@ -342,18 +345,18 @@ def training_arguments(recipe: Training, directory: Path, **others: Any) -> Trai
         **{"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": recipe.min_lr}} | others,
     )
     if recipe.compile and recipe.gradient_checkpointing:
-        # No need to keep live stds again when a forward is recomputed. (Without it, or before torch has it: as many
-        # graphs as blocks.)
+        # Live stds need not be recorded again when a forward is recomputed. Without this setting, which older versions
+        # of torch lack, there are as many graphs as blocks.
         with contextlib.suppress(AttributeError):
             torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     if arguments.n_gpu > 1:
-        # Several GPUs are used by several processes (torchrun), never by one process's threads.
+        # Several GPUs are used by several processes (torchrun), never by the threads of one process.
         arguments._n_gpu = 1
     return arguments
 
 
 def in_order(text: Dataset[dict[str, Tensor]], recipe: Training) -> Dataset[dict[str, Tensor]]:
-    """Return the sequences of the whole run, pass after shuffled pass: their order depends on the seed alone."""
+    """Return the sequences of the whole run, shuffled separately for each pass. The order depends only on the seed."""
     if isinstance(text, IterableDataset):
         return text
     assert isinstance(text, Blocks)
@@ -364,22 +367,22 @@ def in_order(text: Dataset[dict[str, Tensor]], recipe: Training) -> Dataset[dict
 
 
 class _Step(NamedTuple):
-    """A step that is still to be written to the log."""
+    """A step that has not yet been written to the log."""
 
     line: dict[str, Any]
     numbers: Float[Tensor, " number"]
-    """On the device: the parts of the loss, the gradient norm, and what `Record.measure` returned."""
+    """The parts of the loss, the gradient norm, and what `Record.measure` returned, on the device."""
 
 
 class Record(TrainerCallback):
-    """Checks the losses, writes the log and moves the progress bar."""
+    """Checks the losses, writes the log and updates the progress bar."""
 
     parts: tuple[str, ...] = ("loss",)
-    """What `keep` is given of each micro-batch; the first is the cross-entropy, nats/token."""
-    advice = "A lower lr and a longer warmup make training steadier."
-    """What to do where the loss has diverged."""
+    """The names of the parts of a loss that are passed to `keep`. The first is the cross-entropy, in nats/token."""
+    advice = "A lower lr or a longer warmup makes training more stable."
+    """What to do if the loss has diverged."""
     guarded = "the loss"
-    """What `excess` is."""
+    """A description of `excess`."""
 
     def __init__(self, trainer: RunTrainer, path: Path, name: str) -> None:
         self.trainer, self.path, self.name = trainer, path, name
@@ -393,33 +396,36 @@ class Record(TrainerCallback):
         self._risen = 0
 
     def keep(self, losses: Float[Tensor, " part"]) -> None:
-        """Keep the parts of a micro-batch's loss, and start to copy them to the host."""
+        """Record the parts of a micro-batch's loss, and start copying them to the host."""
         self._losses.append(losses)
         self._on_host.append(losses.to("cpu", non_blocking=losses.is_cuda))
         if losses.is_cuda:
             self._copied = torch.cuda.current_stream().record_event()
 
     def replay(self, log: list[dict[str, Any]], step: int) -> None:
-        """Take in the log of a run that is taken up at `step`."""
+        """Restore the record's state from the log of a run that is resumed at `step`."""
 
     def excess(self, line: dict[str, Any]) -> float:
-        """Return what must not rise far above what it was in the first steps, of a step's parts by name, nats/token."""
+        """Return the quantity, in nats/token, that must not rise far above its value in the first steps.
+
+        `line` contains the parts of a step's loss by name.
+        """
         return line["loss"]
 
     def means(self, losses: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
-        """Return the parts of a step, averaged over its micro-batches, as they are logged."""
+        """Return the parts of a step's loss as they are logged, given their means over micro-batches."""
         return losses
 
     def measure(self, line: dict[str, Any], losses: Float[Tensor, " part"]) -> list[Tensor]:
-        """Add to a step's line what is known of it; return what is to be copied to the host with its losses."""
+        """Add to a step's line what is already known. Return tensors to copy to the host together with the losses."""
         return []
 
     def status(self) -> dict[str, str]:
-        """Return what the progress bar says beside the loss."""
+        """Return what the progress bar shows beside the loss."""
         return {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Cut the log back to where the run stands."""
+        """Truncate the log to the step from which the run continues."""
         lines = read_log(self.path, self.trainer.resumed_from)
         lines = [line for line in lines if line["model"] != self.name or line["step"] < state.global_step]
         own = [line for line in lines if line["model"] == self.name]
@@ -443,9 +449,9 @@ class Record(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the loss before the weights move, and record the step."""
+        """Check the loss before the weights are updated, and record the step."""
         if self._copied is not None:
-            self._copied.synchronize()  # the forward is done; the backward still keeps the device busy
+            self._copied.synchronize()  # waits only for the forward: the device is still busy with the backward
         parts = dict(zip(self.parts, self.means(torch.stack(self._on_host).mean(0)).tolist(), strict=True))
         self._check(self.excess(parts), state.global_step)
         step = state.global_step
@@ -468,29 +474,28 @@ class Record(TrainerCallback):
         if math.isfinite(excess) and self._risen < _RISEN_STEPS:
             return
         self.write()
-        risen = f", for {_RISEN_STEPS} steps in a row more than max_rise={self.trainer.recipe.max_rise:g} above that of"
+        risen = f", and for {_RISEN_STEPS} steps in a row it was more than max_rise={self.trainer.recipe.max_rise:g}"
         raise self.diverged(
             f"{self.guarded} is {excess:.3f} nats/token at step {step}"
-            + (f"{risen} the first steps" if math.isfinite(excess) else "")
+            + (f"{risen} above that of the first steps" if math.isfinite(excess) else "")
         )
 
     def _judge(self, excess: float) -> None:
-        """Count for how many steps in a row the loss has risen too far: at a single one, an unusual token may do it."""
+        """Count the consecutive steps with too high a loss. One unusual token may cause a single such step."""
         usual = sum(self._first) / len(self._first) if self._first else math.inf
         self._risen = self._risen + 1 if excess > usual + self.trainer.recipe.max_rise else 0
         if not self._risen and len(self._first) < 10:
             self._first.append(excess)
 
     def diverged(self, what: str) -> DivergedError:
-        """Return the error that says what has happened, from where to go on, and what to change."""
+        """Return an error that says what happened, which checkpoint to resume from, and what to change."""
         saved = checkpoints(self.trainer.directory)
         return DivergedError(
-            f"{self.name}: {what}. "
-            f"The last good checkpoint is {saved[-1] if saved else 'none, the run had just begun'}. {self.advice}"
+            f"{self.name}: {what}. The last good checkpoint: {saved[-1] if saved else 'none yet'}. {self.advice}"
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the log at every report."""
+        """Write the log every `log_every` steps."""
         self.bar.update()
         if state.global_step % args.logging_steps == 0:
             self.write()
@@ -500,9 +505,9 @@ class Record(TrainerCallback):
         self.write()
 
     def write(self) -> None:
-        """Bring the records of the last steps to the host in one copy, append them to the log, and check gradients.
+        """Copy the records of the last steps to the host at once, append them to the log, and check the gradients.
 
-        A gradient that is not finite has spoilt the weights, although its loss was good: no checkpoint follows it.
+        A gradient that is not finite has ruined the weights, even if the loss was good, so no checkpoint may follow it.
         """
         if not self._steps:
             return
@@ -522,5 +527,5 @@ class Record(TrainerCallback):
             raise self.diverged(f"the gradient is not finite at step {spoilt[0]}")
 
     def named(self, numbers: Float[Tensor, " number"], line: dict[str, Any]) -> dict[str, Any]:
-        """Return the numbers of a step, brought to the host, by name."""
+        """Return the numbers of a step, which are on the host, by name."""
         return dict(zip((*self.parts, "grad_norm"), numbers.tolist(), strict=False))

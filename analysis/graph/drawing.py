@@ -1,4 +1,4 @@
-"""Draws a graph: positions across, layers up, with what each node and edge is worth in words."""
+"""Draws a graph, with positions along the horizontal axis and layers along the vertical axis."""
 
 import html
 import math
@@ -10,11 +10,11 @@ from analysis.graph.pruning import Graph
 
 
 def plot(graph: Graph) -> go.Figure:
-    """Plot a graph: positions across, layers up, the logit on top.
+    """Plot a graph, with positions along the horizontal axis, layers along the vertical axis, and the logit on top.
 
-    Dots are nodes, their size the value; lines are edges, their width the flow; blue raises the logit, orange lowers.
-    Pointing at a node shows its value and how much of what flows into it is drawn; pointing at an edge, by how much its
-    direct effect differs from its flow.
+    Dots are nodes, with their value as the size. Lines are edges, with their flow as the width. Blue raises the logit,
+    and orange lowers it. Hovering over a node shows its value, and how much of what flows into it is drawn. Hovering
+    over an edge shows how much its direct effect differs from its flow.
     """
     nodes = graph.nodes.copy()
     layers = graph.held.model.cfg.n_layers
@@ -40,7 +40,7 @@ def plot(graph: Graph) -> go.Figure:
     middle = []
     for edge in edges.itertuples():
         (x, y), (to_x, to_y) = (at.loc[node, ["x", "y"]] for node in (edge.source, edge.target))
-        bow = 0.03 * (to_y - y) * (x == to_x)  # or edges of one position would lie on each other
+        bow = 0.03 * (to_y - y) * (x == to_x)  # otherwise edges at one position overlap
         middle.append(((x + to_x) / 2 + bow, (y + to_y) / 2))
         figure.add_scatter(
             x=[x, middle[-1][0], to_x],
@@ -84,7 +84,7 @@ def plot(graph: Graph) -> go.Figure:
         2 * layer + 2: f"MLP {layer}" for layer in range(layers)
     }
     figure.update_yaxes(tickvals=sorted(rows), ticktext=[rows[key] for key in sorted(rows)], zeroline=False)
-    title = f"{graph.model}: what makes the logit of {graph.target} {graph.held.logit:.3g}"
+    title = f"{graph.model}: the circuit behind the logit of {graph.target}, {graph.held.logit:.3g}"
     return figure.update_layout(
         title=html.escape(title, quote=False), showlegend=False, height=200 + 36 * len(rows), hovermode="closest"
     )
@@ -95,7 +95,7 @@ def _colour(value: float) -> str:
 
 
 def _node_texts(graph: Graph) -> list[str]:
-    """Describe each node: its value, and how much of what flows into it is shown."""
+    """Describe each node: its value, and the fraction of what flows into it that is shown."""
     return [
         html.escape(f"{node.label} at {node.position}, {node.token}: {node.value:+.4g} logits", quote=False)
         + ("" if math.isnan(node.completeness) else f"; shown {100 * node.completeness:.0f} % of what flows in")
@@ -104,7 +104,7 @@ def _node_texts(graph: Graph) -> list[str]:
 
 
 def _edge_texts(graph: Graph) -> list[str]:
-    """Describe each edge: its flow, and by how much the direct effect differs."""
+    """Describe each edge: its flow, and how much the direct effect differs."""
     return [
         f"{edge.source} → {edge.target}: {edge.flow:+.4g} logits, direct effect {edge.direct_effect:+.4g}, "
         f"error {edge.flow - edge.direct_effect:+.2g}"

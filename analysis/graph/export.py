@@ -1,4 +1,4 @@
-"""Hands a graph to other tools: networkx, whose GraphML many read, and circuit-tracer's frontend."""
+"""Exports a graph to other tools: networkx, whose GraphML many tools read, and circuit-tracer's frontend."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from analysis.graph.pruning import Graph
 
 
 def to_networkx(graph: Graph) -> nx.DiGraph:
-    """Return a graph as one of networkx, with the columns of its tables as attributes; missing values are omitted."""
+    """Convert a graph to networkx, with the columns of its tables as attributes. Missing values are omitted."""
     made = nx.DiGraph(model=graph.model, target=graph.target, logit=graph.held.logit, share=graph.share)
     made.graph["tokens"] = json.dumps(graph.tokens)
     for row in graph.nodes.to_dict("records"):
@@ -29,29 +29,30 @@ def _plain(value: Any) -> Any:
 
 
 def to_circuit_tracer(graph: Graph) -> dict[str, Any]:
-    """Return a graph as circuit-tracer's frontend reads it, schema version 1: `json.dump` it.
+    """Return a graph in the format of circuit-tracer's frontend, schema version 1. Write it with `json.dump`.
 
-    That frontend knows features of transcoders, their errors, embeddings and logits. Heads, MLPs and neurons become
-    features of their layer, with their labels as names (`clerp`); position embeddings and biases of attention, into
-    which nothing flows, become errors. A head lies in its layer beside the MLP. Weights of links are flows, in logits;
-    the influence of a node is, as there, that of all nodes up to it, the most influential first. A click on a head or
-    MLP shows what flows in and out of it; examples of texts, which the frontend looks for as well, do not exist.
+    That frontend supports features of transcoders, their errors, embeddings and logits. Heads, MLPs and neurons become
+    features of their layer, with their labels as names (`clerp`). Position embeddings and biases of attention, which
+    have no inputs, become errors. A head is in the same layer as the MLP. Weights of links are flows, in logits. As in
+    circuit-tracer, the influence of a node is the sum over all nodes up to it, with the most influential first.
+    Clicking on a head or MLP shows the flows into and out of it. There are no text examples, which the frontend looks
+    for as well.
 
-    Its server takes a directory with the graph as SLUG.json and `{"graphs": [METADATA]}` as graph-metadata.json, where
-    METADATA is the graph's `metadata` and SLUG the `slug` in it.
+    The frontend's server expects a directory with the graph as SLUG.json and `{"graphs": [METADATA]}` as
+    graph-metadata.json, where METADATA is the graph's `metadata`, and SLUG is the `slug` in it.
     """
     held, layers = graph.held, graph.held.model.cfg.n_layers
     tokens, heads = held.prompt.tolist(), held.model.cfg.n_heads
     target = held.target[0] if isinstance(held.target, tuple) else held.target
     shares = graph.nodes["influence"].iloc[1:]
-    upto = (shares.cumsum() / shares.sum() * graph.share).tolist()  # what the frontend's slider of nodes cuts off
+    upto = (shares.cumsum() / shares.sum() * graph.share).tolist()  # for the frontend's slider of nodes
     ids: dict[str, str] = {}
     nodes = []
     for node, cumulative in zip(graph.nodes.itertuples(), [0.0, *upto], strict=True):
         layer, kind, clerp = str(node.layer), "cross layer transcoder", node.label
         if node.component == ROOT:
             layer, kind, feature = str(layers + 1), "logit", target
-            clerp = f"Output {graph.target} (p={held.probability:.3f})"  # which the frontend takes apart
+            clerp = f"Output {graph.target} (p={held.probability:.3f})"  # the frontend parses this
         elif node.component == "embed":
             layer, kind, feature = "E", "embedding", tokens[node.position]
         elif node.component in ("pos_embed", "b_O"):

@@ -1,4 +1,4 @@
-"""A model at one prompt with patterns, gates and norms held still: which parts write, which read, and what flows."""
+"""A model at one prompt with patterns, gates and norms held fixed: what writes, what reads, and what flows between."""
 
 from typing import Any, NamedTuple
 
@@ -15,19 +15,19 @@ ROOT = "logit"
 
 
 class Consumer(NamedTuple):
-    """A node that reads: of some layer, at all positions."""
+    """A component that reads the stream, at all positions."""
 
     row: int
-    """Its row among the writers; −1: the logit."""
+    """Its row among the writers; −1 for the logit."""
     reader: Reader | None
     direction: Float[Tensor, "pos d_model"]
-    """How it reads at each of its positions, through all paths after it, without the pattern."""
+    """The direction in which it reads at each position, through all paths after it, without the attention pattern."""
     pattern: Float[Tensor, "pos source"] | None
-    """How much of each source it reads. None: only its own position."""
+    """The attention to each source position. None: it reads only its own position."""
 
 
 class Held:
-    """A model at one prompt, with patterns, gates and norms as they are there: what writes, and what reads."""
+    """A model at one prompt, with patterns, gates and norms held fixed: its writers and readers."""
 
     @torch.inference_mode()
     def __init__(
@@ -38,13 +38,13 @@ class Held:
         centre_unembedding: bool = True,
         neurons: int = 0,
     ) -> None:
-        """Run the model on the prompt; the target is read at its end. None: the token that the model finds likeliest.
+        """Run the model on the prompt. The target is read at its end (None: the model's most likely token).
 
-        `neurons` is how many of each MLP and position are nodes by themselves.
+        `neurons` is the number of neurons, per MLP and position, that are separate nodes.
 
         Raises:
-            NolnError: a model of `finetune.blocks`.
-            ValueError: a final norm whose weights are not folded into the unembedding.
+            NolnError: the model is one of `finetune.blocks`.
+            ValueError: the weights of the final norm are not folded into the unembedding.
         """
         self.model, self.prompt, self.stream = model, prompt, Stream(model)
         self.centre_unembedding = centre_unembedding
@@ -63,7 +63,7 @@ class Held:
         self.gate = []
         for layer, each in enumerate(stream.neurons):
             pre = cache[self.readers[layer, "in"].hook]
-            # Where it is 0 nothing is let through, whatever the gate: half is what GELU and SiLU have there.
+            # At a pre-activation of 0 nothing passes, whatever the gate. 0.5 is the limit for GELU and SiLU.
             self.gate.append(torch.where(pre == 0, 0.5, cache[each.hook] / torch.where(pre == 0, 1, pre)))
         self.labels: list[list[str]] = []
         self.components: list[Component] = []
@@ -84,7 +84,7 @@ class Held:
         return target_logit(uncapped, self.target, self.centre_unembedding)
 
     def _add_writer(self, component: Component) -> slice:
-        """Add the parts of a component as rows, and return which they are."""
+        """Add the parts of a component as rows, and return their range."""
         vectors = Written(self.stream, component, self._cache.__getitem__).vectors()
         vectors = vectors.expand(len(self.prompt), *vectors.shape[-2:]).transpose(0, 1)
         first = len(self.labels)
@@ -95,7 +95,7 @@ class Held:
         return slice(first, len(self.labels))
 
     def _read_backwards(self, rows: dict[Component, slice], neurons: int) -> None:
-        """Find from the logit down in which direction each node reads, and what each is worth."""
+        """Find, from the logit down, the direction in which each node reads, and the value of each node."""
         stream = self.stream
         side = logit_side(stream, self.target, self.centre_unembedding)
         end = torch.zeros_like(self._cache[stream.final], dtype=torch.float64)
@@ -121,18 +121,18 @@ class Held:
             self._values[row] = torch.linalg.vecdot(self._vectors[row], G)
 
     def scale(self, point: str) -> Float[Tensor, "pos 1"]:
-        """Return what a norm divides by at a point of the stream: 1 without one."""
+        """Return the divisor of the norm at a point of the stream, or 1 without a norm."""
         x = self.stream.centre(self._cache[point].double())
         return self.stream.scale(x.square().sum(-1, keepdim=True))
 
     def written_scale(self, component: Component) -> Float[Tensor, "pos 1"] | int:
-        """Return what a live norm divides by on the way of heads or neurons to the stream: 1 without one."""
+        """Return the divisor of a live norm between a component and the stream, or 1 without one."""
         return self._cache[component.scale].double() if component.scale else 1
 
     def _read_mlp(
         self, layer: int, reader: Reader, G: Float[Tensor, "pos d_model"], row: int, neurons: int
     ) -> Float[Tensor, "pos d_model"]:
-        """Add an MLP, and its neurons that matter most, as consumers; return in which direction it reads the stream."""
+        """Add an MLP and its most important neurons as consumers. Return the direction in which it reads the stream."""
         each = self.stream.neurons[layer]
         W_out = self.stream.weight(each).double()
         through = (G / self.written_scale(each)) @ W_out.T * self.gate[layer][0].double()
@@ -158,7 +158,7 @@ class Held:
     def _read_heads(
         self, layer: int, reader: Reader, G: Float[Tensor, "pos d_model"], rows: slice
     ) -> Float[Tensor, "pos d_model"]:
-        """Add the heads of a layer as consumers, and return in which direction their values read the stream."""
+        """Add the heads of a layer as consumers, and return the direction in which their values read the stream."""
         heads = self.stream.heads[layer]
         W_O, W_V = self.stream.weight(heads).double(), self.stream.read_weights(reader)[0].double()
         self._set_values(rows, G)
@@ -172,7 +172,7 @@ class Held:
         return direction / self.scale(reader.point)
 
     def sources(self, consumer: Consumer) -> Int[Tensor, " row"]:
-        """Return which rows a consumer reads."""
+        """Return the rows that a consumer reads."""
         point = self.stream.final if consumer.reader is None else consumer.reader.point
         there = self.stream.components_at(point)
         layers = {component.layer for component in there if component.kind == "mlp"}
@@ -180,9 +180,9 @@ class Held:
         return torch.tensor(known).nonzero()[:, 0]
 
     def flows(self, consumer: Consumer, positions: Int[Tensor, " node"]) -> Float[Tensor, "node source seen"]:
-        """Return the flows from each of its `sources` into a consumer at some positions.
+        """Return the flows into a consumer at some positions, from each of its `sources`.
 
-        At each of them a head sees all positions, whatever else reads only its own.
+        A head sees all positions. Any other consumer sees only its own.
         """
         point = self.stream.final if consumer.reader is None else consumer.reader.point
         vectors = self.vectors[self.sources(consumer)] / self.scale(point)
@@ -192,7 +192,7 @@ class Held:
         return torch.einsum("spd,nd->nsp", vectors, reads) * consumer.pattern[positions].unsqueeze(1)
 
     def units(self, row: int, position: int) -> Float[Tensor, " neuron"]:
-        """Return which neurons of its MLP a row has at a position, as ones and zeros."""
+        """Return which neurons of its MLP belong to a row at a position, as ones and zeros."""
         of_layer = [
             r for r, c in enumerate(self.components) if c.kind == "neuron" and c.layer == self.components[row].layer
         ]
@@ -202,7 +202,7 @@ class Held:
         return 1 - alone if self.components[row].kind == "mlp" else alone
 
     def direct_effect(self, consumer: Consumer, position: int, row: int, source: int) -> float:
-        """Return what a node loses along the direction in which it reads, when one source is taken out for it."""
+        """Return how much a node loses, along the direction in which it reads, when one source is removed for it."""
         point = self.stream.final if consumer.reader is None else consumer.reader.point
         x = self.stream.centre(self._cache[point][source].double())
         reads = consumer.direction[position]

@@ -1,4 +1,4 @@
-"""Checks a graph by forwards of the whole model: takes nodes or edges out, and sees by how much the logit falls."""
+"""Checks a graph with forwards of the whole model: removes nodes or edges, and measures how much the logit falls."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,30 +18,31 @@ from analysis.graph.pruning import Graph, build_all
 from analysis.stream import Reader
 
 TOP = (1, 2, 5, 10, 20)
-"""How many of the largest are taken out together."""
+"""How many of the largest nodes or edges to remove together."""
 _ROWS = 32
-"""Interventions in one forward."""
+"""Interventions per forward."""
 
 
 class Removal(NamedTuple):
-    """What is taken out at once: nodes, out of the stream, or edges, out of what one node reads."""
+    """What to remove together: nodes, from the stream, or edges, from the input of their targets."""
 
     what: str
     label: str
     nodes: tuple[tuple[int, int], ...] = ()
-    """(row, position)."""
+    """(row, position) of each node."""
     edges: tuple[tuple[int, int, int, int], ...] = ()
-    """(row, position) of the source and of the target, −1 being the row of the root."""
+    """(row, position) of each edge's source, followed by those of its target. The root has row −1."""
     predicted: float = 0.0
 
 
 @torch.inference_mode()
 def intervene(graph: Graph, top: Sequence[int] = TOP) -> pd.DataFrame:
-    """Take out each node and each edge of a graph, and the largest together, and measure by how much the logit falls.
+    """Remove each node and each edge of a graph, and the largest together, and measure how much the logit falls.
 
-    Returns one row per intervention. Columns: model; what, node, edge, nodes or edges (the largest by |value| or
-    |flow|, together); label; count, of what is taken out; predicted, the fall of the logit that the graph says, held,
-    the fall in a forward with patterns and gates held, and free, in one with nothing held (missing of edges), logits.
+    Returns one row per intervention. Columns: model; what, one of node, edge, nodes and edges (the largest by |value|
+    or |flow|, together); label; count, how many are removed; predicted, held and free, the falls of the logit, in
+    logits, according to the graph, in a forward with patterns and gates held fixed, and in a forward with nothing held
+    fixed (missing for edges).
     """
     removals = list(_removals(graph, top))
     rows = []
@@ -65,7 +66,7 @@ def intervene(graph: Graph, top: Sequence[int] = TOP) -> pd.DataFrame:
 
 
 def _removals(graph: Graph, top: Sequence[int]) -> Iterator[Removal]:
-    """Yield what is taken out: each node, each edge, and the largest of each together."""
+    """Yield what to remove: each node, each edge, and the largest of each together."""
     held = graph.held
     row_of = {f"{label}@{at}": (row, at) for row, labels in enumerate(held.labels) for at, label in enumerate(labels)}
     row_of[graph.nodes["node"].iloc[0]] = (-1, len(held.prompt) - 1)
@@ -93,7 +94,7 @@ def _removals(graph: Graph, top: Sequence[int]) -> Iterator[Removal]:
 
 
 def _fall(held: Held, removals: Sequence[Removal], hold: bool) -> Float[np.ndarray, " removal"]:
-    """Return by how much the logit falls when something is taken out, in one forward with one row per removal."""
+    """Return how much the logit falls at each removal, from one forward with one row per removal."""
     model, stream = held.model, held.stream
     dtype, tokens = model.cfg.dtype, held.prompt.unsqueeze(0).expand(len(removals), -1).to(model.cfg.device)
     seen: dict[str, Tensor] = {}
@@ -107,7 +108,7 @@ def _fall(held: Held, removals: Sequence[Removal], hold: bool) -> Float[np.ndarr
         for row, position in removal.nodes:
             component = held.components[row]
             name = {"head": "attn", "b_O": "attn", "mlp": "mlp", "neuron": "mlp"}.get(component.kind)
-            where = f"blocks.{component.layer}.hook_{name}_out" if name else "hook_embed"  # positions are added to it
+            where = f"blocks.{component.layer}.hook_{name}_out" if name else "hook_embed"  # also for positions
             delta = taken.setdefault(where, held.vectors.new_zeros(*tokens.shape, model.cfg.d_model))
             delta[i, position] += held.vectors[row, position]
     for where, delta in taken.items():
@@ -122,7 +123,7 @@ def _fall(held: Held, removals: Sequence[Removal], hold: bool) -> Float[np.ndarr
     consumers = {consumer.row: consumer for consumer in held.consumers}
 
     def losses(layer: int, kind: str) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Yield (batch row, row of the MLP or number of the head, position, what it loses) for a layer's nodes."""
+        """Yield (batch row, row of the MLP or index of the head, position, loss of its input) for a layer's nodes."""
         for (i, row, position), deltas in by_consumer.items():
             reader = consumers[row].reader
             if reader is None or (reader.layer, reader.kind) != (layer, kind):
@@ -178,18 +179,18 @@ def _fall(held: Held, removals: Sequence[Removal], hold: bool) -> Float[np.ndarr
 def measure(
     models: Mapping[str, Any], prompt: Int[Tensor, " pos"], target: Target | None = None, **options: Any
 ) -> pd.DataFrame:
-    """Build the graph of each model and check it: `intervene` of `build`, whose options and errors are these.
+    """Build the graph of each model and check it: `intervene` of `build`, with the options and errors of the latter.
 
-    Where `target` is None it is the token that the first model finds likeliest.
+    If `target` is None, it is the first model's most likely token.
     """
     return pd.concat([intervene(graph) for graph in build_all(models, prompt, target, **options)], ignore_index=True)
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """Summarise what `measure` or `intervene` returns, one row per model and what is taken out.
+    """Summarise the table of `measure` or `intervene`: one row per model and kind of removal.
 
-    Columns: model; what; error and error_free, 100 · mean|predicted − fall of the logit| / mean|fall|, %, with patterns
-    and gates held and with nothing held (missing of edges); interventions, how many.
+    Columns: model; what; error and error_free, 100 · mean|predicted − fall of the logit| / mean|fall|, in %, with
+    patterns and gates held fixed, and with nothing held fixed (missing for edges); interventions, their number.
     """
     rows = []
     for (model, what), group in frame.groupby(["model", "what"], sort=False):
@@ -203,7 +204,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 @figures.of_text
 def plot_interventions(frame: pd.DataFrame) -> go.Figure:
-    """Plot what `measure` returns: the fall of the logit over the predicted fall. On the grey line they are equal."""
+    """Plot the table of `measure`: the fall of the logit over the predicted fall. On the grey line they are equal."""
     figure = make_subplots(
         1, 2, shared_yaxes=True, column_titles=["Patterns and gates held", "Nothing held"], horizontal_spacing=0.04
     )

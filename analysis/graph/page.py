@@ -1,6 +1,6 @@
-"""Writes what `graph` finds for a prompt: one page, with the graphs as tables, GraphML and JSON beside it.
+"""Writes the graphs of a prompt: one page, with the graphs as tables, GraphML and JSON beside it.
 
-1. Load the models, build the graph of each behind one logit, and take its nodes and edges out, one by one and together.
+1. Load the models, build each model's graph behind one logit, and remove its nodes and edges, one by one and together.
 2. Find the largest paths from the tokens to the logit.
 3. Write everything under a temporary name, and rename it when it is complete.
 """
@@ -32,33 +32,33 @@ from finetune.text import prefix_of
 
 
 class GraphError(NolnError):
-    """A graph that cannot be drawn as asked; the message says why and what to do."""
+    """A graph cannot be drawn as requested; the message says why and what to do."""
 
 
 def run(options: GraphOptions) -> Path:
-    """Load models, write the page of a prompt, and return it: what `python -m analysis graph` does.
+    """Load models, write the page of a prompt, and return its path, as `python -m analysis graph` does.
 
     Raises:
-        GraphError: `out` exists, the models cannot take the prompt or target, or the share is out of range.
+        GraphError: `out` exists, the prompt or target does not suit the models, or a number is out of range.
         CheckpointError: a model cannot be used.
     """
     out = expanded(options.out or Path("graphs") / time.strftime("%Y%m%d-%H%M%S"))
     if out.exists():
-        raise GraphError(f"{out} already exists, and nothing is overwritten: name another directory with --out.")
+        raise GraphError(f"{out} already exists, and nothing is overwritten. Choose another directory with --out.")
     if not 0 < options.share <= 1:
-        raise GraphError(f"--share is {options.share}, but must be above 0 and at most 1.")
+        raise GraphError(f"--share is {options.share}; it must be above 0 and at most 1.")
     if options.paths < 1 or options.components < 0:
-        raise GraphError("--paths must be at least 1, and --components at least 0.")
+        raise GraphError("--paths must be at least 1, and --components must be at least 0.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = load_trio(options.original, options.control, options.ln_free, revision=options.revision, device=device)
     tokenizer = models["original"].tokenizer
     if tokenizer is None:
-        raise GraphError("The original model has no tokenizer beside it: put its tokenizer.json there.")
+        raise GraphError("The original model's directory has no tokenizer. Put its tokenizer.json there.")
     first = prefix_of(Text(prefix=options.prefix), tokenizer)
     tokens = [*([] if first is None else [first]), *tokenizer.encode(options.prompt, add_special_tokens=False)]
     longest = min(model.cfg.n_ctx for model in models.values())
     if not 1 <= len(tokens) <= longest:
-        raise GraphError(f"The prompt has {len(tokens)} tokens, but must have 1 to {longest}.")
+        raise GraphError(f"The prompt has {len(tokens)} tokens; it must have from 1 to {longest}.")
     target = _target(tokenizer, options)
     named = {"share": options.share, "most": options.most, "neurons": options.neurons}
     graphs = graph.build_all(models, torch.tensor(tokens), target, **named)
@@ -67,18 +67,18 @@ def run(options: GraphOptions) -> Path:
 
 
 def _target(tokenizer: Any, options: GraphOptions) -> Target | None:
-    """Return the tokens that the options ask for."""
+    """Return the target that the options specify."""
     ids = []
     for flag, text in {"target": options.target, "against": options.against}.items():
         if text is not None:
             found = tokenizer.encode(text, add_special_tokens=False)
             if len(found) != 1:
                 raise GraphError(
-                    f"--{flag} is {text!r}, which is {len(found)} tokens, but must be one: mind the space."
+                    f"--{flag} is {text!r}, which is {len(found)} tokens; it must be a single token. Mind the space."
                 )
             ids += found
     if options.against is not None and options.target is None:
-        raise GraphError("--against is compared with --target: give both.")
+        raise GraphError("--against is compared with --target. Set both.")
     return (ids[0], ids[1]) if len(ids) == 2 else ids[0] if ids else None
 
 
@@ -90,26 +90,26 @@ def write(
     count: int = 20,
     most: int = 3,
 ) -> Path:
-    """Write graphs of one prompt, what happens to the logit when parts are taken out, and a page of them to `out`.
+    """Write graphs of one prompt, the results of removing their parts, and a page about both to `out`.
 
-    Beside the page are, of each model, `NAME-nodes.csv`, `NAME-edges.csv`, `NAME-paths.csv`,
-    `NAME.graphml`, and `NAME-circuit-tracer.json`, and of all `interventions.csv`.
+    Beside the page are, for each model, `NAME-nodes.csv`, `NAME-edges.csv`, `NAME-paths.csv`, `NAME.graphml` and
+    `NAME-circuit-tracer.json`, and for all models `interventions.csv`.
 
     Args:
-        graphs: what `graph.build_all` returns.
-        out: the directory to write, whole or not at all.
-        names: what the models are, on top of the page; where None, their keys.
-        count: of the largest paths, as in `paths.find`.
-        most: components that these go through, at most.
+        graphs: those of `graph.build_all`.
+        out: the directory to write, completely or not at all.
+        names: descriptions of the models for the top of the page (None: their names).
+        count: the number of largest paths, as in `paths.find`.
+        most: the maximum number of components on such a path.
 
-    Returns the page.
+    Returns the path of the page.
 
     Raises:
         GraphError: `out` exists.
     """
     out = Path(out)
     if out.exists():
-        raise GraphError(f"{out} already exists, and nothing is overwritten: name another directory.")
+        raise GraphError(f"{out} already exists, and nothing is overwritten. Choose another directory.")
     interventions = pd.concat([graph.intervene(each) for each in graphs], ignore_index=True)
     figures = {"interventions": graph.plot_interventions(interventions)}
     beside = next(parent for parent in out.absolute().parents if parent.exists())
@@ -132,7 +132,7 @@ def write(
             nodes = list(each.nodes.itertuples())
             shown.append({"graph": each, "file": file, "nodes": nodes, "paths": largest, "path_rows": rows})
         for figure in figures.values():
-            figure.layout.template = None  # the page has its own, light and dark
+            figure.layout.template = None  # the page has its own templates, light and dark
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("analysis.graph", ""),
             autoescape=True,

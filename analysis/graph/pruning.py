@@ -1,4 +1,4 @@
-"""Builds the graph behind a logit: finds how much each node and edge matters, and keeps those that matter most."""
+"""Builds the graph behind a logit: measures how much each node and edge matters, and keeps those that matter most."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,27 +16,27 @@ from analysis.logit_attribution import token_text
 from analysis.stream import Component
 
 _EDGES = 0.95
-"""The share of the influence of all edges between the nodes kept that the edges kept have."""
+"""The fraction of the influence of all edges between kept nodes that kept edges have."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The circuit behind one logit: a pruned graph and what it was pruned from."""
+    """The circuit behind one logit: a pruned graph, and what it was pruned from."""
 
     model: str
-    """Its name."""
+    """The name of the model."""
     nodes: pd.DataFrame
-    """One row per node, the root first. Columns: node, such as "L2H3@5"; component, label, layer, head and neuron, as
-    in `edges.measure_prompt`; position; token; value, its effect on the logit through all paths, logits; influence,
-    from 0 to 1; inflow, the sum of all flows into it, and explained, that of the edges kept, logits; completeness, the
-    share of the size of all flows into it that edges kept have, NaN where nothing flows in."""
+    """One row per node, with the root first. Columns: node, such as "L2H3@5"; component, label, layer, head and neuron,
+    as in `edges.measure_prompt`; position; token; value, its effect on the logit through all paths, in logits;
+    influence, from 0 to 1; inflow, the sum of all flows into it, and explained, that of kept edges, in logits;
+    completeness, the fraction of the total size of the flows into it that kept edges have, NaN if nothing flows in."""
     edges: pd.DataFrame
-    """One row per edge. Columns: source and target, nodes; flow and direct_effect, logits; influence."""
+    """One row per edge. Columns: source and target, nodes; flow and direct_effect, in logits; influence."""
     tokens: tuple[str, ...]
     """The texts of the prompt's tokens, in quotes."""
     target: str
     share: float
-    """The share of all influence that the nodes kept have."""
+    """The fraction of all influence that kept nodes have."""
     held: Held = field(repr=False)
 
 
@@ -55,27 +55,27 @@ def build(
     """Build the graph behind the logit of `target` at the end of a prompt, and prune it.
 
     Args:
-        model: what a loader of `analysis` returns.
+        model: a model from a loader of `analysis`.
         prompt: token ids.
-        target: a token, or two for how far the logit of the first is above that of the second. None: the token that
-            the model finds likeliest.
-        name: of the model.
-        share: of the influence of all nodes, to keep. Of the influence of the edges between these, 95 % is kept, or all
-            of it if the share is 1.
-        most: how many nodes to keep at most: `Graph.share` says which share they have.
-        neurons: how many neurons of each MLP and position are nodes by themselves.
-        centre_unembedding: whether W_U is taken less its mean over the vocabulary. It cancels out in a difference.
+        target: a token, or two for the logit of the first minus that of the second. None: the model's most likely
+            token.
+        name: the name of the model.
+        share: the fraction of the influence of all nodes to keep. Of the influence of the edges between these, 95 % is
+            kept, or all of it if the share is 1.
+        most: the maximum number of nodes to keep. `Graph.share` is the share that they have.
+        neurons: the number of neurons, per MLP and position, that are separate nodes.
+        centre_unembedding: whether to subtract from W_U its mean over the vocabulary. It cancels out in a difference.
 
     Raises:
-        NolnError: a model of `finetune.blocks`.
-        ValueError: the share is not above 0 and at most 1, or the final norm's weights are not folded into the
+        NolnError: the model is one of `finetune.blocks`.
+        ValueError: the share is not above 0 and at most 1, or the weights of the final norm are not folded into the
             unembedding.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"The share is {share}, but must be above 0 and at most 1.")
+        raise ValueError(f"The share is {share}; it must be above 0 and at most 1.")
     held = Held(model, prompt, target, centre_unembedding, neurons)
     influence = torch.zeros_like(held.values)
-    for consumer in held.consumers:  # the root first, and each after all that it flows into
+    for consumer in held.consumers:  # the root first, and each after everything that it flows into
         positions, mine, flows = _into(held, consumer, influence)
         shares = (mine.view(-1, 1, 1) * flows.abs() / _size(flows)).nan_to_num()
         if consumer.pattern is None:
@@ -130,7 +130,7 @@ def build(
 def build_all(
     models: Mapping[str, Any], prompt: Int[Tensor, " pos"], target: Target | None = None, **options: Any
 ) -> list[Graph]:
-    """Build the graph of each model, all of one target, as `build` does."""
+    """Build the graph of each model, all for the same target, as `build` does."""
     graphs: list[Graph] = []
     for name, model in models.items():
         graphs.append(build(model, prompt, target, name=name, **options))
@@ -154,7 +154,7 @@ def _size(flows: Float[Tensor, "node source seen"]) -> Float[Tensor, "node 1 1"]
 
 
 def _leading_to_root(edges: pd.DataFrame, last: int) -> pd.DataFrame:
-    """Return the edges from which edges lead on to the root."""
+    """Return the edges that lead to the root through other edges."""
     while True:
         targets = set(zip(edges["row"], edges["position"], strict=True)) | {(-1, last)}
         has_sources = [key in targets for key in zip(edges["to_row"], edges["to_position"], strict=True)]
@@ -166,7 +166,7 @@ def _leading_to_root(edges: pd.DataFrame, last: int) -> pd.DataFrame:
 def _nodes(
     held: Held, edges: pd.DataFrame, influence: Float[Tensor, "row pos"], consumers: Mapping[int, Consumer]
 ) -> pd.DataFrame:
-    """Return the nodes that edges connect: the root first, then by influence."""
+    """Return the nodes that the edges connect: the root first, then by influence."""
     last = len(held.prompt) - 1
     keys = {(-1, last): 1.0}
     keys |= {(row, at): float(influence[row, at]) for row, at in zip(edges["row"], edges["position"], strict=True)}

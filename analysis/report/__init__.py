@@ -1,7 +1,8 @@
 """All analyses -> one directory: a self-contained HTML page, tables as CSV, figures as plotly JSON.
 
-`run` names the models and texts, as `python -m analysis report` does; `write` takes them loaded. To add a flag, add a
-field to `options.Options`; an analysis, a module and an entry in `sections.ANALYSES`; a card, a function in `cards`.
+`run` takes the names of models and texts, like `python -m analysis report`. `write` takes loaded models and texts. To
+add a flag, add a field to `options.Options`. To add an analysis, add a module and an entry in `sections.ANALYSES`. To
+add a card, add a function in `cards`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ __all__ = ["ANALYSES", "ReportError", "Sample", "check", "read_text", "run", "wr
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is public when it is first used: to show its help, the command line needs `options` alone."""
+    """Import a public name when it is first used, because the help of the command line needs only `options`."""
     if name not in __all__:
         raise AttributeError(f"module 'analysis.report' has no attribute {name!r}")
     from analysis.report import build
@@ -24,5 +25,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List public names before they are imported too: `python -m pydoc analysis.report` shows them."""
+    """List public names that are not imported yet, too, so that `python -m pydoc analysis.report` shows them."""
     return sorted({*globals(), *__all__})

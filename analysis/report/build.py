@@ -1,9 +1,9 @@
 """Builds a report: one directory with the page, tables as CSV, and figures as plotly JSON.
 
-1. Name the models: those given, or those of the newest run; load them, and pack the texts as in training.
-2. Measure and plot, analysis by analysis, in the order of `ANALYSES`.
-   A section that cannot be made for these models and texts is left out, with the reason in its place.
-3. Answer the questions that the page opens with, from the tables (`cards`).
+1. Load the given models, or those of the newest run, and pack the texts as in training.
+2. Measure and plot, analysis by analysis, in the order of `ANALYSES`. A section that is not possible for these models
+   and texts is replaced by the reason.
+3. Answer the questions at the top of the page from the tables (`cards`).
 4. Write everything under a temporary name, and rename it when it is complete.
 """
 
@@ -35,30 +35,31 @@ from finetune.run_directory import control_of, recipe_of
 from finetune.text import LONGEST_CONTEXT, RANDOM_TOKENS
 
 _PNG_NEEDS = (
-    "PNGs are drawn by kaleido and Chrome or Chromium: install the extra `png` (pip install -e '.[png]') and a browser "
-    "(BROWSER_PATH names one that is not found), or omit --png."
+    "PNGs require kaleido and Chrome or Chromium. Install the extra `png` (pip install -e '.[png]') and a browser (set "
+    "BROWSER_PATH if it is not found), or omit --png."
 )
 _OF_RUN = {"original", "control", "ln_free", "text", "tokens", "context"}
-"""Options that `run` loads models and texts from. `write` takes these loaded instead."""
+"""Options from which `run` loads models and texts. `write` takes loaded ones instead."""
 
 
 class ReportError(NolnError):
-    """A report that cannot be made as asked; the message says why and what to do."""
+    """A report cannot be made as requested; the message says why and what to do."""
 
 
 def run(options: Options | None = None, /, **given: Any) -> Path:
-    """Load models and texts, write a report of them, and return its page: what `python -m analysis report` does.
+    """Load models and texts, write a report about them, and return its page, as `python -m analysis report` does.
 
     Args:
-        options: what is asked for. None: the default of each field, with the models of the newest run under runs/ or,
+        options: the options. None: the default of each field, with the models of the newest run under runs/ or,
             without a run, the bundled ones.
-        given: fields of `Options` that override those of `options`, such as `run(original="gpt2", ln_free="DIR")`. For
-            models in memory use `write`.
+        given: fields of `Options` that override those of `options`, as in `run(original="gpt2", ln_free="DIR")`. For
+            models in memory, use `write`.
 
     Raises:
-        ReportError: no models, texts or tokens, an analysis that there is not, `out` exists, a batch size below 1, or
-            what PNGs need is not there; a context that a model does not take, or no analysis that suits the models.
-        BenchmarkError: as `benchmarks.check` does.
+        ReportError: models, texts or tokens are missing, an analysis does not exist, `out` exists, the batch size is
+            below 1, the context is too long for a model, no analysis suits the models, or requirements of PNGs are
+            missing.
+        BenchmarkError: as in `benchmarks.check`.
         CheckpointError, TextError, PairError: a model, a text or the pairs cannot be used.
     """
     options = replace(options or Options(), **given)
@@ -68,9 +69,9 @@ def run(options: Options | None = None, /, **given: Any) -> Path:
     if all(name is None for name in (options.original, options.control, options.ln_free, options.revision)):
         options, tokenizer = _of_newest_run(options)
     if options.original is None or options.ln_free is None:
-        raise ReportError("Name both --original and --ln-free, or neither: then those of the newest run are taken.")
+        raise ReportError("Set both --original and --ln-free, or neither to use those of the newest run.")
     if options.pairs is not None:
-        read_pairs(options.pairs)  # raise now rather than later
+        read_pairs(options.pairs)  # raises now rather than later
     named = options.original, options.control, options.ln_free
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = load_trio(*named, tokenizer, revision=options.revision, device=device)
@@ -79,7 +80,9 @@ def run(options: Options | None = None, /, **given: Any) -> Path:
     if options.context is None and shortest < min(original.cfg.n_ctx, LONGEST_CONTEXT):
         options = replace(options, context=shortest)
     if options.context is not None and options.context > shortest:
-        raise ReportError(f"The context is {options.context}, but one of the models takes {shortest} tokens: lower it.")
+        raise ReportError(
+            f"The context is {options.context}, but one of the models takes at most {shortest} tokens. Lower it."
+        )
     samples = {
         name: read_text(name, original, options.tokens, context=options.context, prefix=options.prefix)
         for name in dict.fromkeys((*options.text, RANDOM_TOKENS))
@@ -89,10 +92,10 @@ def run(options: Options | None = None, /, **given: Any) -> Path:
 
 
 def _of_newest_run(options: Options) -> tuple[Options, Any]:
-    """Return `options` with what the run completed last was made of and made, and the tokenizer of its models.
+    """Return `options` with the models of the run that was completed last, and the tokenizer of these models.
 
-    Without a run these are the bundled models, with their own tokenizers. A run writes its `ln_free/` before it trains
-    the control, and its results at the end.
+    Without a run, these are the bundled models, with their own tokenizers. A run writes `ln_free/` before it trains the
+    control, and writes its results at the end.
     """
     runs = [path.parent for path in Path("runs").glob("*/results.csv") if (path.parent / "ln_free").is_dir()]
     if not runs:
@@ -108,22 +111,22 @@ def _of_newest_run(options: Options) -> tuple[Options, Any]:
 
 
 def check(options: Options) -> None:
-    """Raise what `run` and `write` raise of these options, as far as that is known without a model."""
+    """Raise the errors of `run` and `write` about these options, as far as they are known without a model."""
     if options.batch_size < 1:
-        raise ReportError(f"--batch-size is {options.batch_size}, but must be at least 1.")
+        raise ReportError(f"--batch-size is {options.batch_size}; it must be at least 1.")
     if options.png and importlib.util.find_spec("kaleido") is None:
         raise ReportError(_PNG_NEEDS)
     if options.out is not None and options.out.exists():
         raise ReportError(
-            f"{options.out} already exists, and nothing is overwritten: name another directory with --out."
+            f"{options.out} already exists, and nothing is overwritten. Choose another directory with --out."
         )
     known = [*(analysis.name for analysis in ANALYSES), *(["benchmarks"] if options.benchmark else [])]
     if unknown := [name for name in options.only if name not in known]:
-        raise ReportError(f"There is no analysis {', '.join(unknown)}: name some of {', '.join(known)}.")
+        raise ReportError(f"There is no analysis {', '.join(unknown)}. The analyses are {', '.join(known)}.")
     if options.benchmark:
         benchmarks.check(options.benchmark)
     if options.tokens < 1:
-        raise ReportError(f"--tokens is {options.tokens}, but must be at least 1.")
+        raise ReportError(f"--tokens is {options.tokens}; it must be at least 1.")
     if not options.text:
         raise ReportError("Name at least one text with --text, or omit it.")
 
@@ -136,26 +139,26 @@ def write(
     names: Mapping[str, str] | None = None,
     **given: Any,
 ) -> Path:
-    """Run the analyses, write their tables and figures and a page of them all to `out`, and return the page.
+    """Run the analyses, write their tables and figures and a page about all of them to `out`, and return the page.
 
     Args:
-        models: as `load_trio` returns them, `original` and `ln_free` among them.
-        samples: the texts by name, as `read_text` returns them; the first one serves the analyses that look at one.
-        out: the directory to write, whole or not at all.
-        names: what the models are, on top of the page and in its Python; where None, their keys.
-        given: other fields of `Options`: `revision`, `prefix`, which is that of the samples, `pairs`, `only`,
-            `batch_size`, `png`, `benchmark`.
+        models: models from `load_trio`, including `original` and `ln_free`.
+        samples: texts from `read_text`, by name. Analyses of a single text use the first.
+        out: the directory to write, completely or not at all.
+        names: descriptions of the models for the top of the page and its Python code (None: their keys).
+        given: other fields of `Options`: `revision`, `prefix` (that of the samples), `pairs`, `only`, `batch_size`,
+            `png`, `benchmark`.
 
     Raises:
-        ReportError: no `original` or `ln_free`, `out` exists, an analysis that there is not, a batch size below 1, or
-            what PNGs need is not there.
-        BenchmarkError: as `benchmarks.check` does.
-        CheckpointError: the models do not fit together.
+        ReportError: `original` or `ln_free` is missing, `out` exists, an analysis does not exist, the batch size is
+            below 1, or requirements of PNGs are missing.
+        BenchmarkError: as in `benchmarks.check`.
+        CheckpointError: the models cannot be compared.
         PairError: `pairs` cannot be read or do not suit the tokenizer.
-        TypeError: an option that names models or texts, or one that does not exist.
+        TypeError: an option names models or texts, or does not exist.
     """
     if named := sorted(_OF_RUN & given.keys()):
-        raise TypeError(f"write() takes models and texts that are loaded, not {', '.join(named)}: use run() instead.")
+        raise TypeError(f"write() takes loaded models and texts, not {', '.join(named)}. Use run() instead.")
     options = Options(out=Path(out), **given)
     check(options)
     return _write(models, samples, names or {name: name for name in models}, options)
@@ -164,9 +167,9 @@ def write(
 def _write(
     models: Mapping[str, Any], samples: Mapping[str, Sample], names: Mapping[str, str], options: Options
 ) -> Path:
-    """Do the work of `write`, once the options are checked."""
+    """Do the work of `write`, after the options have been checked."""
     if not {"original", "ln_free"} <= models.keys():
-        raise ReportError(f"The models are {', '.join(models)}: a report compares `original` and `ln_free`.")
+        raise ReportError(f"The models are {', '.join(models)}, but a report needs `original` and `ln_free`.")
     analyses = [analysis for analysis in ANALYSES if not options.only or analysis.name in options.only]
     analyses += [benchmark_section(options.benchmark)] if options.benchmark else []
     check_alike(models)
@@ -193,7 +196,7 @@ def _write(
             progress.set_description(analysis.title)
             try:
                 measured = analysis.measure(inputs)
-            except NolnError as error:  # what it measures, these models or texts do not have
+            except NolnError as error:  # the analysis does not suit these models or texts
                 left_out[analysis.title] = str(error)
                 sections.append(page.section_data(analysis, [], "", str(error)))
                 continue
@@ -216,10 +219,10 @@ def _write(
 
 
 def _pairs(models: Mapping[str, Any], options: Options) -> list[Pair]:
-    """Return the pairs of prompts for patching, which suit the tokenizer and every model's context.
+    """Return pairs of prompts for patching that suit the tokenizer and every model's context.
 
     Raises:
-        PairError: those of the file do not, or none can be made.
+        PairError: those of the file do not suit them, or none can be created.
     """
     tokenizer = models["original"].tokenizer
     chosen = choose_pairs(tokenizer, options.pairs)
@@ -228,7 +231,7 @@ def _pairs(models: Mapping[str, Any], options: Options) -> list[Pair]:
 
 
 def _save(frames: Mapping[str, pd.DataFrame], table: Table, path: Path) -> dict[str, Any]:
-    """Write the table and the figure beside the page, and return what the page shows of them."""
+    """Write a table and its figure beside the page, and return what the page shows of them."""
     frame = frames[table.name]
     frame.to_csv(path.with_name(f"{path.name}.csv"), index=False)
     figure: go.Figure | None = None
@@ -241,18 +244,18 @@ def _save(frames: Mapping[str, pd.DataFrame], table: Table, path: Path) -> dict[
 
 
 def write_png(directory: str | Path, scale: float = 2) -> list[Path]:
-    """Draw every figure that a report wrote to `directory` as PNG beside its JSON, and return the files.
+    """Write every figure of the report in `directory` as PNG beside its JSON, and return the files.
 
-    `scale` is pixels of the file by pixel of the figure. It takes the extra `png` and Chrome or Chromium; the
-    environment variable BROWSER_PATH names one that is not found.
+    `scale` is the number of pixels of the file per pixel of the figure. PNGs require the extra `png`, and Chrome or
+    Chromium. Set the environment variable BROWSER_PATH if the browser is not found.
 
     Raises:
-        ReportError: one of them is not there.
+        ReportError: a requirement is missing.
     """
     sources = sorted(Path(directory).glob("*.json"))
     files = [source.with_suffix(".png") for source in sources]
     try:
         plotly.io.write_images([plotly.io.read_json(source) for source in sources], files, scale=scale)
-    except (ValueError, RuntimeError) as error:  # what plotly makes of a missing kaleido or browser
+    except (ValueError, RuntimeError) as error:  # plotly's errors for a missing kaleido or browser
         raise ReportError(f"{_PNG_NEEDS} ({str(error).strip().splitlines()[0]})") from error
     return files

@@ -1,7 +1,7 @@
-"""The questions that the report opens with, answered in a number and a sentence.
+"""The cards at the top of the report: questions, each answered with a number and a sentence.
 
-Which sentence it is follows from the numbers by rule, and an effect that is weak or absent is called so. Each rule
-takes plain numbers; `make` finds these in the tables of the report.
+Rules choose the sentence from the numbers, and say so if an effect is weak or absent. Each rule takes plain numbers,
+which `make` finds in the tables of the report.
 """
 
 import math
@@ -29,18 +29,18 @@ class Card:
     unit: str
     sentence: str
     published: str
-    """The same as published, and by whom."""
+    """The published number, and its source."""
     published_model: str = "GPT-2 small"
 
 
 def make(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Card]:
-    """Make the cards for which the tables of a report, by module and name, have the numbers."""
+    """Make the cards for which the tables of a report, by module and name, contain the numbers."""
     cards = []
     if ("loss", "token") in tables:
         frame = tables["loss", "token"]
         costs = {model: _costs(frame, model) for model in ("original", "control") if model in set(frame["model"])}
         text = next(iter(costs["original"]))
-        # The better of the two: fine-tuning may have brought the control nearer to the text, or farther from it.
+        # The better of the two: fine-tuning may have improved the control on this text, or made it worse.
         baseline = max(costs, key=lambda model: costs[model][text].mean)
         cards.append(loss_here(text, baseline, {model: by_text[text] for model, by_text in costs.items()}))
         if len(costs[baseline]) > 1:
@@ -67,19 +67,19 @@ def make(tables: Mapping[tuple[str, str], pd.DataFrame]) -> list[Card]:
 
 
 class Cost(NamedTuple):
-    """What a model's loss on a text is above another's."""
+    """How much a model's loss on a text exceeds another's."""
 
     mean: float
-    """Nats/token."""
+    """In nats/token."""
     error: float
-    """Its standard error over documents; NaN of a single one."""
+    """The standard error of the mean over documents; NaN for a single document."""
     documents: int
 
     def __str__(self) -> str:
         return _signed(self.mean, self.error)
 
     def differs_from(self, other: "Cost | None" = None) -> bool:
-        """Return whether the difference to `other`, or to 0, is beyond chance: two-sided t-test at 5 %."""
+        """Return whether the difference to `other`, or to 0, is significant in a two-sided t-test at 5 %."""
         other = other or Cost(0, 0, self.documents)
         documents = min(self.documents, other.documents)
         error = math.hypot(self.error, other.error)
@@ -87,7 +87,7 @@ class Cost(NamedTuple):
 
 
 def loss_here(text: str, baseline: str, costs: Mapping[str, Cost]) -> Card:
-    """Answer from the loss of the LN-free model on a text less that of `baseline`, among `costs` by model."""
+    """Answer from the loss of the LN-free model on a text minus that of `baseline`, one of the models in `costs`."""
     cost = costs[baseline]
     if not cost.differs_from():
         sentence = f"On {text} no difference to the {baseline} can be told from chance."
@@ -111,10 +111,10 @@ def loss_here(text: str, baseline: str, costs: Mapping[str, Cost]) -> Card:
 
 
 def loss_elsewhere(baseline: str, costs: Mapping[str, Cost], jsd: pd.Series | None = None) -> Card:
-    """Answer from the same on several texts, by name: the first, and the one of the others that costs the most.
+    """Answer from the cost on several texts, by name: the first, and the most costly of the others.
 
-    That is one whose difference to the first is beyond chance, if there is any. And from the mean JSD to the original
-    on each, nats/token, if it is known.
+    A text whose difference to the first is significant takes precedence. `jsd` is the mean JSD to the original on each
+    text, in nats/token, if known.
     """
     (home, at_home), *others = costs.items()
     text, there = max(others, key=lambda other: (other[1].differs_from(at_home), other[1].mean))
@@ -142,7 +142,7 @@ def loss_elsewhere(baseline: str, costs: Mapping[str, Cost], jsd: pd.Series | No
 
 
 def _costs(frame: pd.DataFrame, baseline: str) -> dict[str, Cost]:
-    """Return by text the loss of the LN-free model less that of `baseline`."""
+    """Return, by text, the loss of the LN-free model minus that of `baseline`."""
     costs = {}
     for text, group in frame.groupby("text", sort=False):
         loss = {model: tokens["loss"].to_numpy() for model, tokens in group.groupby("model")}
@@ -153,7 +153,7 @@ def _costs(frame: pd.DataFrame, baseline: str) -> dict[str, Cost]:
 
 
 def position_0(before: float, at_before: str, after: float, at_after: str) -> Card:
-    """Answer from the norm at position 0 over that at other positions, before and after, each where it is largest."""
+    """Answer from the norm at position 0 divided by that at other positions, before and after, each at its maximum."""
     if max(before, after) < 1.5:
         sentence = "There is nothing to lose: in both models its norm is like that of other positions."
     elif before < 1.5:
@@ -191,7 +191,7 @@ def _position_0(frame: pd.DataFrame) -> Card:
 
 
 def attention_sinks(before: float, after: float) -> Card:
-    """Answer from the sink rate of the original and of the LN-free model, shares."""
+    """Answer from the sink rates of the original and of the LN-free model, as fractions."""
     if max(before, after) < 0.05:
         sentence = "No, in neither model: hardly a head ever attends much to position 0."
     elif before < 0.05:
@@ -210,10 +210,11 @@ def attention_sinks(before: float, after: float) -> Card:
 
 
 def exact_attribution(before: float, after: float, residue: float) -> Card:
-    """Answer from the NMAE of direct logit attribution in the original and in the LN-free model, percent.
+    """Answer from the NMAE of direct logit attribution in the original and in the LN-free model, in percent.
 
-    And from `residue`, by how much of the largest logit the LN-free model's attributions miss a logit in sum: a model
-    that is taken for LN-free and is not has an NMAE of 0, but its parts do not add up.
+    `residue` is the largest difference between a logit of the LN-free model and the sum of its attributions, as a
+    fraction of the largest logit. A model that is wrongly taken for LN-free has an NMAE of 0, but its parts do not add
+    up.
     """
     if after > 0.1 or not residue < 0.01:
         sentence = "It is not in the LN-free model, where it should be: the norms of this model are not entirely gone."
@@ -235,9 +236,10 @@ def exact_attribution(before: float, after: float, residue: float) -> Card:
 
 
 def exact_edges(before: pd.Series, after: pd.Series, residue: float) -> Card:
-    """Answer from the NMAE of contributions by kind of reader in the original and in the LN-free model, percent.
+    """Answer from the NMAE of contributions by kind of reader in the original and in the LN-free model, in percent.
 
-    And from `residue`, by how much of the largest reader the LN-free model's contributions miss a reader in sum.
+    `residue` is the largest difference between a reader of the LN-free model and the sum of contributions, as a
+    fraction of the largest reader.
     """
     if after.max() > 0.1 or not residue < 0.01:
         sentence = "Not in the LN-free model, where each should be: its norms are not entirely gone."
@@ -259,7 +261,7 @@ def exact_edges(before: pd.Series, after: pd.Series, residue: float) -> Card:
 
 
 def same_model(ln_free: float, control: float | None) -> Card:
-    """Answer from the mean JSD to the original of the LN-free model and of the control, nats/token."""
+    """Answer from the mean JSD to the original of the LN-free model and of the control, in nats/token."""
     if not control:
         number = f"{ln_free:.4f}"
         without = "without a control" if control is None else "with a control that is the original itself"

@@ -1,4 +1,4 @@
-"""What the page shows of tables and figures, the calls that make these in Python, and the page itself as HTML."""
+"""Renders the page: the tables and figures that it shows, the Python code that makes them, and the HTML."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from analysis.texts import Sample
 from finetune.run_directory import version_of
 
 ROWS_SHOWN = 40
-"""Rows of a table on the page; the CSV has all."""
+"""The maximum number of rows of a table on the page. The CSV has all rows."""
 COLOURSCALES = {"sequential": "Cividis", "sequentialminus": "Cividis", "diverging": "RdBu"}
 PACKAGES = ("noln", "torch", "transformers", "transformer-lens", "plotly")
 
@@ -38,16 +38,16 @@ def render(
     token_view: Mapping[str, Any],
     sections: Sequence[Mapping[str, Any]],
 ) -> str:
-    """Return the page.
+    """Return the page as HTML.
 
     Args:
-        models: those that are compared, by name.
-        samples: the texts by name.
-        names: what each model is, such as its directory.
-        options: what was asked for; of it the revision of the original and the token before each block are shown.
-        cards: the answers that the page opens with.
-        token_view: what `tokens.view` returns.
-        sections: what `section_data` returns, one for each analysis.
+        models: the compared models, by name.
+        samples: the texts, by name.
+        names: descriptions of the models, such as their directories.
+        options: the options, of which the revision of the original and the prefix are shown.
+        cards: the cards at the top of the page.
+        token_view: the result of `tokens.view`.
+        sections: the result of `section_data` for each analysis.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis.report", ""),
@@ -76,7 +76,7 @@ def render(
 def section_data(
     analysis: Analysis, tables: Sequence[Mapping[str, Any]], code: str, left_out: str = ""
 ) -> dict[str, Any]:
-    """Return what the page shows of an analysis: what `table_data` returns for each of its tables, or why none."""
+    """Return what the page shows of an analysis: the `table_data` of each table, or why the analysis is missing."""
     about = {"module": analysis.name, "title": analysis.title, "sentence": analysis.sentence}
     return {**about, "tables": tables, "code": code, "left_out": left_out}
 
@@ -84,7 +84,7 @@ def section_data(
 def table_data(table: Table, file: str, frame: pd.DataFrame, figure: go.Figure | None) -> dict[str, Any]:
     """Return what the page shows of a table, which is saved as `file`.csv, and of its figure."""
     if figure is not None:
-        figure.layout.template = None  # the page has its own, light and dark
+        figure.layout.template = None  # the page has its own templates, light and dark
     first = frame.head(ROWS_SHOWN)
     is_text = {column: not pd.api.types.is_numeric_dtype(frame[column]) for column in frame}
     return {
@@ -107,7 +107,7 @@ def _cell(value: Any) -> str:
 
 
 def python_code(analysis: Analysis, names: Mapping[str, str], options: Options, text: str, token_count: int) -> str:
-    """Return Python code that makes the tables and figures of an analysis from `token_count` tokens of `text`."""
+    """Return Python code that creates the tables and figures of an analysis from `token_count` tokens of `text`."""
     models = ", ".join(repr(names[key]) if key in names else "None" for key in ("original", "control", "ln_free"))
     models += f", revision={options.revision!r}" if options.revision else ""
     pairs = str(options.pairs) if options.pairs is not None else None
@@ -135,7 +135,7 @@ def python_code(analysis: Analysis, names: Mapping[str, str], options: Options, 
 
 
 def _facts(model: Any, samples: Mapping[str, Sample], prefix: str | None) -> dict[str, str]:
-    """Return on what, when and with which versions the models were compared."""
+    """Return the texts, time and versions with which the models were compared."""
     return {
         "Text": "; ".join(sample.description for sample in samples.values()),
         "Packing": (

@@ -1,4 +1,4 @@
-"""The sections of the page, one for each analysis: what it measures, its tables and figures, and their calls."""
+"""The sections of the page, one per analysis: what it measures, its tables and figures, and their Python calls."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,29 +27,29 @@ from analysis.prompts import Pair, PairError
 from analysis.texts import Sample
 
 PROMPT_TOKENS = 24
-"""Tokens in the prompt whose logits are attributed: the first of the text."""
+"""The number of tokens in the prompt whose logits are attributed: the first tokens of the text."""
 EDGE_TOKENS = 1_024
-"""Tokens on which all edges are measured: whole blocks, at least one."""
+"""The number of tokens on which all edges are measured, in whole blocks (at least one)."""
 FIT_TOKENS = 512
-"""Tokens for virtual weights, half of them to be predicted: whole blocks, at least one."""
+"""The number of tokens for virtual weights, in whole blocks (at least one). Half of them are predicted."""
 WORST = 6
-"""Of the worst tokens, how many of each model and text."""
+"""The number of worst tokens to show per model and text."""
 
 
 class Inputs(NamedTuple):
-    """What the analyses of a report look at."""
+    """The inputs of the analyses of a report."""
 
     models: dict[str, Any]
     samples: dict[str, Sample]
-    """The texts by name."""
+    """The texts, by name."""
     pairs: Sequence[Pair] | PairError
-    """For patching, or why there are none."""
+    """The pairs for patching, or why there are none."""
     batch_size: int
     prefix: str | None = None
-    """The token before each prompt, as before each block of the texts."""
+    """The token that is prepended to each prompt, and to each block of the texts."""
 
     def on_first_text(self, measure: Callable[..., pd.DataFrame], **options: Any) -> pd.DataFrame:
-        """Return what `measure` returns for the models and the first text."""
+        """Return the table of `measure` for the models and the first text."""
         tokens = next(iter(self.samples.values())).tokens
         return measure(self.models, tokens, batch_size=self.batch_size, **options)
 
@@ -59,15 +59,16 @@ class Table:
     """One table of an analysis and its figure."""
 
     name: str
-    """With the module's, the name of the files."""
+    """Together with the module's name, the name of the files."""
     title: str
     plot: Callable[[pd.DataFrame], go.Figure] | None
     python: str
-    """The call that makes what is plotted, from `models` and `tokens`; {prefix} stands for that argument, if given."""
+    """The call that computes the plotted table from `models` and `tokens`. {prefix} is replaced by that argument, if
+    given."""
     plotted: str | None = None
-    """The name of the table that is plotted, if another than this one."""
+    """The name of the table that is plotted, if it is not this one."""
     note: Callable[[pd.DataFrame], str] | None = None
-    """Says of the table what no figure shows."""
+    """Describes what no figure shows of the table."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,20 @@ class Analysis:
     sentence: str
     """What it measures."""
     measure: Callable[[Inputs], dict[str, pd.DataFrame]]
-    """Makes the tables by name, from as few forwards as can be."""
+    """Computes the tables, by name, with as few forwards as possible."""
     tables: tuple[Table, ...]
     python: tuple[str, ...] = ()
-    """What the calls of its tables need beside models and tokens; {pairs} stands for the file of prompt pairs."""
+    """Code that the calls of its tables need in addition to models and tokens. {pairs} is replaced by the file of
+    prompt pairs."""
 
     @property
     def name(self) -> str:
-        """The module's name, in tables and file names too."""
+        """The module's name, which is also used in tables and file names."""
         return self.module.__name__.rpartition(".")[2]
 
 
 def _loss(inputs: Inputs) -> dict[str, pd.DataFrame]:
-    """Measure every text: they stand side by side in each table."""
+    """Measure every text. Each table contains all texts."""
     token = pd.concat(
         [
             loss.measure_tokens(inputs.models, sample.tokens, sample.documents, text=name, batch_size=inputs.batch_size)
@@ -113,7 +115,7 @@ def _loss(inputs: Inputs) -> dict[str, pd.DataFrame]:
 
 
 def _other_text(inputs: Inputs) -> dict[str, pd.DataFrame]:
-    """Measure every text; the first is the one that the constants are taken from."""
+    """Measure every text. The constants are those of the first."""
     token = pd.concat(
         other_text.measure_tokens(inputs.models, sample.tokens, text=name, batch_size=inputs.batch_size)
         for name, sample in inputs.samples.items()
@@ -145,7 +147,7 @@ def _logit_attribution(inputs: Inputs) -> dict[str, pd.DataFrame]:
 
 
 def _edges(inputs: Inputs) -> dict[str, pd.DataFrame]:
-    """Measure all edges on a few blocks: there are thousands at every token."""
+    """Measure all edges on a few blocks, because there are thousands at every token."""
     tokens = next(iter(inputs.samples.values())).tokens
     tokens = tokens[: max(1, EDGE_TOKENS // tokens.shape[1])]
     edge = edges.measure_edges(inputs.models, tokens, batch_size=inputs.batch_size)
@@ -196,7 +198,7 @@ def _generation(inputs: Inputs) -> dict[str, pd.DataFrame]:
 
 
 def _patching(inputs: Inputs) -> dict[str, pd.DataFrame]:
-    """Patch the pairs that every model can do: where a logit difference is small, effects in shares of it are noise."""
+    """Patch the pairs that every model solves: effects as fractions of a small logit difference would be noise."""
     if isinstance(inputs.pairs, PairError):
         raise inputs.pairs
     tokenizer = inputs.models["original"].tokenizer
@@ -461,7 +463,7 @@ ANALYSES = (
 
 
 def benchmark_section(tasks: Sequence[str]) -> Analysis:
-    """Return the section that there is where tasks are asked for: their data may have to come from the Hub."""
+    """Return the section of benchmarks. It is optional, because the data of tasks may have to come from the Hub."""
     return Analysis(
         benchmarks,
         "Benchmarks",

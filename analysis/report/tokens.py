@@ -1,4 +1,4 @@
-"""What each model expected, token by token: a text to read, coloured by how the models differ on it."""
+"""The token view: a text coloured by how the models differ at each token, with what each model expected."""
 
 import functools
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from analysis.texts import Sample
 from finetune.evaluate import js_divergence
 
 TOKENS_SHOWN = 512
-"""In two blocks."""
+"""The number of tokens in the view, in two blocks."""
 
 
 def measure(
@@ -26,15 +26,14 @@ def measure(
     top: int = 5,
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Measure each model at every token of `tokens` that has one before it, from which it is predicted.
+    """Measure each model at every token of `tokens` that has one before it.
 
     Returns:
-        One row per model and token: model, block, position, token; loss, of predicting the token, and jsd, of the
-        prediction to that of the model called `reference`, both in nats; tokens and probabilities, the likeliest
-        `top`.
+        One row per model and token: model, block, position, token; loss (nats) of the token; jsd (nats) of the
+        prediction to that of the model `reference`; tokens and probabilities of the `top` most likely tokens.
     """
     rows = []
-    number = 0  # of the token among those that have one before them
+    number = 0  # the index of the token among those that have one before them
     for targets, log_probs in predictions(models, tokens, batch_size):
         for name in models:
             loss = -log_probs[name].gather(-1, targets[:, None])[:, 0]
@@ -59,7 +58,7 @@ def measure(
 
 
 def view(models: Mapping[str, Any], samples: Mapping[str, Sample], batch_size: int) -> dict[str, Any]:
-    """Return the text of the token view, and what its script needs to know of each token."""
+    """Return the text of the token view, and the data that its script needs for each token."""
     name, sample = next(iter(samples.items()))
     length = min(sample.tokens.shape[1], TOKENS_SHOWN // 2)
     tokens = sample.tokens[[0, len(sample.tokens) // 2] if len(sample.tokens) > 1 else [0], :length]
@@ -67,7 +66,7 @@ def view(models: Mapping[str, Any], samples: Mapping[str, Sample], batch_size: i
     decode = functools.cache(lambda token: models["original"].tokenizer.decode([token]))
 
     def per_token(model: str, column: str) -> list[Any]:
-        """Return a column with None at position 0 of each block, before which there is nothing."""
+        """Return a column, with None at position 0 of each block, which is not predicted."""
         values = frame.loc[frame["model"] == model].sort_values(["block", "position"])[column].tolist()
         return [
             value

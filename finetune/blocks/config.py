@@ -1,4 +1,4 @@
-"""The knobs of a model's blocks, and the named blocks: which knobs each of them sets."""
+"""The knobs of a model's blocks, and the named blocks, each of which sets some knobs."""
 
 import math
 from typing import Any, Literal, no_type_check
@@ -12,14 +12,14 @@ from finetune.errors import NolnError
 
 NormKind = Literal["ln", "rmsnorm", "none"]
 MatrixInit = Literal["identity", "orthogonal", "normal"]
-Number = float | int  # a strict config takes no 1 for a float
+Number = float | int  # a strict config does not accept 1 as a float
 
 
 class BlockError(NolnError):
-    """Knobs that contradict each other, or a model that cannot be what it is asked to become."""
+    """Knobs contradict each other, or a model cannot be converted as requested."""
 
 
-@no_type_check  # strict checks; jaxtyping's import hook would refuse the additional arguments that configs take
+@no_type_check  # strict checks types; jaxtyping's import hook would reject the extra arguments that configs accept
 @strict
 class BlocksConfig(PreTrainedConfig):
     """The shape of a model and the knobs of its blocks. The defaults are GPT-2's block in the shape of `micro`."""
@@ -38,33 +38,33 @@ class BlocksConfig(PreTrainedConfig):
     n_layer: int = 6
     n_head: int = 6
     n_inner: int | None = None
-    """Width of the MLP. None: four times that of the model."""
+    """The width of the MLP. None: four times that of the model."""
     activation_function: str = "gelu_new"
     """A name in transformers' `ACT2FN`."""
     negative_slope: Number = 0.0
-    """Of "leaky_relu"; at 0, as published, that is ReLU."""
+    """The slope of "leaky_relu" below 0. At 0, as published, it is ReLU."""
     qk_bias: bool = True
     vp_bias: bool = True
-    """Of value and projection matrices with neither gains nor absence."""
+    """Whether value and projection matrices have biases, if they are ordinary matrices without gains."""
     mlp_bias: bool = True
 
     norm: NormKind = "ln"
     first_norm: NormKind | None = None
-    """Block 0's first norm. None: as `norm`, but where that is none an LN, as in the published code."""
+    """Block 0's first norm. None: the same as `norm` or, if that is none, an LN, as in the published code."""
     final_norm: NormKind = "ln"
-    """The model's last norm. The published code always has an LN there, under RMSNorm and none too."""
+    """The model's last norm. In the published code it is always an LN, even with RMSNorm or none in the blocks."""
     norm_position: Literal["pre", "post"] = "pre"
     norm_epsilon: Number = 1e-5
     qk_norm: NormKind = "none"
-    """Of queries and keys, over the width of a head, with a weight a coordinate that all heads share."""
+    """The norm of queries and keys, over the width of a head. All heads share one weight per coordinate."""
     softcap: Number | None = None
-    """c in c · tanh(logit / c), of attention logits. The published code knows 30 and none."""
+    """c in c · tanh(logit / c), applied to attention logits. In the published code it is 30 or None."""
 
     parallel: bool = False
-    """Attention and MLP read the same norm and add to the same skip, whose gain is `mlp_skip_gain`. It trains with
-    `train_mlp_gains`; in the published code it never does."""
+    """Attention and MLP read the same norm and add to the same skip, whose gain is `mlp_skip_gain`. The gain is trained
+    if `train_mlp_gains`; in the published code it never is."""
     attn_skip_gain: Number = 1.0
-    """At 0 there is no skip, trained or not."""
+    """At 0 there is no skip, whether gains are trained or not."""
     attn_gain: Number = 1.0
     mlp_skip_gain: Number = 1.0
     mlp_gain: Number = 1.0
@@ -74,39 +74,40 @@ class BlocksConfig(PreTrainedConfig):
     attn_identity_gain: Number = 0.0
     """α of the attention matrix."""
     attn_softmax_gain: Number = 1.0
-    """β."""
+    """β of the attention matrix."""
     attn_centre_gain: Number = 0.0
-    """γ."""
+    """γ of the attention matrix."""
     train_attn_matrix_gains: bool = False
-    """Each head has its own; an α or γ of 0 is left out and does not train."""
+    """Whether to train α, β and γ. Each head has its own. An α or γ of 0 is omitted and not trained."""
 
     value_skip_gain: Number | None = None
-    """α_V, of the initial value matrix, which then is constant. None: an ordinary matrix that trains."""
+    """α_V, the gain of the initial value matrix, which is then constant. None: an ordinary, trained matrix."""
     value_gain: Number = 1.0
-    """β_V, of what is learnt beside it. At 0 nothing is."""
+    """β_V, the gain of the learned value matrix that is added to it. At 0 there is none."""
     first_value_gain: Number | None = None
-    """β_V in block 0. None: as `value_gain`."""
+    """β_V in block 0. None: the same as `value_gain`."""
     value_init: MatrixInit = "normal"
-    """Normal: with `vp_init_std`, but 1/√n_embd where `value_skip_gain` is given."""
+    """normal: with std `vp_init_std`, or 1/√n_embd if `value_skip_gain` is given."""
     train_value_gains: bool = False
     proj_skip_gain: Number | None = None
     proj_gain: Number = 1.0
     last_proj_gain: Number | None = None
-    """β_P in the last block. None: as `proj_gain`."""
+    """β_P in the last block. None: the same as `proj_gain`."""
     proj_init: MatrixInit = "normal"
     train_proj_gains: bool = False
     tie_value_proj_init: Literal["all_blocks", "last_block"] | None = None
-    """Initial projections: each the transpose of its block's values, or the last that of the product of all other
-    value and projection matrices, so that orthogonal ones cancel."""
+    """all_blocks: each initial projection is the transpose of its block's value matrix. last_block: the last projection
+    is the transpose of the product of all other value and projection matrices. Orthogonal matrices then cancel."""
 
     initializer_range: Number = 0.02
     residual_init_std: Number | None = None
-    """Of normal projections and of the MLP's output. None: GPT-2's `initializer_range` / √(2 · n_layer)."""
+    """The std of normal projections and of the MLP's output matrix. None: GPT-2's `initializer_range` / √(2 · n_layer).
+    """
     vp_init_std: Number | None = None
-    """Of normal values and projections that are ordinary matrices. None: values as `initializer_range` says,
-    projections as `residual_init_std`."""
+    """The std of normal value and projection matrices that are ordinary ones. None: `initializer_range` for values,
+    `residual_init_std` for projections."""
     query_init_std: Number | None = None
-    """0: attention starts uniform."""
+    """The std of query weights. At 0, attention is initially uniform. None: `initializer_range`, as for key weights."""
     key_init_std: Number | None = None
 
     use_cache: bool = True
@@ -121,21 +122,23 @@ class BlocksConfig(PreTrainedConfig):
         stds = ("initializer_range", "residual_init_std", "vp_init_std", "query_init_std", "key_init_std")
         for name, bound in (least | dict.fromkeys(stds, 0)).items():
             if (value := getattr(self, name)) is not None and value < bound:
-                raise BlockError(f"{name} is {value}: it must be at least {bound}.")
+                raise BlockError(f"{name} is {value}; it must be at least {bound}.")
         for name in BlocksConfig.__annotations__:
             if isinstance(value := getattr(self, name), float) and not math.isfinite(value):
-                raise BlockError(f"{name} is {value}: it must be finite.")
+                raise BlockError(f"{name} is {value}; it must be finite.")
         for name in ("norm_epsilon", "softcap"):
             if (value := getattr(self, name)) is not None and value <= 0:
-                raise BlockError(f"{name} is {value}: it must be above 0.")
+                raise BlockError(f"{name} is {value}; it must be above 0.")
         if self.n_embd % self.n_head:
-            raise BlockError(f"n_embd is {self.n_embd}: it must be a multiple of n_head, {self.n_head}.")
+            raise BlockError(f"n_embd is {self.n_embd}; it must be a multiple of n_head, {self.n_head}.")
         if self.parallel and self.attn_skip_gain != 0:
-            raise BlockError("A parallel block has one skip, mlp_skip_gain: set attn_skip_gain to 0.")
+            raise BlockError("A parallel block has only one skip, with mlp_skip_gain. Set attn_skip_gain to 0.")
         if self.activation_function not in ACT2FN:
-            raise BlockError(f"There is no activation {self.activation_function}: there are {', '.join(ACT2FN)}.")
+            raise BlockError(
+                f"activation_function is {self.activation_function}; it must be one of {', '.join(ACT2FN)}."
+            )
         if self.tie_value_proj_init and "identity" in (self.value_init, self.proj_init):
-            raise BlockError("tie_value_proj_init ties random matrices: value_init or proj_init is the identity.")
+            raise BlockError("tie_value_proj_init ties random matrices, but value_init or proj_init is identity.")
 
 
 _SKIPLESS = {
@@ -169,24 +172,25 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "skipless-parallel-nonorm": _SKIPLESS | {"parallel": True, "mlp_skip_gain": 0.0, "norm": "none"},
     "op": {"norm": "none", "qk_norm": "rmsnorm", "residual_init_std": 0.02},
 }
-"""What sets each block apart from GPT-2's, as in the published code and its scripts: V-SkipInit with shaped attention
-(without: `attn_softmax_gain` and `attn_centre_gain` 0), SAS and SAS-P of [S24] with and without norms, OP of [O24]."""
+"""The knobs in which each block differs from GPT-2's, as in the published code and its scripts: V-SkipInit with shaped
+attention (set `attn_softmax_gain` and `attn_centre_gain` to 0 to omit it), SAS and SAS-P of [S24] with and without
+norms, and OP of [O24]."""
 
 
 def block_config(name: str, **knobs: Any) -> BlocksConfig:
-    """Return the config of a block of `BLOCKS`, in the shape and with the knobs given.
+    """Return the config of the block `name` of `BLOCKS`, with the given shape and knobs.
 
-    The gains of the branches that are initialised small are O(1/√n_layer): 0.1 at the 18 layers of [S24], of the MLP of
-    blocks without a skip around attention; 0.2 at the published default of 12 layers, of both branches of OP.
+    Small initial gains are O(1/√n_layer). In blocks without a skip around attention, the gain of the MLP is 0.1 at the
+    18 layers of [S24]. In OP, the gains of both branches are 0.2 at the published default of 12 layers.
 
     Raises:
-        BlockError: an unknown block or knob, a value of another type, or knobs that contradict each other or would do
-            nothing.
+        BlockError: a block or knob does not exist, a value has the wrong type, or knobs contradict each other or have
+            no effect.
     """
     if name not in BLOCKS:
-        raise BlockError(f"There is no block {name}: the blocks are {', '.join(BLOCKS)}.")
+        raise BlockError(f"There is no block {name}. The blocks are {', '.join(BLOCKS)}.")
     if unknown := sorted(set(knobs) - set(BlocksConfig.__annotations__)):
-        raise BlockError(f"Blocks have no knobs {', '.join(unknown)}.")
+        raise BlockError(f"Blocks do not have the knobs {', '.join(unknown)}.")
     try:
         config = BlocksConfig(**BLOCKS[name] | knobs)
     except StrictDataclassFieldValidationError as error:
@@ -194,7 +198,7 @@ def block_config(name: str, **knobs: Any) -> BlocksConfig:
     if idle := [
         f"{knob} is {knobs[knob]}, but {why}" for knob, why in _without_effect(config).items() if knob in knobs
     ]:
-        raise BlockError(f"Knobs that would do nothing: {'; '.join(idle)}.")
+        raise BlockError(f"These knobs have no effect: {'; '.join(idle)}.")
     small = {}
     if name == "op":
         small = dict.fromkeys(("attn_gain", "mlp_gain"), 0.2 * math.sqrt(12 / config.n_layer))
@@ -206,7 +210,7 @@ def block_config(name: str, **knobs: Any) -> BlocksConfig:
 
 
 def _without_effect(config: BlocksConfig) -> dict[str, str]:
-    """Return why which knobs change nothing in a model of this config."""
+    """Return the knobs that have no effect in a model with this config, each with the reason."""
     idle: dict[str, str] = {}
     if config.value_skip_gain is None:
         idle |= dict.fromkeys(("value_gain", "first_value_gain", "train_value_gains"), "value_skip_gain is None")
@@ -216,5 +220,5 @@ def _without_effect(config: BlocksConfig) -> dict[str, str]:
         idle["negative_slope"] = f"activation_function is {config.activation_function}"
     ordinary = [("value_skip_gain", "value_init"), ("proj_skip_gain", "proj_init")]
     if not any(getattr(config, gain) is None and getattr(config, init) == "normal" for gain, init in ordinary):
-        idle["vp_init_std"] = "no value or projection matrix is both normal and an ordinary one"
+        idle["vp_init_std"] = "no value or projection matrix is an ordinary one with normal initialisation"
     return idle

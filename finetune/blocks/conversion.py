@@ -1,4 +1,4 @@
-"""A model of GPT-2's own blocks as a `GPT2LMHeadModel`."""
+"""Converting a model whose blocks are GPT-2's to a `GPT2LMHeadModel`."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _FIXED_BY_GPT2 = (
     *("attn_identity_gain", "attn_softmax_gain", "attn_centre_gain", "train_attn_matrix_gains"),
     *("value_skip_gain", "proj_skip_gain"),
 )
-"""What GPT-2's block has as it is by default."""
+"""The knobs that must have their defaults in GPT-2's block."""
 _GPT2_NAMES = {
     "ln_1": ["ln1"],
     "ln_2": ["ln2"],
@@ -23,11 +23,11 @@ _GPT2_NAMES = {
     "mlp.c_fc": ["mlp.fc"],
     "mlp.c_proj": ["mlp.proj"],
 }
-"""Ours by GPT-2's, within a block."""
+"""Our modules, by GPT-2's names, within a block."""
 
 
 def other_than_gpt2(config: BlocksConfig) -> list[str]:
-    """Return the knobs in which a block is not GPT-2's: none of one that `to_gpt2` takes."""
+    """Return the knobs in which a block differs from GPT-2's. There are none if `to_gpt2` can convert it."""
     default = BlocksConfig()
     other = [name for name in _FIXED_BY_GPT2 if getattr(config, name) != getattr(default, name)]
     other += ["first_norm"] * (config.first_norm not in (None, "ln"))
@@ -40,11 +40,13 @@ def to_gpt2(model: BlocksForCausalLM) -> GPT2LMHeadModel:
     """Return a Pre-LN model as a `GPT2LMHeadModel` with the same logits, in its dtype and on its device.
 
     Raises:
-        BlockError: a block that is not GPT-2's.
+        BlockError: the block is not GPT-2's.
     """
     config = model.config
     if other := other_than_gpt2(config):
-        raise BlockError(f"GPT-2 has no such {', '.join(other)}: only `pre-ln` blocks with LN can become GPT-2's.")
+        raise BlockError(
+            f"The block differs from GPT-2's in {', '.join(other)}. Only `pre-ln` blocks with LN can be converted."
+        )
     same = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "initializer_range", "use_cache"]
     same += ["bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"]
     knobs: dict[str, Any] = {name: getattr(config, name) for name in same}

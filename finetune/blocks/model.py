@@ -1,10 +1,10 @@
-"""The model: gains, norms and matrices, the attention and MLP that they make up, blocks of these, and what is around.
+"""The model: gains, norms and matrices; attention and MLPs; blocks; and the whole model.
 
-Where the places of the hooks lie in GPT-2, `nn.Identity` modules with TransformerLens's names stand
-(`blocks.0.hook_resid_pre`, …): what a plain forward hook on one returns replaces the activation. Under the "eager"
-attention implementation the probabilities are computed, and the hooks of attention and norms are passed through;
-otherwise attention is `scaled_dot_product_attention`, and no matrix of tokens by tokens is made but for a soft-cap,
-padding on the left, or several tokens behind cached ones.
+`nn.Identity` modules with the names of TransformerLens's hooks (`blocks.0.hook_resid_pre`, …) are at the places of
+GPT-2's hooks. If a forward hook on one of them returns a tensor, it replaces the activation. With the "eager" attention
+implementation, attention probabilities are computed, and activations pass through the hooks of attention and norms.
+Otherwise attention is `scaled_dot_product_attention`, which builds no tokens × tokens matrix, except with a soft-cap,
+with padding on the left, or for several tokens after cached ones.
 """
 
 import math
@@ -32,7 +32,7 @@ from finetune.blocks.config import BlockError, BlocksConfig, MatrixInit, NormKin
 
 
 class Gain(nn.Module):
-    """Multiplies by a gain: one for all, or one a head."""
+    """Multiplies by a gain: a single one, or one per head."""
 
     value: Float[Tensor, " gain"]
 
@@ -46,7 +46,7 @@ class Gain(nn.Module):
             self.register_buffer("value", value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x times the gain; where it is one a head, x is [batch, head, pos, any] or broadcasts to it."""
+        """Return x times the gain. If there is one per head, x has the shape [batch, head, pos, any], or broadcasts."""
         return x * self.value.view(self.shape)
 
 
@@ -55,7 +55,7 @@ def _gain(initial: float, train: bool) -> nn.Module:
 
 
 class Norm(nn.Module):
-    """LN, or RMSNorm (the published code adds ε to the RMS, this one to its square)."""
+    """LN or RMSNorm. For RMSNorm, the published code adds ε to the RMS, this class to its square."""
 
     def __init__(self, kind: NormKind, width: int, config: BlocksConfig) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Norm(nn.Module):
         self.hook_scale, self.hook_normalized = nn.Identity(), nn.Identity()
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """Normalise x over its width, and scale and shift it; statistics are float32 at least."""
+        """Normalise x over its width, and scale and shift it. Statistics are in at least float32."""
         eps = self.config.norm_epsilon
         if self.config._attn_implementation != "eager":
             if self.kind == "ln":
@@ -97,20 +97,21 @@ def _init_matrix(matrix: Tensor, kind: MatrixInit, std: float) -> None:
 
 
 class Linear(nn.Linear):
-    """An ordinary linear map that knows how its weight is initialised; its bias starts as 0.
+    """An ordinary linear map that defines the initialisation of its own weight. Its bias is initially 0.
 
-    It knows that itself because transformers initialises no custom module without parameters of its own, such as one
-    that only holds linear maps.
+    It is defined here because transformers does not initialise custom modules without own parameters, such as a module
+    that only contains linear maps.
     """
 
     def __init__(self, d_in: int, d_out: int, bias: bool, *stds: float, kind: MatrixInit = "normal") -> None:
         super().__init__(d_in, d_out, bias=bias)
         self.stds, self.kind = stds, kind
-        """As many equal parts of the output as there are stds have their own."""
+        """The output is divided into as many equal parts as there are stds, and each part is initialised with its std.
+        """
 
 
 class GainedMatrix(nn.Module):
-    """The map α · W₀ + β · ΔW: W₀ random or the identity and constant, ΔW from 0 and absent where β starts as 0."""
+    """The map α · W₀ + β · ΔW. W₀ is constant, and random or the identity. ΔW is initially 0, and omitted if β is 0."""
 
     def __init__(self, width: int, kind: MatrixInit, skip_gain: float, gain: float, train: bool) -> None:
         super().__init__()
@@ -133,7 +134,7 @@ class GainedMatrix(nn.Module):
 def _matrix(
     config: BlocksConfig, skip_gain: float | None, gain: float, kind: MatrixInit, train: bool, std: float
 ) -> nn.Module:
-    """Return a value or projection map: a matrix, one with gains, or none."""
+    """Return a value or projection map: an ordinary matrix, one with gains, or none."""
     if skip_gain is None:
         return Linear(config.n_embd, config.n_embd, config.vp_bias, std, kind=kind)
     if kind == "identity" and skip_gain == 1 and gain == 0:
@@ -142,7 +143,7 @@ def _matrix(
 
 
 def _random_part(matrix: nn.Module) -> Any:
-    """Return the tensor that holds the initial value of a value or projection map that has a random one."""
+    """Return the randomly initialised tensor of a value or projection map."""
     return matrix.weight if isinstance(matrix, Linear) else matrix.initial
 
 
@@ -177,11 +178,11 @@ class Attention(nn.Module):
         past: DynamicCache | None = None,
         tokens: Bool[Tensor, "batch key"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Attend from x to x and, where there is a cache, to what is in `past`, which x joins.
+        """Attend from x to x and, if there is a cache, to its contents. Keys and values of x are added to `past`.
 
-        `tokens` says what is no padding; where it is given, the attention matrix is made.
+        `tokens` is False at padding. If it is given, the attention matrix is built.
         """
-        # [batch, pos, head, d_head], as TransformerLens's hooks have it
+        # [batch, pos, head, d_head], as in TransformerLens's hooks
         q, k, v = (part.unflatten(-1, (self.config.n_head, -1)) for part in (*self.qk(x).chunk(2, -1), self.v(x)))
         q, k, v = self.hook_q(self.q_norm(q)), self.hook_k(self.k_norm(k)), self.hook_v(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -194,7 +195,7 @@ class Attention(nn.Module):
         return self.o(self.hook_z(z.transpose(1, 2)).flatten(2))
 
     def _mask(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return which keys a query sees, the last query all of them: [query, key]."""
+        """Return the causal mask, [query, key]: whether a query sees a key. The last query sees all keys."""
         queries, keys = q.shape[-2], k.shape[-2]
         return torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
 
@@ -208,7 +209,7 @@ class Attention(nn.Module):
         mask = self._mask(q, k)
         eye = mask.triu(k.shape[-2] - q.shape[-2])
         if tokens is not None:
-            mask = mask & tokens[:, None, None] | eye  # padding sees itself, for something to be seen
+            mask = mask & tokens[:, None, None] | eye  # padding sees itself, so that no row is empty
         scores = q @ k.mT / math.sqrt(q.shape[-1])
         if self.config.softcap is not None:
             scores = self.config.softcap * torch.tanh(scores / self.config.softcap)
@@ -227,7 +228,7 @@ class Attention(nn.Module):
         k: Float[Tensor, "batch head key d_head"],
         v: Float[Tensor, "batch head key d_head"],
     ) -> Float[Tensor, "batch head query d_head"]:
-        """Return the attention matrix times the values without making it: I · v = v, and C · v is a running mean."""
+        """Return the attention matrix times the values without building it: I · v = v, and C · v is a running mean."""
         queries, keys = q.shape[-2], k.shape[-2]
         mask = self._mask(q, k) if 1 < queries < keys else None
         z = self.beta(F.scaled_dot_product_attention(q, k, v, mask, is_causal=queries == keys))
@@ -253,15 +254,16 @@ class MLP(nn.Module):
         self.hook_pre, self.hook_post = nn.Identity(), nn.Identity()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return what the MLP makes of x."""
+        """Return the output of the MLP for x."""
         return self.proj(self.hook_post(self.act(self.hook_pre(self.fc(x)))))
 
 
 class Block(GradientCheckpointingLayer):
-    """Attention and an MLP, one after the other or side by side.
+    """Attention and an MLP, in sequence or in parallel.
 
-    `hook_attn_out` and `hook_mlp_out` see what is added, gains included. `hook_resid_mid` of a parallel block sees the
-    sum without the MLP; under post-norm the `hook_resid_…` see the sums ahead of the norms.
+    `hook_attn_out` and `hook_mlp_out` receive what is added to the stream, including gains. In a parallel block,
+    `hook_resid_mid` receives the sum without the MLP. With post-norm, the `hook_resid_…` receive the sums before the
+    norms.
     """
 
     def __init__(self, config: BlocksConfig, layer: int) -> None:
@@ -285,7 +287,7 @@ class Block(GradientCheckpointingLayer):
         past_key_values: DynamicCache | None = None,
         tokens: Bool[Tensor, "batch key"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Return the block's output; keys and values join those in `past_key_values`."""
+        """Return the block's output. Keys and values are added to `past_key_values`."""
         x = self.hook_resid_pre(x)
         read = self.ln1(x)
         skip = self.mlp_skip_gain if self.parallel else self.attn_skip_gain
@@ -304,7 +306,7 @@ class Block(GradientCheckpointingLayer):
 
 
 class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
-    """Token and position embeddings, blocks, final norm, unembedding (tied to the token embedding as in GPT-2)."""
+    """Token and position embeddings, blocks, a final norm and an unembedding tied to the token embedding by default."""
 
     config_class = BlocksConfig
     config: BlocksConfig
@@ -324,14 +326,14 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
         self.unembed = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
         if config.tie_value_proj_init is not None:
-            self._tie_value_proj_init()  # of a model that is being loaded this is written over
+            self._tie_value_proj_init()  # overwritten if the model is being loaded
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
         return self.embed
 
     def set_input_embeddings(self, value: Any) -> None:
-        """Put another token embedding in."""
+        """Replace the token embedding."""
         self.embed = value
 
     def get_output_embeddings(self) -> nn.Module:
@@ -339,16 +341,16 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
         return self.unembed
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
-        """Put another unembedding in."""
+        """Replace the unembedding."""
         self.unembed = new_embeddings
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers would look for its own dispatcher in the source
+        return True  # otherwise transformers looks for its own dispatcher in the source
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
-        """Initialise `module`, whose children are initialised already; what was loaded stays as it is."""
+        """Initialise `module`, whose children have already been initialised. Loaded weights are not changed."""
         config = self.config
         super()._init_weights(module)
         if isinstance(module, Gain):
@@ -394,17 +396,17 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         num_items_in_batch: Any = None,
     ) -> CausalLMOutputWithPast:
-        """Return logits, [batch, pos, vocab], and the mean cross-entropy (nats/token) of the tokens after `labels`.
+        """Return logits, [batch, pos, vocab], and, given `labels`, the mean next-token cross-entropy (nats/token).
 
-        Padding, which `attention_mask`, [batch, key], marks with 0, changes nothing of the tokens. `position_ids` move
-        the position embeddings and no more: sequences packed into one row are not kept apart. `hidden_states` are, as
-        GPT-2's, every block's input and what the final norm makes of the last one's output.
+        Padding, marked with 0 in `attention_mask`, [batch, key], does not affect other tokens. `position_ids` only
+        change the position embeddings: sequences packed into one row attend to each other. `hidden_states` are those of
+        GPT-2: the input of every block, and the output of the final norm.
 
         Raises:
-            BlockError: a mask or a cache of another kind, or more tokens than there are positions.
+            BlockError: the mask or the cache is invalid, or there are more tokens than positions.
         """
         if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
-            raise BlockError(f"The cache is a {type(past_key_values).__name__}: these models take a DynamicCache.")
+            raise BlockError(f"The cache is a {type(past_key_values).__name__}. These models require a DynamicCache.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -412,12 +414,14 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         end = seen + input_ids.shape[1]
         if end > self.config.n_positions:
-            raise BlockError(f"The model has {self.config.n_positions} positions, not {end}.")
+            raise BlockError(f"The model has only {self.config.n_positions} positions, but there are {end} tokens.")
         tokens = None
         if attention_mask is not None:
             if attention_mask.shape != (len(input_ids), end):
-                raise BlockError(f"The attention_mask is {list(attention_mask.shape)}, not {[len(input_ids), end]}.")
-            # What comes after all tokens is not seen anyway. On a GPU the answer waits for the device.
+                raise BlockError(
+                    f"The attention_mask has the shape {list(attention_mask.shape)} instead of {[len(input_ids), end]}."
+                )
+            # Padding on the right is never seen, so it needs no mask. On a GPU this test waits for the device.
             if (attention_mask.int().diff(dim=-1) > 0).any():
                 tokens = attention_mask.bool()
                 if position_ids is None:
@@ -432,7 +436,7 @@ class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
         for block in self.blocks:
             if output_hidden_states:
                 hidden_states.append(x)
-            # By its name, for gradient checkpointing takes caches away.
+            # Passed by keyword, because gradient checkpointing identifies the cache, which it removes, by this name.
             x = block(x, past_key_values=past_key_values, tokens=tokens)
         x = self.ln_final(x)
         logits = self.unembed(x[:, -logits_to_keep:])

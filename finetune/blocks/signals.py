@@ -1,4 +1,4 @@
-"""What the released code of the papers logs of a model while it trains: gains, attention entropy, outlier features."""
+"""The signals that the papers' released code logs during training: gains, attention entropy and outlier features."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +14,19 @@ from finetune.features import FeatureSums
 
 @contextmanager
 def signals(model: BlocksForCausalLM) -> Iterator[dict[str, float]]:
-    """Measure what the released code of [S24] and [O24] logs, of the one forward made in the `with` statement.
+    """Measure the signals that the released code of [S24] and [O24] logs, in the one forward of the `with` statement.
 
-    The dict that it yields is filled at the end. Of every gain, by its module's name, its mean (over heads), and `.std`
-    where there are heads. `blocks.3.attn.entropy`: of A(x), nats, the mean over heads and queries. Of every block's
-    input and the last one's output x, such as `blocks.3.hook_resid_pre.kurtosis`, over all tokens: `rms`, √mean x², in
-    x's unit; and, without unit and as `analysis.outlier_features` defines them, `kurtosis`, from 1 to the width,
-    `max_median_ratio`, `feature_correlation_rms`, `input_correlation` and `input_correlation_rms`. RMS, kurtosis and
-    ratio are of x as it is, as in the paper; the released code takes its mean over the width out first. They need
-    probabilities: attention is "eager" meanwhile.
+    Yields a dict that is filled on exit:
+
+    - for every gain, by its module's name: its mean (over heads), and `.std` if there are several heads;
+    - `blocks.3.attn.entropy`: the entropy of A(x) in nats, the mean over heads and queries;
+    - for the input x of every block and the output x of the last one, such as `blocks.3.hook_resid_pre.kurtosis`, over
+      all tokens: `rms`, √mean x², in units of x; and, without units and as defined in `analysis.outlier_features`,
+      `kurtosis` (from 1 to the width), `max_median_ratio`, `feature_correlation_rms`, `input_correlation` and
+      `input_correlation_rms`. RMS, kurtosis and ratio are those of x itself, as in the paper; the released code first
+      subtracts the mean over the width.
+
+    The entropy needs attention probabilities, so attention is "eager" inside the `with` statement.
     """
     measured: dict[str, Tensor] = {}
     values: dict[str, float] = {}
@@ -52,7 +56,7 @@ def signals(model: BlocksForCausalLM) -> Iterator[dict[str, float]]:
             measured[name] = gain.mean()
             if len(gain) > 1:
                 measured[f"{name}.std"] = gain.std()
-    # One wait for the device, not one a value.
+    # Wait for the device once, not once per value.
     values.update(zip(measured, torch.stack([value.float() for value in measured.values()]).tolist(), strict=True))
 
 

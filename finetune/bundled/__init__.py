@@ -1,4 +1,4 @@
-"""The data that ships inside the package, and the one place where short names become paths."""
+"""The models and texts that ship inside the package. Only this module turns their short names into paths."""
 
 from pathlib import Path
 
@@ -7,21 +7,21 @@ ROOT = Path(__file__).parent
 MODELS = {
     name: ROOT / name for name in ("micro", "micro-control", "micro-ln-free", "micro-llama", "micro-llama-ln-free")
 }
-"""Short names of models: a GPT-2 and a Llama, and what the recipes of their names make of them with seed 0. A name that
-is not here is a local directory or a Hub id."""
+"""Short names of models: a GPT-2 and a Llama, and what the recipes with their names make of them at seed 0. Any other
+name is a local directory or a Hub id."""
 
 TEXTS = {
     name: ROOT / "text" / f"{name}.jsonl.xz"
     for name in ("books-train", "books-validation", "books-report", "shifted-peps")
 }
-"""Short names of texts. A name that is not here is a local path or a Hub data set."""
+"""Short names of texts. Any other name is a local path or a Hub data set."""
 
 
 def resolve_model(name: str) -> str:
-    """Return the path of the bundled model called `name`, or `name` itself if none is called so."""
+    """Return the path of the bundled model `name`, or `name` itself if there is no such model."""
     return str(MODELS.get(name, name))
 
 
 def resolve_text(name: str) -> str:
-    """Return the path of the bundled text called `name`, or `name` itself if none is called so."""
+    """Return the path of the bundled text `name`, or `name` itself if there is no such text."""
     return str(TEXTS.get(name, name))

@@ -1,8 +1,9 @@
-"""`python -m finetune.bundled RUN`: bundle the models of a run, in place of those that are called after its recipe.
+"""`python -m finetune.bundled RUN`: bundle the models of a run, replacing those that are named after its recipe.
 
-A run of `micro` gives `micro-control` and `micro-ln-free`, one of `pretrain micro-llama` gives `micro-llama`.
+A run of `micro` gives `micro-control` and `micro-ln-free`. A run of `pretrain micro-llama` gives `micro-llama`.
 
-Matrices are stored in float16. Vectors stay in float32: the weights of an LN-free model's norms hold 1e6 over a std.
+Matrices are stored in float16. Vectors stay in float32, because an LN-free model's norm weights contain 1e6 divided by
+a std.
 """
 
 import argparse
@@ -17,16 +18,16 @@ from finetune.run_directory import recipe_of
 
 
 def bundle(run: Path) -> None:
-    """Write the models of the run directory `run` that `MODELS` names into the package.
+    """Write the models of the run directory `run` that have names in `MODELS` into the package.
 
     Raises:
-        NolnError: none of its models has a name there.
+        NolnError: none of its models has such a name.
     """
     name = recipe_of(run).name
     sources = {name: run / "model", f"{name}-control": run / "control", f"{name}-ln-free": run / "ln_free"}
     sources = {name: source for name, source in sources.items() if name in MODELS and source.is_dir()}
     if not sources:
-        raise NolnError(f"{run} holds no model of {', '.join(MODELS)}: its recipe is {name}.")
+        raise NolnError(f"{run}, a run of the recipe {name}, contains none of the models {', '.join(MODELS)}.")
     for name, source in sources.items():
         model = checkpoint.load(source)
         for parameter in model.parameters():
@@ -36,7 +37,7 @@ def bundle(run: Path) -> None:
         made = ROOT / f".{name}.partial"
         shutil.rmtree(made, ignore_errors=True)
         checkpoint.save(model, made, checkpoint.load_tokenizer(source), card)
-        # transformers loads in the config's type, which it took from the first matrix.
+        # transformers loads weights in the config's dtype, and save took that from the first matrix.
         config = made / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
         shutil.rmtree(MODELS[name], ignore_errors=True)

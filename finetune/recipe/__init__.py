@@ -1,6 +1,6 @@
-"""A recipe: everything that a run needs, typed, validated, saved with the run and replayable from that file.
+"""Recipes. A recipe is everything that a run needs, typed and validated. It is saved with the run, to be replayed.
 
-Nothing here imports torch, so that the command line answers at once.
+Nothing here imports torch, so the command line responds at once.
 """
 
 from finetune.recipe.fields import (

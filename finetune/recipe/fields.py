@@ -1,4 +1,4 @@
-"""The fields of a recipe that removes LayerNorm, typed and validated: what they mean, and which of them contradict."""
+"""The fields of a recipe that removes LayerNorm: their types, what they mean, and which values are invalid."""
 
 import dataclasses
 import math
@@ -13,18 +13,18 @@ import tyro
 from finetune.errors import NolnError
 
 SiteKind = Literal["mlp", "qk", "v", "attn_out", "mlp_out", "final"]
-"""A kind of site, the same in all families: the norm that a block's MLP reads, the one that its attention reads on the
-path to queries and keys and on the path to values, where a family has them the norms of what attention and MLP write,
-and the model's final norm."""
+"""A kind of site, the same in all families: `mlp`, the norm that a block's MLP reads; `qk` and `v`, the norm that its
+attention reads, on the path to queries and keys and on the path to values; `attn_out` and `mlp_out`, the norms of the
+outputs of attention and MLP in families that have them; `final`, the model's final norm."""
 TokenClass = Literal["eot", "position_0"]
-"""A class of token with a constant of its own while training goes on: end-of-text, and position 0."""
+"""A token class with its own constant during training: end-of-text tokens, and tokens at position 0."""
 Phase = Literal["mlp", "qk", "v", "attn_out", "mlp_out", "final", "eot", "position_0"]
-"""What one phase of a schedule does: freeze the sites of a kind, or merge a class of token."""
+"""One phase of a schedule: freezing the sites of a kind, or merging a token class."""
 StdMean = Literal["arithmetic", "geometric", "harmonic"]
-"""The kind of mean of the stds that a constant is."""
+"""The kind of mean of stds that is used as a constant."""
 
 LowRankTarget = Literal["readers", "writers", "embeddings"]
-"""What may train at low rank beside the norms."""
+"""What can be trained, besides the norms, with lora_rank."""
 
 _COVER_KIND = re.compile(
     r"uniform|shuffled|renamed|repeated|runs|(unigram|corrupted)(-(?=[\d.]*[1-9])(\d+(\.\d+)?|\.\d+))?"
@@ -36,7 +36,7 @@ strict = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 def described(kind: type[_Kind]) -> type[_Kind]:
-    """Return a dataclass with the docstrings of its fields in its own, where pydoc and Jupyter show them."""
+    """Append the docstrings of a dataclass's fields to its own docstring, for pydoc and Jupyter."""
     fields = [field for base in reversed(kind.__mro__) for field in vars(base).get("__pydantic_fields__", {}).items()]
     told = {name: " ".join(field.description.split()) for name, field in fields if field.description}
     lines = [textwrap.fill(f"{name}: {text}", 100, subsequent_indent="    ") for name, text in told.items()]
@@ -48,13 +48,13 @@ _FORMER_NAMES = {"ln_2": "mlp", "ln_f": "final", "bos": "position_0"}
 
 
 def current_name(name: str) -> str:
-    """Return today's name of a phase, a site (`h.3.ln_2`) or a field (`schedule.gap.ln_f`) that may be a former one."""
+    """Return the current name of a phase, site (`h.3.ln_2`) or field (`schedule.gap.ln_f`) that may be a former one."""
     *parents, last = name.split(".")
     return ".".join([*parents, _FORMER_NAMES.get(last, last)])
 
 
 class _ByPhase:
-    """Settings by phase: former names of phases are taken for today's."""
+    """Settings by phase. Former names of phases are accepted."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -66,43 +66,44 @@ class _ByPhase:
 
 
 class RecipeError(NolnError):
-    """A recipe that contradicts itself, or the model it is to be run on; the message says what to change."""
+    """A recipe contradicts itself, or does not fit the model; the message says what to change."""
 
 
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Text:
-    """Where the text comes from, and which part of it is held out."""
+    """The text, and which part of it is held out."""
 
     source: Annotated[str, tyro.conf.arg(name="text", prefix_name=False)] = "books-train"
     """A bundled name (books-train, books-validation, books-report, shifted-peps), a file (.txt, .jsonl, .parquet;
     .gz and .xz too), a directory (of such files, a saved `datasets` directory, or nanoGPT's train.bin and val.bin),
     or the name of a data set on the Hub."""
     held_out: str | None = None
-    """A second source to measure the loss on, never trained on. None: of a directory the files that it calls validation
-    or test, and otherwise a part of `source`, are held out."""
+    """A second source, to measure the loss on. It is never trained on. None: the files of the source directory that are
+    named validation or test are held out or, if there are none, a part of `source`."""
     held_out_fraction: float = 0.01
-    """The part of `source` that is held out where nothing else is, as a fraction of its documents."""
+    """The fraction of the documents of `source` that is held out if nothing else is."""
     held_out_blocks: int = 240
-    """How many held-out blocks the losses are measured on, at most."""
+    """The maximum number of held-out blocks on which losses are measured."""
     train_blocks: int | None = None
-    """Train on so many blocks, spread evenly through the source, again and again. None: on all."""
+    """Train on this many blocks, spread evenly through the source, and repeat them as needed. None: all blocks."""
     column: str | None = None
-    """The column that holds the text. None: the one called text, or the only one of strings."""
+    """The column that contains the text. None: the column named text, or the only column of strings."""
     subset: str | None = None
     """The configuration of a Hub data set."""
     revision: str | None = None
-    """The revision of a Hub data set. None: the newest, or where that is a loading script, which `datasets` does not
-    run any more, refs/convert/parquet, which the Hub made of what it loaded."""
+    """The revision of a Hub data set. None: the newest or, if that is a loading script, which `datasets` no longer
+    runs, the Hub's Parquet version of it, refs/convert/parquet."""
     split: str = "train"
     """The split of a Hub data set or of a saved `datasets` directory."""
     token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
-    """The type of the numbers in nanoGPT's .bin files. auto: uint16 up to 65,536 tokens of vocabulary."""
+    """The type of the numbers in nanoGPT's .bin files. auto: uint16 for a vocabulary of up to 65,536 tokens, else
+    uint32."""
     prefix: str | None = None
-    """A token to put before each block, in training, in held-out text and in analyses: "bos" for the tokenizer's
-    beginning-of-sequence token, or a token by its text. None: nothing is put before it."""
+    """A token at the start of each block, in training, held-out text and analyses: "bos" for the tokenizer's
+    beginning-of-sequence token, or the text of a token. None: no such token."""
     streaming: bool = False
-    """Tokenise while training, for text that does not fit on the disk."""
+    """Tokenise during training, for text that does not fit on the disk."""
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out_fraction < 1:
@@ -111,86 +112,90 @@ class Text:
             if (blocks := getattr(self, field)) is not None and blocks < 1:
                 raise RecipeError(f"text.{field} is {blocks}; at least 1 is needed.")
         if self.train_blocks is not None and self.streaming:
-            raise RecipeError("text.train_blocks takes blocks from all of the text, text.streaming none again: choose.")
+            raise RecipeError(
+                "text.train_blocks and text.streaming cannot be combined, because a stream is read only once. Set one."
+            )
 
 
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Gaps(_ByPhase):
-    """Steps from one event of a phase to the next event, its own or the next phase's. Fractions add up."""
+    """Steps from an event to the next event of the same or the next phase. Fractions of a step accumulate."""
 
     mlp: float = 0.0
-    """From the norm that one layer's MLP reads to the next layer's."""
+    """Steps from the norm that one layer's MLP reads to that of the next layer."""
     qk: float = 0.0
-    """From one layer's QK path to the next layer's."""
+    """Steps from one layer's QK path to that of the next layer."""
     v: float = 0.0
-    """From one layer's V path to the next layer's: the fragile one."""
+    """Steps from one layer's V path to that of the next layer. V paths are the fragile ones."""
     attn_out: float = 0.0
-    """From the norm of what one layer's attention writes to the next layer's. Gemma 2 has these two."""
+    """Steps from the norm of one layer's attention output to that of the next layer (only Gemma 2)."""
     mlp_out: float = 0.0
-    """From the norm of what one layer's MLP writes to the next layer's."""
+    """Steps from the norm of one layer's MLP output to that of the next layer (only Gemma 2)."""
     final: float = 0.0
-    """From the final norm to the next phase."""
+    """Steps from the final norm to the next phase."""
     eot: float = 0.0
-    """From the merging of end-of-text to the next phase."""
+    """Steps from merging the end-of-text class to the next phase."""
     position_0: float = 0.0
-    """From the merging of position 0 to the next phase."""
+    """Steps from merging the position-0 class to the next phase."""
 
     def __post_init__(self) -> None:
         for phase, gap in dataclasses.asdict(self).items():
             if not 0 <= gap < math.inf:
-                raise RecipeError(f"schedule.gap.{phase} is {gap}; a gap is 0 steps (all at once) or more.")
+                raise RecipeError(f"schedule.gap.{phase} is {gap}; it must be at least 0 steps (0: all at once).")
 
 
 Direction = Literal["up", "down", "together"]
-"""How a kind of site goes through the layers: from the first, from the last, or all at one step."""
+"""The order of layers in which the sites of a kind freeze: from the first, from the last, or all at the same step."""
 
 
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Layers(_ByPhase):
-    """How each kind of site goes through the layers."""
+    """The order of layers in which the sites of each kind freeze: up, down or together."""
 
     mlp: Direction = "up"
-    """Through the norms that MLPs read."""
+    """The order of layers for the norms that MLPs read."""
     qk: Direction = "up"
-    """Through the QK paths."""
+    """The order of layers for the QK paths."""
     v: Direction = "up"
-    """Through the V paths."""
+    """The order of layers for the V paths."""
     attn_out: Direction = "up"
-    """Through the norms of what attention writes."""
+    """The order of layers for the norms of attention outputs."""
     mlp_out: Direction = "up"
-    """Through the norms of what MLPs write."""
+    """The order of layers for the norms of MLP outputs."""
 
 
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Schedule:
-    """When the LNs go, relative to the number of layers, so that it serves a model of any depth."""
+    """When each LN is removed. It does not depend on the number of layers, so it applies to a model of any depth."""
 
     start: float
-    """The step at which the first site freezes; the stds are measured before it."""
+    """The step at which the first site freezes. The stds are measured before it."""
     gap: Gaps
     """Steps from one event to the next."""
     order: tuple[str, ...] = get_args(Phase)
-    """What goes, one after another: kinds of site to freeze, layer by layer, or single sites (`h.3.qk`), and classes of
-    token to merge. Kinds that a model lacks are passed over. A class that is left out has no constant of its own: its
-    tokens are ordinary ones."""
+    """What happens, in order: kinds of site to freeze, layer by layer; single sites to freeze (`h.3.qk`); token classes
+    to merge. Kinds that a model lacks are skipped. A token class that is omitted has no constant of its own: its tokens
+    count as ordinary ones."""
     layers: Layers = Layers()
-    """How each kind of site goes through the layers: up, down or together."""
+    """The order of layers in which the sites of each kind freeze: up, down or together."""
     fade: int = 1
     """Steps over which a site's divisor moves from the live std to the constant. 1: it jumps, as published."""
     merge_fade: int | None = None
-    """Steps over which a class of token is merged. None: as many as `fade`."""
+    """Steps over which a token class is merged. None: as many as `fade`."""
     tolerance: float | None = None
-    """Adaptive: an event waits until the smoothed training loss has come back to within this many nats/token of where
-    it stood before the last one ([H24]); `gap` is then the least that it waits. None: `gap` is what it waits."""
+    """Adaptive schedule: an event waits until the smoothed training loss is within this many nats/token of its value
+    before the previous event (Heimersheim 2024), and at least for `gap`. None: it waits exactly for `gap`."""
     max_gap: float = math.inf
-    """Adaptive: the most steps that an event waits. No event waits so long that those left do not fit into the run."""
+    """Adaptive schedule: the maximum number of steps that an event waits. An event never waits so long that the
+    remaining events no longer fit into the run."""
     smoothing: float = 0.8
-    """Adaptive: how much of the smoothed loss is kept at each step."""
+    """Adaptive schedule: the fraction of the smoothed loss that is kept at each step."""
     at: tuple[int, ...] = ()
-    """The step of each entry of `order`, in place of `start` and `gap`: what an adaptive schedule came to."""
+    """The step of each entry of `order`, instead of `start` and `gap`. Set to the steps that an adaptive schedule
+    chose, it replays them."""
 
     @pydantic.field_validator("order", mode="before")
     @classmethod
@@ -202,98 +207,106 @@ class Schedule:
             raise RecipeError(f"schedule.start is {self.start}; at least 1 step is needed to measure the stds.")
         for name, fade in (("fade", self.fade), ("merge_fade", self.merge_fade)):
             if fade is not None and fade < 1:
-                raise RecipeError(f"schedule.{name} is {fade}; 1 is a jump, more steps are a fade.")
+                raise RecipeError(f"schedule.{name} is {fade}; it must be 1 (a jump) or more (a fade).")
         for entry in self.order:
             if entry not in get_args(Phase) and not re.fullmatch(r"h\.\d+\.(mlp|qk|v|attn_out|mlp_out)", entry):
                 raise RecipeError(
-                    f"schedule.order names {entry}, which is no kind of site or class of token "
-                    f"({', '.join(get_args(Phase))}) and no single site, such as h.3.qk."
+                    f"schedule.order contains {entry}, which is neither a kind of site or token class "
+                    f"({', '.join(get_args(Phase))}) nor a single site, such as h.3.qk."
                 )
         if len(set(self.order)) < len(self.order):
-            raise RecipeError(f"schedule.order names something twice: {', '.join(self.order)}.")
+            raise RecipeError(f"schedule.order contains an entry twice: {', '.join(self.order)}.")
         for kind in ("mlp", "qk", "v", "final"):
             if not any(entry.split(".")[-1] == kind for entry in self.order):
-                raise RecipeError(f"schedule.order lacks {kind}: it would never be frozen. Add it to the list.")
+                raise RecipeError(f"schedule.order lacks {kind}, which would never be frozen. Add it to the list.")
         if self.tolerance is not None and self.at:
-            raise RecipeError("schedule.at says when, and schedule.tolerance waits for the loss: choose one.")
+            raise RecipeError(
+                "schedule.at and schedule.tolerance cannot be combined: one fixes the steps, the other waits for the "
+                "loss. Set one."
+            )
         if not self.max_gap >= 1:
             raise RecipeError(f"schedule.max_gap is {self.max_gap}; at least 1 step is needed.")
         if not 0 <= self.smoothing < 1:
             raise RecipeError(f"schedule.smoothing is {self.smoothing}; it must be at least 0 and less than 1.")
         if self.at and (len(self.at) != len(self.order) or list(self.at) != sorted(self.at) or self.at[0] < 1):
             raise RecipeError(
-                "schedule.at needs a step for each entry of schedule.order, from 1 on, none before the last."
+                "schedule.at needs one step for each entry of schedule.order, at least 1 and in ascending order."
             )
 
     @property
     def classes(self) -> tuple[TokenClass, ...]:
-        """The classes of token with a constant of their own."""
+        """The token classes that have their own constants."""
         return tuple(entry for entry in get_args(TokenClass) if entry in self.order)
 
 
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Training:
-    """What every run needs, whatever it trains. Steps count from 0."""
+    """The fields that every kind of run needs. Steps are counted from 0."""
 
     name: Annotated[str, tyro.conf.Suppress]
-    """What the run directory is called after."""
+    """The run directory is named after it."""
     steps: Annotated[int, tyro.conf.Suppress]
     """Optimizer steps of the run."""
     batch: int
-    """Sequences a step, over all processes and micro-batches. `context` or `n_positions` says how long they are."""
+    """Sequences per step, over all processes and micro-batches. `context` or `n_positions` is their length."""
     micro_batch: int | Literal["auto"]
-    """Sequences in one forward of one process; the batch is made up by accumulating gradients. auto: as many as fit
-    into memory, tried before the first step; the recipe in the run directory says how many that are."""
+    """Sequences per forward of one process; gradients are accumulated over the batch. auto: as many as fit into memory,
+    found before the first step and written to the recipe in the run directory."""
     lr: float
-    """The highest learning rate, after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     min_lr: float
-    """The learning rate at `lr_horizon`, to which it falls on a cosine."""
+    """The learning rate to which it falls, on a cosine, at `lr_horizon`."""
     warmup: int
     """Steps over which the learning rate rises from 0."""
     text: Annotated[Text, tyro.conf.arg(name="text")] = Text()
-    """Where the text comes from."""
+    """The text."""
     lr_horizon: int | None = None
-    """The step at which the learning rate has fallen to `min_lr`. None: the last step. A later one leaves the end of
-    the fall away."""
+    """The step at which the learning rate reaches `min_lr`. None: the last step. If it is after the last step, the end
+    of the decay is cut off."""
     weight_decay: float = 0.01
-    """AdamW's decay of matrices; vectors (biases, gains) have none."""
+    """AdamW's weight decay of matrices; vectors (biases, gains) are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     clip: float = 1.0
-    """The largest norm of the gradient; larger ones are scaled down to it. 0: no limit."""
+    """The maximum norm of the gradient; a larger gradient is scaled down to it. 0: no limit."""
     max_rise: float = 3.0
-    """The run stops when the loss of three steps in a row exceeds the mean of the first ten by more than this, in
-    nats/token. Fitted to the original, the loss less the original's on the same tokens is what counts: no text is too
-    hard. A single step may exceed it: while norms fade, one unusual token can."""
+    """Stop the run when the loss exceeds the mean of its first ten steps by more than this, in nats/token, at three
+    steps in a row. For a model that is fitted to the original, the original's loss on the same tokens is subtracted, so
+    that difficult text does not stop the run. A single step may exceed the limit: one unusual token can cause this
+    while norms fade."""
     seed: int = 0
-    """Of the order of the text, and of whatever else is drawn."""
+    """The seed of the order of the text and of everything else that is random."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train. auto: the accelerator, if there is one."""
     bf16: bool | None = None
-    """Matrix products in bfloat16, weights in float32. None: on CUDA devices that have it, and on CPUs with AMX or
-    AVX512-BF16; the recipe in the run directory says what it came to. As flags, --bf16 and --no-bf16."""
+    """Compute matrix products in bfloat16, with weights in float32. None: on CUDA devices that support it, and on CPUs
+    with AMX or AVX512-BF16; the recipe in the run directory records the choice. As flags, --bf16 and --no-bf16."""
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third slower."""
+    """Recompute activations in the backward pass, which takes less memory and a third more time."""
     log_every: int = 10
-    """Steps from one record of the stds or signals, and one report to `report_to`, to the next."""
+    """Steps between records of the stds or signals, and between reports to `report_to`."""
     save_every: int = 50
-    """Steps from one checkpoint to the next; the newest two are kept."""
+    """Steps between checkpoints. The newest two are kept."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where to report the losses, beside the run's log."""
+    """Where to report the losses, in addition to the run's log."""
     push_to_hub: str | None = None
-    """The Hub repository to push the model to, when it is done."""
+    """The Hub repository to push the finished model to."""
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch", "micro_batch", "log_every", "save_every"):
             if getattr(self, field) != "auto" and getattr(self, field) < 1:
                 raise RecipeError(f"{field} is {getattr(self, field)}; at least 1 is needed.")
         if self.micro_batch != "auto" and self.batch % self.micro_batch:
-            raise RecipeError(f"batch is {self.batch}, no multiple of micro_batch, {self.micro_batch}: change either.")
+            raise RecipeError(
+                f"batch is {self.batch}, which is not a multiple of micro_batch, {self.micro_batch}. Change either."
+            )
         if not 0 <= self.min_lr <= self.lr < math.inf or self.lr == 0:
-            raise RecipeError(f"min_lr is {self.min_lr} and lr {self.lr}; 0 <= min_lr <= lr and lr > 0 are needed.")
+            raise RecipeError(
+                f"min_lr is {self.min_lr} and lr is {self.lr}; 0 <= min_lr <= lr and lr > 0 are required."
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(
                 f"betas are {self.betas[0]} and {self.betas[1]}; each must be at least 0 and less than 1."
@@ -302,9 +315,13 @@ class Training:
             raise RecipeError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}.")
         self._check_not_negative("clip", "weight_decay", "max_rise")
         if not 0 <= self.warmup < self.steps:
-            raise RecipeError(f"warmup is {self.warmup} steps, not shorter than the run of {self.steps} steps.")
+            raise RecipeError(
+                f"warmup is {self.warmup} steps; it must be at least 0 and shorter than the run of {self.steps} steps."
+            )
         if self.horizon < self.steps:
-            raise RecipeError(f"lr_horizon is {self.horizon}, before the end of the run at {self.steps} steps.")
+            raise RecipeError(
+                f"lr_horizon is {self.horizon}; it must not be before the end of the run at step {self.steps}."
+            )
 
     def _check_not_negative(self, *fields: str) -> None:
         for field in fields:
@@ -313,14 +330,14 @@ class Training:
 
     @property
     def horizon(self) -> int:
-        """The step at which the learning rate has fallen to `min_lr`."""
+        """The step at which the learning rate reaches `min_lr`."""
         return self.steps if self.lr_horizon is None else self.lr_horizon
 
     def scaled(self, steps: int) -> Self:
-        """Return the recipe for a run of `steps` steps: warm-up, LR horizon and schedule, if any, scaled with it.
+        """Return the recipe for a run of `steps` steps, with warm-up, LR horizon and schedule, if any, scaled as well.
 
         Raises:
-            RecipeError: no run is that long, or so short that the recipe does not hold.
+            RecipeError: `steps` is less than 1, or so small that the recipe is invalid.
         """
         if steps < 1:
             raise RecipeError(f"steps is {steps}; at least 1 is needed.")
@@ -338,115 +355,122 @@ class Training:
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Recipe(Training):
-    """Everything that a run needs which removes LayerNorm."""
+    """Everything that is needed for a run that removes LayerNorm."""
 
     schedule: Schedule = dataclasses.field(kw_only=True)
-    """When the LNs go."""
+    """When each LN is removed."""
     context: int | None = None
-    """The length of a sequence, in tokens. None: as many as the model has positions, at most 1,024."""
+    """The length of a sequence, in tokens. None: the number of the model's positions, at most 1,024."""
     model: str = "micro"
-    """The model to take the LNs from: a bundled name (micro), a local directory, a GGUF file, or a name on the Hub."""
+    """The model to remove the LNs from: a bundled name (micro), a local directory, a GGUF file, or a name on the Hub.
+    """
     revision: str | None = None
     """The revision of a model on the Hub."""
     kl_weight: float = 0.0
     """What the LN-free model is fitted to. 0: the text (cross-entropy); 1: the original's predictions (KL divergence);
     between: (1 − kl_weight) · cross-entropy + kl_weight · KL. The control is always fitted to the text."""
     match_weight: float = 0.0
-    """The weight of the distance between the LN-free model's residual stream and the original's, both as a LayerNorm
-    reads them, averaged over the blocks but the last. It falls with the learning rate: early the streams lead the way,
-    at the end the predictions are what counts."""
+    """The weight of the distance between the residual streams of the LN-free model and the original, both as a
+    LayerNorm reads them, averaged over all blocks but the last. The weight decays with the learning rate, so that the
+    streams guide the beginning of training and the predictions its end."""
     aux_weight: float = 0.0
     """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at the final
     norm."""
     cover: float = 0.0
-    """The share of the run's blocks that are cover: not text, but tokens on which the LN-free model is held to the
-    original's predictions all the same (`kl_weight`, `match_weight`). The control sees text in their place."""
+    """The fraction of the run's blocks that are cover. Cover is not text: it is tokens on which the LN-free model is
+    trained to match the original's predictions as well (`kl_weight`, `match_weight`). The control trains on text in
+    their place."""
     cover_kinds: tuple[str, ...] = ("uniform",)
-    """What is in them, one kind after another. uniform: tokens drawn uniformly from the vocabulary. unigram-T: drawn as
-    often as the text has them, at temperature T (1 if there is none). shuffled: the block of text in another order.
-    corrupted-P: a part P of its tokens (if there is none, one drawn for each block) is uniform ones. renamed: each of
-    its tokens is another throughout. repeated: 1 to 32 of its tokens or of uniform ones, again and again. runs: one
-    short run after another of all these."""
+    """The kinds of cover, which take turns. uniform: tokens drawn uniformly from the vocabulary. unigram-T: tokens
+    drawn by their frequency in the text, at temperature T (default 1). shuffled: a block of text in random order.
+    corrupted-P: a block of text in which a fraction P of the tokens (default: random for each block) is replaced by
+    uniform tokens. renamed: a block of text in which each token is replaced by another, the same one throughout.
+    repeated: 1 to 32 tokens of text, or uniform tokens, repeated. runs: short runs of text and of these kinds."""
     cover_span: tuple[float, float] = (0.0, 1.0)
-    """Between which fractions of the run there is cover; `cover` is its share there."""
+    """The part of the run with cover, as fractions of the run. `cover` is the fraction of blocks within that part."""
     cover_stds: bool = True
-    """Whether the running means of the stds are over cover too."""
+    """Whether the running means of the stds include cover."""
     spread_weight: float = 0.0
-    """The weight of the mean over sites and tokens of |log live std − log constant|^spread_power, of the sites that are
-    frozen."""
+    """The weight of the spread: the mean of |log live std − log constant|^spread_power over tokens and frozen sites."""
     spread_power: float = 2.0
-    """The higher it is, the more the tokens with the most uncommon stds count in the spread."""
+    """The higher the power, the more the spread depends on the tokens with the most unusual stds."""
     spread_live: bool = False
-    """Squeeze: the spread is of sites that are live, too, and there around the site's running mean. And whatever its
-    class, a token's std is drawn to that of ordinary tokens. A live norm does not see the scale of what it reads, so
-    that this can be learnt at little cost before the first site freezes, at `schedule.start`."""
+    """Squeeze: the spread includes live sites, with the site's running mean as the constant, and the std of a token of
+    any class is pulled to that of ordinary tokens. The output of a live norm does not depend on the scale of its input,
+    so this can be learnt at little cost before the first site freezes, at `schedule.start`."""
     spread_position_0: float = 1.0
-    """How many tokens one at position 0 counts for in the spread."""
+    """The weight of a token at position 0 in the spread, relative to other tokens."""
     spread_on: Literal["all", "cover"] = "all"
-    """Which blocks `spread_weight` acts on."""
+    """The blocks that `spread_weight` acts on."""
     std_decay: float = 0.9
-    """How much of the running means of the stds is kept at each optimizer step."""
+    """The fraction of the running means of the stds that is kept at each optimizer step."""
     std_mean: StdMean = "arithmetic"
-    """What the running means are of: σ, log σ, or 1/σ."""
+    """The kind of running mean: arithmetic (of σ), geometric (of log σ) or harmonic (of 1/σ)."""
     also: tuple[str, ...] = ()
-    """More texts to measure the models on when they are done, named as `text.source` is. What is held out and random
-    tokens are always measured."""
+    """More texts to measure the finished models on, named as in `text.source`. The held-out text and random tokens are
+    always measured."""
     longest_write: float | None = None
-    """Before training, MLP neurons of the LN-free model that write massive activations are scaled down: none writes a
-    vector with an RMS of more than so many times the stream's median (`finetune.massive_writes`). None: as they are."""
+    """Before training, scale down MLP neurons of the LN-free model that write massive activations, so that none writes
+    a vector with an RMS of more than this many times the stream's median (`finetune.massive_writes`). None: do not."""
     guard: float | None = None
-    """κ of the outlier guard: while training, what divides a token at a site is at least the live std over κ. None: no
-    guard. The LN-free model has none."""
+    """κ of the outlier guard: during training, the divisor of a token at a site is at least the live std divided by κ.
+    None: no guard. The finished LN-free model never has one."""
     guard_span: tuple[float, float] = (0.5, 0.9)
-    """Between which fractions of the run the guard is lifted: 1/κ falls linearly to 0."""
+    """The part of the run over which the guard is lifted, as fractions of the run: 1/κ falls linearly to 0."""
     live_gradients: bool = False
-    """While the guard is up, gradients pass a frozen site as they pass a live norm, without the part along the vector
-    that it divides, which grows from block to block. Needs a guard, and a spread_weight to hold stds together."""
+    """While the guard is on, backpropagate through a frozen site as through a live norm, without the part of the
+    gradient along the divided vector, which grows from block to block. Requires a guard, and a spread_weight to hold
+    stds together."""
     max_outlier: float = 1e6
-    """The run stops when the live std of a token is so many times what divides it: the divisor has been left behind."""
+    """Stop the run when the live std of a token is this many times its divisor: the std has drifted from the constant.
+    """
     shard: bool = False
-    """Share out the model, its gradients and moments, and the original, among the processes: each holds a part, where
-    otherwise each holds all. For models that are too large for one device; slower. So does `accelerate launch` with
-    FSDP."""
+    """Shard the model, its gradients and moments, and the original over the processes, so that each process holds a
+    part instead of everything. For models that are too large for one device. Slower. `accelerate launch` with FSDP sets
+    it too."""
     lora_rank: int | None = None
-    """Train at low rank (LoRA, Hu et al. 2021): each matrix W stays as it is, and what trains is a product of rank
-    `lora_rank` that is added to it, with the gains and biases of norms. Memory for gradients and AdamW's moments is
-    that of what trains, and the exported models are ordinary ones. 0: gains and biases of norms alone. None: all
-    weights train. Needs the extra `lora`. A higher lr than that of all weights is usual."""
+    """Train at low rank (LoRA, Hu et al. 2021): each matrix W stays fixed, and a product of rank `lora_rank` that is
+    added to it is trained, together with the gains and biases of norms. Gradients and AdamW's moments take memory only
+    for trained parameters. The exported models are ordinary ones. 0: train only the gains and biases of norms. None:
+    train all weights. Requires the extra `lora`. A higher lr than for training all weights is usual."""
     lora_alpha: float = 32.0
-    """At low rank, the product counts lora_alpha / lora_rank times."""
+    """At low rank, the product is multiplied by lora_alpha / lora_rank."""
     lora_targets: tuple[LowRankTarget, ...] = ("readers", "writers")
-    """At low rank, what trains beside the norms. readers: the matrices that read the norms of blocks; writers: those
-    through which attention and MLPs write to the residual stream; embeddings: embeddings and unembedding, whole."""
+    """At low rank, what is trained besides the norms. readers: the matrices that read the norms of blocks; writers: the
+    matrices through which attention and MLPs write to the residual stream; embeddings: the whole embeddings and
+    unembedding."""
     control: bool = True
-    """Also fine-tune with LayerNorm kept, by cross-entropy alone, to tell what fine-tuning did from what losing
-    LayerNorm did. With `kl_weight` or `match_weight` the original tells the latter better."""
+    """Also fine-tune a control that keeps LayerNorm, with cross-entropy only, to separate the effect of fine-tuning
+    from that of losing LayerNorm. With `kl_weight` or `match_weight`, a comparison with the original shows the latter
+    better."""
     control_from: str | None = None
-    """The directory of a control that an earlier run made, used instead of training one."""
+    """The directory of a control from an earlier run, to use instead of training one."""
     export_format: Literal["b25", "h24"] = "b25"
-    """The format of the LN-free checkpoint: every LN with its γ and β, or these folded into the next weights."""
+    """The format of the LN-free checkpoint: b25 keeps every LN's γ and β, h24 folds them into the next weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_not_negative("match_weight", "aux_weight", "spread_weight", "spread_position_0")
         if not 0 <= self.kl_weight <= 1:
-            raise RecipeError(f"kl_weight is {self.kl_weight}; it must lie between 0, the text, and 1, the original.")
+            raise RecipeError(f"kl_weight is {self.kl_weight}; it must be from 0 (the text) to 1 (the original).")
         if self.context is not None and self.context < 2:
             raise RecipeError(f"context is {self.context}; at least 2 tokens are needed.")
         self._check_cover()
         self._check_outliers()
         if self.shard and self.lora_rank is not None:
             raise RecipeError(
-                "shard and lora_rank cannot be combined: low rank makes a model small, so leave shard out."
+                "shard and lora_rank cannot be combined. Training at low rank takes little memory, so omit shard."
             )
         if self.shard and self.micro_batch == "auto":
-            raise RecipeError("With shard, micro_batch cannot be auto, which tries each process alone: give a number.")
+            raise RecipeError(
+                "With shard, micro_batch cannot be auto, because that tests each process alone. Set it to a number."
+            )
         if self.lora_rank is not None and self.lora_rank < 0:
             raise RecipeError(f"lora_rank is {self.lora_rank}; it must be at least 0, or None to train all weights.")
         if self.lora_rank and not {"readers", "writers"} & {*self.lora_targets}:
             raise RecipeError(
-                f"lora_rank is {self.lora_rank}, but lora_targets has neither readers nor writers: add them, or set "
-                "lora_rank to 0."
+                f"lora_rank is {self.lora_rank}, but lora_targets has neither readers nor writers. Add one of them, or "
+                "set lora_rank to 0."
             )
         if not 0 < self.lora_alpha < math.inf:
             raise RecipeError(f"lora_alpha is {self.lora_alpha}; it must be above 0.")
@@ -454,13 +478,13 @@ class Recipe(Training):
             raise RecipeError(f"std_decay is {self.std_decay}; it must be at least 0 and less than 1.")
         if self.schedule.start >= self.steps:
             raise RecipeError(
-                f"schedule.start is {self.schedule.start}: nothing would freeze in the {self.steps} steps of the run."
+                f"schedule.start is {self.schedule.start}, so nothing would freeze in a run of {self.steps} steps."
             )
         if self.control_from is not None and not self.control:
-            raise RecipeError(f"control_from names {self.control_from}, but control is switched off: choose one.")
+            raise RecipeError(f"control_from is {self.control_from}, but control is false. Change one of them.")
 
     def guard_at(self, step: int) -> float:
-        """Return 1/κ of the outlier guard at a step; 0 without one."""
+        """Return 1/κ of the outlier guard at a step, or 0 without a guard."""
         if self.guard is None:
             return 0.0
         start, end = self.guard_span
@@ -469,7 +493,7 @@ class Recipe(Training):
 
     @property
     def control_settings(self) -> tuple[Any, ...]:
-        """The values of the fields on which the control depends: recipes with equal ones have the same control."""
+        """The values of the fields on which the control depends. Recipes with equal values have the same control."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if SHAPES_CONTROL[field.name])
 
     def _check_outliers(self) -> None:
@@ -481,16 +505,16 @@ class Recipe(Training):
             raise RecipeError(f"guard is {self.guard}; it must be above 1, or None for no guard.")
         if self.live_gradients and (self.guard is None or not self.spread_weight):
             raise RecipeError(
-                "live_gradients needs a guard, because it acts while the guard is up, and a spread_weight, because "
-                "nothing else then trains how long residual vectors are: set both, or set live_gradients to False."
+                "live_gradients needs a guard, because it acts only under one, and a spread_weight, because nothing "
+                "else then trains the lengths of residual vectors. Set both, or set live_gradients to false."
             )
         start, end = self.guard_span
         if not 0 <= start < end <= 1:
             raise RecipeError(f"guard_span is {start}, {end}; it must begin before it ends, between 0 and 1.")
         if self.guard_at(self.steps - 1):
             raise RecipeError(
-                f"guard_span ends at {end}: the guard would not be lifted by the last of {self.steps} steps, and the "
-                "LN-free model has none. Let it end earlier."
+                f"guard_span ends at {end}, so the guard would not be lifted by the last of {self.steps} steps, but "
+                "the LN-free model has no guard. Let it end earlier."
             )
         if not self.max_outlier >= 2:
             raise RecipeError(f"max_outlier is {self.max_outlier}; it must be at least 2.")
@@ -498,13 +522,13 @@ class Recipe(Training):
     def _check_cover(self) -> None:
         if not 0 <= self.cover <= 1 - 1 / self.batch:
             raise RecipeError(
-                f"cover is {self.cover}; it must be at least 0, and at most {1 - 1 / self.batch:g}, which leaves a "
-                f"block of text in every batch of {self.batch}: lower cover, or raise batch."
+                f"cover is {self.cover}; it must be at least 0, and at most {1 - 1 / self.batch:g}, which leaves one "
+                f"block of text in every batch of {self.batch}. Lower cover, or raise batch."
             )
         if self.cover and not (self.kl_weight or self.match_weight):
             raise RecipeError(
-                f"cover is {self.cover}, but nothing is to be learnt from it without the original: set kl_weight or "
-                "match_weight, or cover to 0."
+                f"cover is {self.cover}, but without fitting the original the model learns nothing from it. Set "
+                "kl_weight or match_weight, or set cover to 0."
             )
         unknown = [kind for kind in self.cover_kinds if not _COVER_KIND.fullmatch(kind)]
         if unknown or not self.cover_kinds:
@@ -516,12 +540,12 @@ class Recipe(Training):
         if not 0 <= start < end <= 1:
             raise RecipeError(f"cover_span is {start}, {end}; it must begin before it ends, between 0 and 1.")
         if self.spread_weight and self.spread_on == "cover" and not self.cover:
-            raise RecipeError("spread_on is cover, but cover is 0: there would be no penalty.")
+            raise RecipeError("spread_on is cover, but cover is 0, so there would be no penalty. Change one of them.")
 
     def _scaled(self, steps: int) -> dict[str, Any]:
         factor = steps / self.steps
         start = max(1.0, self.schedule.start * factor)
-        # `factor` too, unless the start could not fall as far: what follows it is fitted into the steps left.
+        # This equals `factor` unless start was raised to 1: the rest of the schedule is fitted into the steps left.
         after_start = (steps - start) / (self.steps - self.schedule.start)
         schedule = dataclasses.replace(
             self.schedule,
@@ -552,5 +576,5 @@ SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
     ),
     False,
 )
-"""Of each field of `Recipe`, whether the control depends on it. The others say how LN is removed, and what is kept and
-reported of the run. A new field needs an entry."""
+"""For each field of `Recipe`, whether the control depends on it. The others determine how LN is removed, and what is
+saved and reported of the run. A new field needs an entry."""

@@ -1,4 +1,4 @@
-"""Recipes as YAML: those that ship, those of the user, and those of earlier runs; with other fields, and written."""
+"""Recipes as YAML: loading shipped recipes, the user's and those of earlier runs; overriding fields; writing."""
 
 import dataclasses
 import itertools
@@ -22,40 +22,41 @@ _FOLDERS: dict[type[Training], Path] = {Recipe: RECIPES, PretrainRecipe: RECIPES
 
 
 def shipped(kind: type[Training] = Recipe) -> list[str]:
-    """Return the names of the recipes of a kind that ship with the package."""
+    """Return the names of the recipes of the given kind that ship with the package."""
     return sorted(path.stem for path in _FOLDERS[kind].glob("*.yaml"))
 
 
 def about(name: str, kind: type[Training] = Recipe) -> str:
-    """Return the first sentence of the comment that a shipped recipe begins with."""
+    """Return the first sentence of a shipped recipe's opening comment."""
     lines = (_FOLDERS[kind] / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     comment = " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line[:1] == "#", lines))
     return re.split(r"(?<=\.) (?=[A-Z])", comment)[0]
 
 
 def load(name_or_path: str | Path) -> Recipe:
-    """Read a recipe: a shipped name or a YAML file, a run's `recipe.yaml` among them.
+    """Read a recipe, given a shipped name or a YAML file, such as a run's `recipe.yaml`.
 
     Raises:
-        RecipeError: there is none, it is no YAML, a field is unknown or of the wrong type, or fields contradict.
+        RecipeError: the recipe does not exist or is not YAML, a field is unknown or of the wrong type, or fields
+            contradict each other.
     """
     return _load(name_or_path, Recipe)
 
 
 def load_pretraining(name_or_path: str | Path) -> PretrainRecipe:
-    """Read a recipe of pretraining, as `load` does."""
+    """Read a pretraining recipe, as `load` does."""
     return _load(name_or_path, PretrainRecipe)
 
 
 def load_run(directory: Path) -> Recipe | PretrainRecipe:
-    """Read the recipe of a run, of whichever kind it is.
+    """Read the recipe of a run of either kind.
 
     Raises:
-        RecipeError: as `load`, or `directory` is no run directory.
+        RecipeError: as in `load`, or `directory` is not a run directory.
     """
     path = directory / "recipe.yaml"
     if not path.is_file():
-        raise RecipeError(f"{directory} is no run directory: it holds no recipe.yaml.")
+        raise RecipeError(f"{directory} is not a run directory: it does not contain recipe.yaml.")
     return load_pretraining(path) if "block" in read_yaml(path, "recipe") else load(path)
 
 
@@ -66,39 +67,39 @@ def _load(name_or_path: str | Path, kind: type[_Training]) -> _Training:
         other = PretrainRecipe if kind is Recipe else Recipe
         command = "pretrain" if kind is Recipe else "run"
         elsewhere = f" {name_or_path} is a recipe of `{command}`." if str(name_or_path) in shipped(other) else ""
-        raise RecipeError(f"No recipe {name_or_path}: name a YAML file or one of {', '.join(names)}.{elsewhere}")
+        raise RecipeError(f"No recipe is called {name_or_path}. Pass a file or one of {', '.join(names)}.{elsewhere}")
     path = _FOLDERS[kind] / f"{name_or_path}.yaml" if str(name_or_path) in names else given
     content = {"name": path.stem, **read_yaml(path, "recipe")}
-    content.pop("run", None)  # what `dump` says of a run, which changes nothing
+    content.pop("run", None)  # what `dump` records about a run: not part of the recipe
     if kind is Recipe and "block" in content:
         raise RecipeError(
-            f"The recipe {path} trains a block from random weights: `python -m finetune pretrain` takes it."
+            f"The recipe {path} trains a model from random weights. Run it with `python -m finetune pretrain`."
         )
     if kind is PretrainRecipe and "schedule" in content:
-        raise RecipeError(f"The recipe {path} removes LayerNorm on a schedule: `python -m finetune run` takes it.")
+        raise RecipeError(f"The recipe {path} removes LayerNorm on a schedule. Run it with `python -m finetune run`.")
     return validate(kind, content, f"recipe {path}")
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """Read the fields in a YAML file, which the message of an error calls `what`.
+    """Read the fields of a YAML file, which error messages call `what`.
 
     Raises:
-        RecipeError: it cannot be read, or holds no fields.
+        RecipeError: the file cannot be read, or has no fields.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: bytes, or no such date
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not text, or an invalid date
         raise RecipeError(f"The {what} {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"The {what} {path} holds no fields.")
+        raise RecipeError(f"The {what} {path} has no fields.")
     return content
 
 
 def validate(kind: type[_Kind], content: dict[str, Any], what: str) -> _Kind:
-    """Return `content` as a `kind`, all fields checked.
+    """Return `content` as a validated `kind`.
 
     Raises:
-        RecipeError: a field is unknown or of the wrong type, or fields contradict.
+        RecipeError: a field is unknown or of the wrong type, or fields contradict each other.
     """
     try:
         return pydantic.TypeAdapter(kind).validate_python(content)
@@ -110,9 +111,9 @@ def validate(kind: type[_Kind], content: dict[str, Any], what: str) -> _Kind:
 
 
 def with_text(recipe: _Training, text: str | Path | Text | None) -> _Training:
-    """Return `recipe` with another text: a source, of which a part is held out, or a whole `Text`. None: its own.
+    """Return `recipe` with another text: a source, part of which is held out, or a `Text`. None: unchanged.
 
-    What a recipe holds out, and the column and split to read, go with the source that it names.
+    A new source also resets the held-out source, column, subset, revision and split, which belong to the old source.
     """
     if isinstance(text, str | Path) and str(text) == recipe.text.source:
         text = None
@@ -124,12 +125,12 @@ def with_text(recipe: _Training, text: str | Path | Text | None) -> _Training:
 
 
 def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
-    """Return `recipe` with `fields` in place of its own: dotted names, `schedule.gap.v`, and values as in YAML.
+    """Return `recipe` with some fields replaced: `fields` maps dotted names, such as `schedule.gap.v`, to YAML values.
 
-    `steps` comes first and scales the schedule, as `--steps` does.
+    `steps` is applied first and scales the schedule, as `--steps` does.
 
     Raises:
-        RecipeError: as `validate` does; `what` is what the message calls the result.
+        RecipeError: as in `validate`. The message calls the result `what`.
     """
     fields = {current_name(str(name)): value for name, value in fields.items()}
     if "steps" in fields:
@@ -149,7 +150,7 @@ def override(recipe: Recipe, fields: Mapping[str, Any], what: str) -> Recipe:
 
 
 def changed_fields(recipe: Training) -> dict[str, Any]:
-    """Return the fields in which `recipe` is not what a recipe is by default, as JSON has them."""
+    """Return the fields of `recipe` that differ from their defaults, as JSON values."""
     return pydantic.TypeAdapter(type(recipe)).dump_python(recipe, mode="json", exclude_defaults=True)
 
 
@@ -158,13 +159,13 @@ said = changed_fields
 
 
 def dump(recipe: Training, run: dict[str, Any] | None = None) -> str:
-    """Return `recipe` as YAML that `load` reads, with what there is to say of a run of it."""
+    """Return `recipe` as YAML that `load` reads, with information about a run of it if given."""
     content = dataclasses.asdict(recipe) | ({} if run is None else {"run": run})
     return yaml.safe_dump(_plain(content), sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` with tuples, which YAML lacks, as lists."""
+    """Return `value` with tuples as lists, because YAML does not have tuples."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value

@@ -25,9 +25,9 @@ Block = Literal[
 
 
 def _from_flag(words: list[str]) -> dict[str, Any]:
-    """Return names and their values, which follow each other; what is not a number, bool or None is a string."""
+    """Parse alternating names and values. A value that is not a number, bool or None is a string."""
     if len(words) % 2:
-        raise ValueError(f"names and values are to alternate, but these are {len(words)}")
+        raise ValueError(f"names and values must alternate, but there are {len(words)} words")
     values = {}
     for name, word in zip(words[::2], words[1::2], strict=True):
         value = word
@@ -44,57 +44,57 @@ _NAMES_AND_VALUES = tyro.constructors.PrimitiveConstructorSpec(
     is_instance=lambda value: isinstance(value, dict),
     str_from_instance=lambda values: [str(word) for pair in values.items() for word in pair],
 )
-"""A dict as a flag: tyro's own flags of a dict that is not empty take no other keys, and no values of other types."""
+"""A dict as a flag. tyro's own flag for a dict that is not empty accepts neither new keys nor other types of values."""
 
 
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class PretrainRecipe(Training):
-    """Everything that a run needs which trains from random weights. The defaults: 3 M tokens, the shape of `micro`."""
+    """Everything that is needed for a run from random weights. The defaults are 3 M tokens and the shape of `micro`."""
 
     steps: Annotated[int, tyro.conf.Suppress] = 366
     """Optimizer steps of the run."""
     batch: int = 32
-    """Sequences a step, over all processes and micro-batches. A sequence is as long as the model's context."""
+    """Sequences per step, over all processes and micro-batches. A sequence is as long as the model's context."""
     micro_batch: int | Literal["auto"] = 8
-    """Sequences in one forward of one process; the batch is made up by accumulating gradients. auto: as many as fit
-    into memory, tried before the first step; the recipe in the run directory says how many that are."""
+    """Sequences per forward of one process; gradients are accumulated over the batch. auto: as many as fit into memory,
+    found before the first step and written to the recipe in the run directory."""
     lr: float = 2e-3
-    """The highest learning rate, after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     min_lr: float = 2e-4
-    """The learning rate at `lr_horizon`, to which it falls."""
+    """The learning rate to which it falls, at `lr_horizon`."""
     warmup: int = 13
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = 0.1
-    """AdamW's decay of matrices; vectors (biases, gains) have none."""
+    """AdamW's weight decay of matrices; vectors (biases, gains) are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     text: Annotated[Text, tyro.conf.arg(name="text")] = Text(held_out="books-validation")
-    """Where the text comes from."""
+    """The text."""
     lr_decay: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls."""
+    """The shape of the learning rate's decay."""
     block: Block = "pre-ln"
-    """The blocks of the model: see `finetune/blocks/`."""
+    """The kind of block: see `finetune/blocks/`."""
     family: str | None = None
-    """The family of transformers' own models to train instead, by its `model_type` (gpt2, llama, gpt_neox, …). None: a
-    model of `finetune.blocks`."""
+    """Train a model of this family of transformers instead, given by its `model_type` (gpt2, llama, gpt_neox, …). None:
+    a model of `finetune.blocks`."""
     n_layer: int = 6
-    """Blocks."""
+    """The number of blocks."""
     n_embd: int = 192
-    """Width of the residual stream."""
+    """The width of the residual stream."""
     n_head: int = 6
-    """Heads of a block."""
+    """The number of heads per block."""
     n_positions: int = 256
-    """Context, in tokens: the length of a sequence."""
+    """The context, in tokens: the length of a sequence."""
     vocab_size: int | None = None
-    """Tokens of the vocabulary. None: as many as the tokenizer has."""
+    """The size of the vocabulary, in tokens. None: that of the tokenizer."""
     knobs: Annotated[dict[str, bool | int | float | str | None], _NAMES_AND_VALUES] = dataclasses.field(
         default_factory=dict
     )
-    """Other fields of the model's config: of `finetune.blocks.BlocksConfig`, in place of what `block` says, or of the
-    family's. Those of the flag join those of the recipe, and replace them where the name is the same."""
+    """Other fields of the model's config: those of `finetune.blocks.BlocksConfig`, which take precedence over `block`,
+    or those of the family. The flag adds to the recipe's knobs, and replaces those with the same name."""
     tokenizer: str = "micro"
-    """The model whose tokenizer to use: a bundled name (micro), a local directory, or a name on the Hub."""
+    """The model whose tokenizer is used: a bundled name (micro), a local directory, or a name on the Hub."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,11 +102,11 @@ class PretrainRecipe(Training):
             if getattr(self, field) < least:
                 raise RecipeError(f"{field} is {getattr(self, field)}; at least {least} is needed.")
         if own := sorted(set(self.knobs) & {field.name for field in dataclasses.fields(self)}):
-            raise RecipeError(f"knobs holds {', '.join(own)}: say it as a field of the recipe itself.")
+            raise RecipeError(f"knobs contains {', '.join(own)}, a field of the recipe itself. Set it there.")
         if self.lr_decay == "linear" and self.min_lr == self.lr:
-            raise RecipeError(f"lr_decay is linear, but min_lr is lr, {self.lr}: lower min_lr.")
+            raise RecipeError(f"lr_decay is linear, but min_lr and lr are both {self.lr}. Lower min_lr.")
         if self.family is not None and self.block != "pre-ln":
-            raise RecipeError(f"family is {self.family}, but block is {self.block}: choose one.")
+            raise RecipeError(f"family is {self.family}, but block is {self.block}. Set only one of them.")
         norm = self.knobs.get("norm", "none")
         if norm != "none" and (self.block.endswith("nonorm") or self.block == "op"):
-            raise RecipeError(f"block is {self.block}, which has no norms, but knobs.norm is {norm}: choose one.")
+            raise RecipeError(f"block is {self.block}, which has no norms, but knobs.norm is {norm}. Change either.")

@@ -1,11 +1,11 @@
 """Any text source -> packed blocks of token ids.
 
 1. `sources` finds the documents: a column of a Hub data set, of local `files` or of a saved `datasets` directory.
-   `columns` says which. Documents in memory become a file first (`in_memory`).
-2. `tokenise` tokenises each, nothing prepended, and puts the end-of-text token after it (nothing, if a tokenizer has
-   none), and writes the ids one after another to a flat file in the `datasets` cache, those held out to a second one.
-   nanoGPT's .bin files are such files already. With `text.streaming` this happens during training instead.
-3. `packing` cuts the ids in blocks of the context length, each behind `text.prefix` if there is one.
+   `columns` chooses the column. Documents in memory are written to a file first (`in_memory`).
+2. `tokenise` tokenises each document. It prepends nothing, and appends the end-of-text token if the tokenizer has one.
+   It writes the ids one after another to a flat file in the `datasets` cache, and those held out to a second file.
+   nanoGPT's .bin files are already such files. With `text.streaming` this happens during training instead.
+3. `packing` cuts the ids into blocks of the context length. Each block begins with `text.prefix` if that is set.
 """
 
 from dataclasses import dataclass, replace
@@ -39,15 +39,15 @@ __all__ = [
 ]
 
 LONGEST_CONTEXT = 1024
-"""Tokens of a block, unless it is said otherwise: more positions than that cost time and teach little here."""
+"""The longest default block, in tokens: longer blocks take more time and teach little here."""
 RANDOM_TOKENS = "random-tokens"
-"""The source that is not text: tokens drawn uniformly."""
-_RANDOM_BLOCKS = 240  # of it, unless it is said how many
+"""The name of the source that is not text: tokens drawn uniformly."""
+_RANDOM_BLOCKS = 240  # the default number of blocks of random tokens
 
 
 @dataclass(frozen=True)
 class TextSplits:
-    """What a run trains on and what it measures its loss on; no token is in both."""
+    """The blocks that a run trains on and the blocks that it measures its loss on. They share no token."""
 
     train: Blocks | StreamedBlocks
     held_out: Blocks
@@ -56,23 +56,29 @@ class TextSplits:
 def load_text(
     text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, *, seed: int = 0
 ) -> TextSplits:
-    """Read, tokenise and pack what `text` names into blocks of `context` tokens with ids below `vocab_size`.
+    """Read, tokenise and pack the source that `text` names into blocks of `context` tokens with ids below `vocab_size`.
 
-    Held out are `text.held_out`; or else nanoGPT's val.bin, or the files that a directory calls validation or else
-    test; or else `text.held_out_fraction` of the documents, spread evenly through the source; or, where that gives
-    none and for a .bin file, the same fraction of the tokens, but at least one block, at the end. A stream holds out
-    its first documents. Of what is held out the first `text.held_out_blocks` blocks are returned. Empty documents are
-    passed over. `seed` orders a stream; other blocks come in the order of the source.
+    The held-out text is the first of these that exists:
+
+    1. `text.held_out`;
+    2. nanoGPT's val.bin, or a directory's files named validation or, failing that, test;
+    3. `text.held_out_fraction` of the documents, spread evenly through the source;
+    4. the same fraction of the tokens, at the end, but at least one block. It is used for a .bin file, and where 3
+       selects no document.
+
+    A stream holds out its first documents instead of 3 and 4. The first `text.held_out_blocks` blocks of the held-out
+    text are returned. Empty documents are skipped. `seed` determines the order of a stream; other blocks keep the order
+    of the source.
 
     Raises:
-        TextError: the source is missing, corrupt, of an unknown kind, without a column of text, or shorter than
+        TextError: the source is missing, corrupt, of an unknown format, without a column of text, or shorter than
             a block; or a token is beyond the vocabulary; or the tokenizer does not know half of the text.
     """
     if text.held_out is not None:
         files = _files(text.source, 0), _files(text.held_out, -1)
         if any(not others.isdisjoint([file, *file.parents]) for some, others in (files, files[::-1]) for file in some):
             raise TextError(
-                f"text.held_out, {text.held_out}, and text.source, {text.source}, share text: name other files."
+                f"text.held_out, {text.held_out}, and text.source, {text.source}, share files: choose other files."
             )
     prefix = prefix_of(text, tokenizer)
     if text.streaming and not bin_files(text.source):
@@ -106,14 +112,14 @@ def load_text(
 def load_blocks(
     text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, *, most: int | None = None
 ) -> Blocks:
-    """Read, tokenise and pack `text.source` as `load_text` does, with nothing held out.
+    """Read, tokenise and pack `text.source` as `load_text` does, but hold nothing out.
 
-    All of it, or its first blocks: `most` at the most, which are all that is read where `text.streaming`.
-    Of a directory it is val.bin of nanoGPT's, or the files that it calls validation or test, where there are any. Of
-    the source `random-tokens` it is `random_blocks`.
+    Returns all blocks, or the first `most`; with `text.streaming`, no more than these are read. If the source is a
+    directory with nanoGPT's val.bin, or with files named validation or test, only these are used. For the source
+    `random-tokens`, returns `random_blocks`.
 
     Raises:
-        TextError: as `load_text` does.
+        TextError: as in `load_text`.
     """
     prefix = prefix_of(text, tokenizer)
     taken = stride(context, prefix)
@@ -133,7 +139,7 @@ def load_blocks(
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Int[np.ndarray, " id"]:
-    """Return the ids that a tokenizer has. A model's vocabulary may be larger: padded, with rows that mean nothing."""
+    """Return the ids that a tokenizer has. A model's vocabulary may be larger, padded with rows that are never used."""
     ids = np.unique(np.array([*tokenizer.get_vocab().values()], np.int64))
     return ids[ids < vocab_size]
 
@@ -141,17 +147,17 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Int[np.nda
 def random_blocks(
     tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, count: int, prefix: int | None = None
 ) -> Blocks:
-    """Return blocks of tokens drawn uniformly from those that the tokenizer has, always the same; each a document."""
+    """Return blocks of tokens drawn uniformly from the tokenizer's, always the same. Each block is one document."""
     taken = stride(context, prefix)
     drawn = np.random.default_rng(0).choice(token_ids(tokenizer, vocab_size), count * taken)
     return Blocks(drawn.astype(np.uint32), context, ends=np.arange(1, count + 1) * taken, prefix=prefix)
 
 
 def prefix_of(text: Text, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of the token that `text.prefix` names, or None.
+    """Return the id of the token that `text.prefix` names, or None if it is not set.
 
     Raises:
-        TextError: the tokenizer does not have it.
+        TextError: the tokenizer does not have that token.
     """
     if text.prefix is None:
         return None
@@ -159,12 +165,12 @@ def prefix_of(text: Text, tokenizer: PreTrainedTokenizerBase) -> int | None:
     found = None if token is None else tokenizer.get_vocab().get(token)
     if found is None:
         what = "a beginning-of-sequence token" if text.prefix == "bos" else f"the token {text.prefix!r}"
-        raise TextError(f"text.prefix is {text.prefix}, but the tokenizer does not have {what}: name one that it has.")
+        raise TextError(f"text.prefix is {text.prefix}, but the tokenizer does not have {what}. Name one that it has.")
     return found
 
 
 def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int, seed: int) -> TextSplits:
-    """Hold out the first documents, enough for the blocks wanted, and stream the rest."""
+    """Hold out enough of the first documents for `text.held_out_blocks`, and stream the rest."""
     sources = open_sources(text.source, text)
     source, column = sources[0].stream()
     documents = first = documents_of(source, column, text.source)
@@ -194,7 +200,7 @@ def _stream(text: Text, tokenizer: PreTrainedTokenizerBase, context: int, vocab_
 
 
 def _files(name: str, part: int) -> set[Path]:
-    """Return the files, or the directory, that the first or the last part of a source is."""
+    """Return the files, or the directory, of part 0 (the first) or −1 (the last) of a source."""
     path = path_of(name)
     if bins := bin_files(name):
         found = [bins[part]]
@@ -205,8 +211,8 @@ def _files(name: str, part: int) -> set[Path]:
 
 def _check_length(tokens: int, context: int, name: str, purpose: str = "") -> None:
     if tokens < context:
-        remedy = "a shorter context, or another text.held_out_fraction" if purpose else "or a shorter context"
+        remedy = ", a shorter context, or another text.held_out_fraction" if purpose else " or a shorter context"
         raise TextError(
-            f"{name}: {tokens:,} tokens{purpose and f' {purpose}'}, fewer than a block of {context:,}. "
-            f"Give more text, {remedy}."
+            f"{name} has only {tokens:,} tokens{purpose and f' {purpose}'}, fewer than a block of {context:,}. "
+            f"Use more text{remedy}."
         )

@@ -1,4 +1,4 @@
-"""Files of token ids as nanoGPT's: found, checked for what their numbers really are, and mapped, nothing copied."""
+"""nanoGPT's files of token ids: finding them, checking the type of their numbers, and memory-mapping them."""
 
 from pathlib import Path
 
@@ -8,24 +8,24 @@ from jaxtyping import UInt
 from finetune.text.sources import TextError, path_of
 
 HELD_OUT = ("val.bin", "valid.bin", "validation.bin", "dev.bin", "test.bin", "eval.bin")
-"""What the file beside train.bin may be called that is held out; the first that is there counts."""
+"""Names of the held-out file beside train.bin. The first that exists is used."""
 _SAMPLE = 1 << 16  # bytes, at the beginning, in the middle and at the end of a file
 _HEADER = (
-    1024  # bytes: 256 numbers of int32, the first of which says what follows in llm.c's and modded-nanogpt's files
+    1024  # bytes: 256 int32 numbers; in llm.c's and modded-nanogpt's files the first identifies the type of the rest
 )
 _LLM_C = {20240520: "uint16", 20240801: "uint32"}
 _MAGIC = {
-    b"\x93NUMPY": "a .npy file of NumPy's; write its array with `.tofile`",
-    b"PAR1": "a .parquet file; name it so",
+    b"\x93NUMPY": "a .npy file of NumPy; write its array with `.tofile`",
+    b"PAR1": "a Parquet file; rename it to .parquet",
     b"\x1f\x8b": "compressed with gzip; unpack it",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
-    b"MMIDIDX": "an index of Megatron's; name the .bin beside it",
+    b"MMIDIDX": "an index of Megatron; pass the .bin beside it",
 }
 
 
 def bin_files(name: str) -> list[Path]:
-    """Return nanoGPT's files that a source is: one, or train.bin and, if it is there, the one that is held out."""
+    """Return the .bin files of a source: the file itself or, of a directory, train.bin and the held-out file if any."""
     path = path_of(name)
     if not path.is_dir():
         return [path] if path.suffix == ".bin" and path.is_file() else []
@@ -34,10 +34,10 @@ def bin_files(name: str) -> list[Path]:
 
 
 def read_bin(path: Path, dtype: np.dtype, vocab_size: int) -> UInt[np.ndarray, " token"]:
-    """Map a file of token ids.
+    """Memory-map a file of token ids.
 
     Raises:
-        TextError: it is empty, or looks like something else than numbers of this type.
+        TextError: the file is empty, or does not look like token ids of this type.
     """
     size = path.stat().st_size
     if size == 0:
@@ -45,14 +45,14 @@ def read_bin(path: Path, dtype: np.dtype, vocab_size: int) -> UInt[np.ndarray, "
     sample = _sample(path, size)
     problem = _not_numbers(sample, path) or _other_type(sample, dtype, vocab_size, path)
     if problem is None and size % dtype.itemsize:
-        problem = f"its size is no multiple of {dtype}'s; it is corrupt, or text.token_dtype is wrong."
+        problem = f"its size is not a multiple of {dtype}'s; it is corrupt, or text.token_dtype is wrong."
     if problem is not None:
         raise TextError(f"{path}: {problem}")
     return np.memmap(path, dtype, "r")
 
 
 def _sample(path: Path, size: int) -> bytes:
-    """Return the bytes at the beginning, in the middle and at the end, each from a multiple of 8 on."""
+    """Return bytes from the beginning, the middle and the end, each starting at a multiple of 8."""
     starts = dict.fromkeys(start // 8 * 8 for start in (0, size // 2, max(0, size - _SAMPLE)))
     with path.open("rb") as file:
         return b"".join(file.read(_SAMPLE // 8 * 8) for start in starts if file.seek(start) == start)
@@ -67,28 +67,28 @@ def _not_numbers(sample: bytes, path: Path) -> str | None:
         kind = _LLM_C[first]
         skip = _HEADER // np.dtype(kind).itemsize
         return (
-            f"it begins with the header of {_HEADER} bytes of llm.c's files, of {kind}. Cut it off: "
+            f"it begins with the {_HEADER}-byte header of llm.c's files of {kind}. Cut it off: "
             f"`np.memmap({path.name!r}, np.{kind})[{skip}:].tofile('tokens.bin')`."
         )
     if len(sample) >= 64 and not sample.strip(b"\t\n\r" + bytes(range(32, 127))):
-        return "it looks like text, not like token ids: name it .txt or .jsonl."
+        return "it looks like text, not token ids: rename it to .txt or .jsonl."
     if not any(sample):
-        return "it holds nothing but zeros where it was looked at: it was never filled."
+        return "its beginning, middle and end are all zeros: it was never filled."
     return None
 
 
 def _other_type(sample: bytes, dtype: np.dtype, vocab_size: int, path: Path) -> str | None:
-    """Return what to do if the numbers look like those of another type, else None.
+    """Return what is wrong and what to do if the numbers look like those of another type, else None.
 
-    Read as too narrow a type, the numbers have zeros between them; read as too wide a type, they exceed any token id.
-    So the right type is the widest one that makes every number a token id.
+    If the numbers are read as too narrow a type, there are zeros between them. If they are read as too wide a type,
+    they exceed every token id. So the right type is the widest one for which every number is a token id.
     """
     sample = sample[: len(sample) // 8 * 8]
     if len(sample) < 64:
         return None
     signed = np.frombuffer(sample, "<i4")
     if dtype.itemsize == 4 and -(2**15) < signed.min() < 0 <= signed.max() < vocab_size:
-        return f"it holds negative numbers, such as {signed.min()}, which are not tokens: leave them out."
+        return f"it contains negative numbers, such as {signed.min()}, which are not token ids: remove them."
     largest = {kind: int(np.frombuffer(sample, kind).max()) for kind in ("<u8", "<u4", "<u2", "u1")}
     looks = next((kind for kind in largest if largest[kind] < vocab_size), None)
     swapped = next((kind for kind in (">u8", ">u4", ">u2") if np.frombuffer(sample, kind).max() < vocab_size), None)
@@ -100,7 +100,7 @@ def _other_type(sample: bytes, dtype: np.dtype, vocab_size: int, path: Path) -> 
         return None
     any_passes = vocab_size >= 2 ** (8 * kind.itemsize)
     if kind.itemsize < dtype.itemsize and any_passes and (kind.itemsize == 1 or largest[f"<u{dtype.itemsize}"] < 2**20):
-        return None  # ids beyond the vocabulary, of the right type
+        return None  # the type is right, but some ids are beyond the vocabulary
     name = kind.name.replace("uint64", "int64")
     if kind.itemsize > dtype.itemsize:
         between = f"every {('second', 'fourth', 'eighth')[kind.itemsize // dtype.itemsize // 4]} number"
@@ -112,7 +112,7 @@ def _other_type(sample: bytes, dtype: np.dtype, vocab_size: int, path: Path) -> 
     order = ", big-endian" if kind.byteorder == ">" else ""
     target = "uint16" if vocab_size <= 2**16 else "uint32"
     return (
-        f"{seen}, as in a file of {name}{order}, which is not read. Convert it: "
+        f"{seen}, as in a file of {name}{order}, which is not supported. Convert it: "
         f"`np.fromfile({path.name!r}, {looks!r}).astype(np.{target}).tofile('tokens.bin')`, "
         "and leave text.token_dtype at auto."
     )

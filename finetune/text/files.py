@@ -1,6 +1,6 @@
-"""Local files: which of them a source names, what their names say they are for, and what is in them.
+"""Local files: finding a source's files, sorting them into training and held-out files, and reading them.
 
-pyarrow, fsspec and Python's own codecs read them, a piece at a time, whatever their size.
+pyarrow, fsspec and Python's codecs read files of any size in pieces.
 """
 
 import json
@@ -22,17 +22,17 @@ from finetune.errors import NolnError
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 COMPRESSIONS = ".gz", ".bz2", ".xz", ".zst"
 PART_CHARACTERS = 1 << 22
-"""A longer .txt is read in parts. Tokenizers take many times as much memory as their text."""
+"""A longer .txt is read in parts, because a tokenizer takes many times as much memory as its text."""
 PASSAGE_CHARACTERS = 1 << 13
-"""As long are the passages, documents each, that a stream makes of a .txt that is long or the only one."""
+"""The length of the passages into which a stream divides a .txt that is long or the only file. Each is a document."""
 CHUNK_CHARACTERS = 1 << 23
-"""Of a .jsonl, read in one go, up to the end of the line."""
+"""A .jsonl is read in chunks of this length, extended to the end of the line."""
 LONGEST_LINE = 1 << 28
-"""Characters of a line of a .jsonl, or of a .json that is one list: more would be no text."""
+"""The maximum number of characters in a line of a .jsonl, or in a .json that is one list. Longer is not text."""
 LARGEST_EXPANSION = 200
-"""How many times as large as a compressed file its text may be, where it is longer than `_HARMLESS`."""
+"""The maximum ratio of a text to its compressed file, if the text is longer than `_HARMLESS`."""
 _HARMLESS = 1 << 28  # characters
-_ROWS = 100  # of a .parquet, read in one go
+_ROWS = 100  # of a .parquet, read at a time
 
 _BYTE_ORDER_MARKS = {
     b"\xef\xbb\xbf": "utf-8-sig",
@@ -44,11 +44,11 @@ _BYTE_ORDER_MARKS = {
 
 
 class TextError(NolnError):
-    """A text that cannot be read or does not suit the model; the message says where and what to do."""
+    """A text cannot be read, or does not suit the model; the message says where and what to do."""
 
 
 class Split(NamedTuple):
-    """The files of a directory that say what they are for."""
+    """The files of a directory, sorted by what their names say that they are for."""
 
     train: list[Path]
     held_out: list[Path]
@@ -56,7 +56,7 @@ class Split(NamedTuple):
 
 
 def format_of(path: Path) -> str | None:
-    """Return which of the `FORMATS` a file's name says that it has."""
+    """Return which of the `FORMATS` a file's name indicates, or None."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -64,9 +64,9 @@ def format_of(path: Path) -> str | None:
 
 
 def find(path: Path) -> list[Path]:
-    """Return a file, or all files of known format in and below a directory, sorted; hidden ones are passed over.
+    """Return a file, or all files of a known format in and below a directory, sorted. Hidden files are skipped.
 
-    Links are followed, but none into a directory that has been read already.
+    Links are followed, except into directories that have already been read.
     """
     if not path.is_dir():
         return [path]
@@ -82,17 +82,17 @@ def find(path: Path) -> list[Path]:
 
 
 def split(files: list[Path], directory: Path, name: str) -> Split | None:
-    """Sort files by what names of files and directories, such as train and validation, say; None if none holds out.
+    """Sort files by words such as train and validation in file and directory names. None if no file is held out.
 
-    Held out are files of validation or, where there are none, of testing. Neither is trained on, nor is a file that
-    does not say what it is for where others say that they are for training.
+    Validation files are held out or, if there are none, test files. Neither kind is trained on. If there are training
+    files, files whose names contain no such word are not used.
 
     Raises:
-        TextError: there are files of validation and of testing, and no others.
+        TextError: there are only validation and test files.
     """
     for anywhere in (True, False):
         kinds = {file: _kind(file.relative_to(directory), anywhere) for file in files}
-        if "train" in kinds.values():  # or else a name may only happen to hold such a word
+        if "train" in kinds.values():  # otherwise a name may contain such a word by coincidence
             break
     by_kind = {kind: [file for file in files if kinds[file] == kind] for kind in (*SPLIT_KEYWORDS, None)}
     train, unsaid = by_kind["train"], by_kind[None]
@@ -100,16 +100,16 @@ def split(files: list[Path], directory: Path, name: str) -> Split | None:
     if not held_out or len(held_out) == len(files):
         return None
     if not (train or unsaid):
-        raise TextError(f"{name} holds files for validation and for testing, and none to train on: name one of them.")
+        raise TextError(f"{name} contains validation and test files, but no training files. Pass one of the files.")
     used = {*(train or unsaid), *held_out}
     return Split(train or unsaid, held_out, [file for file in files if file not in used])
 
 
 def _kind(path: Path, anywhere: bool) -> str | None:
-    """Return which of datasets' splits a path names, or None: of its parts the last that names one decides.
+    """Return which split of `datasets` a path names, or None. The last part of the path that names a split decides.
 
-    It is a word `anywhere` in a part, between such characters as are not letters; or else the whole part, or its end,
-    but for numbers.
+    If `anywhere`, the split may be any word in a part, delimited by characters that are not letters. Otherwise it must
+    be the last word of a part, which may be followed by numbers.
     """
     numbers = r"([-._ ]?\d+([-._ ]of[-._ ]\d+)?)?"
     for part in (_stem(path.name), *reversed(path.parts[:-1])):
@@ -122,15 +122,15 @@ def _kind(path: Path, anywhere: bool) -> str | None:
 
 
 def _stem(name: str) -> str:
-    """Return a file's name without the endings that name its format and compression."""
+    """Return a file's name without the suffixes of its format and compression."""
     suffix = Path(name).suffix
     return _stem(Path(name).stem) if suffix.lower() in {*FORMATS, *COMPRESSIONS} else name
 
 
 def parts(path: Path, characters: int) -> Iterator[str]:
-    """Yield a .txt in parts of at most so many characters, cut before the white space that follows a word.
+    """Yield a .txt in parts of at most `characters` characters, cut before white space that follows a word.
 
-    It is a line break if there is one: there GPT-2's tokenizer parts two tokens in any case.
+    The cut is before a line break if there is one, because GPT-2's tokenizer always ends a token there.
     """
     with _open_text(path) as file:
         rest, read = "", 0
@@ -149,7 +149,7 @@ def parts(path: Path, characters: int) -> Iterator[str]:
 
 
 def _last_cut(text: str, space: str) -> int:
-    """Return where the last `space` after a visible character is, or 0."""
+    """Return the position of the last `space` that follows a visible character, or 0."""
     place = text.rfind(space)
     while place > 0 and text[place - 1].isspace():
         place = text.rfind(space, 0, place)
@@ -157,7 +157,7 @@ def _last_cut(text: str, space: str) -> int:
 
 
 def is_empty(path: Path) -> bool:
-    """Return whether a file of known format holds nothing: of a .json or .jsonl, whether it has no bytes."""
+    """Return whether a file of a known format is empty. A .json or .jsonl is empty if it has no bytes."""
     if not path.stat().st_size:
         return True
     if format_of(path) == "text":
@@ -169,7 +169,7 @@ def is_empty(path: Path) -> bool:
 
 
 def kinds_of(path: Path) -> dict[str, str]:
-    """Return what each column of a .parquet holds."""
+    """Return the type of each column of a .parquet."""
     with _opened(path) as file:
         schema = pyarrow.parquet.read_schema(file)
     return {field.name: _kind_of_type(field.type) for field in schema}
@@ -187,7 +187,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a .jsonl, .json or .parquet with all their columns.
 
     Raises:
-        TextError: a row that has no columns, or a line that is too long.
+        TextError: a row has no columns, or a line is too long.
     """
     if format_of(path) == "parquet":
         with _opened(path) as file:
@@ -199,10 +199,10 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def column_of(path: Path, column: str) -> Iterator[str]:
-    """Yield the values of a column of a file, which must be text; rows may be without. Other columns are not read.
+    """Yield the strings in a column of a file. Rows may lack a value. Other columns are not read.
 
     Raises:
-        TextError: a value is not text, or there is none.
+        TextError: a value is not a string, or the column has no values.
     """
     number, found = 0, False
     for values in _parquet(path, column) if format_of(path) == "parquet" else _json(path, column):
@@ -215,11 +215,11 @@ def column_of(path: Path, column: str) -> Iterator[str]:
                 shown = json.dumps(value, default=str)[:40]
                 raise TextError(f"{path}, row {number:,}: its {column} is {shown}, which is not a string.")
     if number and not found:
-        raise TextError(f"{path} has nothing in a column {column!r}: name another as text.column, or omit it.")
+        raise TextError(f"{path} has no values in column {column!r}. Set text.column to another column, or omit it.")
 
 
 def clean(document: str) -> str:
-    """Return a document without a byte order mark before it, and with a sign for each half of a character in it."""
+    """Remove a leading byte order mark, and replace each lone surrogate by the replacement character."""
     document = document.removeprefix("\ufeff")
     try:
         document.encode()
@@ -232,7 +232,7 @@ def _parquet(path: Path, column: str) -> Iterator[list[Any]]:
     with _opened(path) as file:
         table = pyarrow.parquet.ParquetFile(file)
         if column not in table.schema_arrow.names:
-            raise TextError(f"{path} has no column {column!r}: name another as text.column, or leave the file out.")
+            raise TextError(f"{path} has no column {column!r}. Set text.column to another column, or remove the file.")
         for batch in table.iter_batches(_ROWS, columns=[column]):
             yield batch[column].to_pylist()
 
@@ -248,13 +248,13 @@ def _json(path: Path, column: str) -> Iterator[list[Any]]:
             table = pyarrow.json.read_json(pyarrow.BufferReader(content), in_one_block, only)
             values = table[column].to_pylist()
         except (pyarrow.ArrowInvalid, ValueError):
-            # A list, strings, half a character, or what cannot be read: then the line is known.
+            # A list, strings, a lone surrogate, or invalid JSON: Python's parser reads it, or names the line.
             values = [row.get(column) for row in _json_rows(path, line, chunk)]
         yield values
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a .jsonl, many at a time, or a .json that is one list, and the number of their first line."""
+    """Yield chunks of lines of a .jsonl, or a .json that is one list, each with the number of its first line."""
     with _open_text(path) as file:
         line, read = 1, 0
         while chunk := file.read(CHUNK_CHARACTERS):
@@ -265,8 +265,8 @@ def _chunks(path: Path) -> Iterator[tuple[int, str]]:
             _check_expansion(path, read)
             if len(chunk) > LONGEST_LINE:
                 raise TextError(
-                    f"{path}: line {line + chunk.count(chr(10)):,} is longer than {LONGEST_LINE:,} characters: write a "
-                    "document a line, as .jsonl."
+                    f"{path}: line {line + chunk.count(chr(10)):,} is longer than {LONGEST_LINE:,} characters. Write "
+                    "one document per line, as .jsonl."
                 )
             if chunk.strip():
                 yield line, chunk
@@ -274,7 +274,7 @@ def _chunks(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _json_rows(path: Path, line: int, chunk: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows in lines, or in a list, of JSON."""
+    """Yield the rows in lines of JSON, or in a JSON list."""
     whole = line == 1 and re.match(r"\s*(\[|\{\s*\n)", chunk)
     for number, text in enumerate([chunk] if whole else chunk.split("\n"), line):
         place = f"{path}, line {number:,}"
@@ -289,23 +289,23 @@ def _json_rows(path: Path, line: int, chunk: str) -> Iterator[dict[str, Any]]:
         for entry in value if isinstance(value, list) else [value]:
             if not isinstance(entry, str | dict):
                 shown = json.dumps(entry)[:40]
-                raise TextError(f"{place} holds {shown}, not an object with columns, such as {{'text': …}}.")
+                raise TextError(f"{place} is {shown}, not an object with columns, such as {{'text': …}}.")
             yield {"text": entry} if isinstance(entry, str) else entry
 
 
 def _open_text(path: Path) -> Any:
-    """Open a file of text: UTF-8, or what its byte order mark says, which is not text.
+    """Open a text file as UTF-8, or in the encoding of its byte order mark, which is skipped.
 
     Raises:
-        TextError: it looks like UTF-16, and has no such mark.
+        TextError: the file looks like UTF-16 without a byte order mark.
     """
     with _opened(path) as file:
         start = file.read(1024)
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
     if encoding == "utf-8" and start.count(0) > len(start) // 4:
         raise TextError(
-            f"{path} has zeros between its bytes, as text in UTF-16 has: convert it, with "
-            "`iconv -f UTF-16LE -t UTF-8` or in an editor."
+            f"{path} has zeros between its bytes, like text in UTF-16. Convert it with `iconv -f UTF-16LE -t UTF-8` or "
+            "in an editor."
         )
     return _opened(path, "r", encoding=encoding)
 
@@ -313,13 +313,14 @@ def _open_text(path: Path) -> Any:
 def _opened(path: Path, mode: str = "rb", **options: Any) -> Any:
     """Open a file, compressed or not."""
     if path.suffix.lower() == ".zst" and infer_compression("a.zst") is None:
-        raise TextError(f"{path}: the package zstandard reads .zst: install it, or unpack the file.")
+        raise TextError(f"{path}: reading .zst requires the package zstandard. Install it, or unpack the file.")
     return LocalFileSystem().open(str(path.absolute()), mode, compression="infer", **options)
 
 
 def _check_expansion(path: Path, characters: int) -> None:
-    """Raise TextError if a compressed file has given more characters than text could."""
+    """Raise TextError if a compressed file has expanded to more characters than text would."""
     if characters > _HARMLESS and characters > LARGEST_EXPANSION * path.stat().st_size:
         raise TextError(
-            f"{path} expands to more than {LARGEST_EXPANSION} times its size, as no text does: unpack it, if it is one."
+            f"{path} expands to more than {LARGEST_EXPANSION} times its size, which text does not. If it is text, "
+            "unpack it."
         )

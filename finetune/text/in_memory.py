@@ -1,4 +1,4 @@
-"""Text in memory -> a file beside a run's others, from which the run is resumed and replayed."""
+"""Text in memory -> a file in the run directory, from which the run can be resumed and replayed."""
 
 import dataclasses
 import itertools
@@ -18,24 +18,24 @@ from finetune.text.files import TextError, clean, format_of
 from finetune.text.sources import say_column
 
 FILE = "text.jsonl"
-"""What it is called in a run directory."""
+"""The file's name in a run directory."""
 _NAME = "the text in memory"
 _SAMPLE = 1000
 
 Kind = TypeVar("Kind", bound=Training)
 
 Documents: TypeAlias = Iterable[str] | Iterable[Mapping[str, Any]] | datasets.Dataset | datasets.IterableDataset
-"""Documents in memory: strings, or rows of which one column is the text."""
+"""Documents in memory: strings, or rows with a column of text."""
 
 
 @contextmanager
 def in_file(documents: Documents | None, directory: Path) -> Iterator[Path | None]:
-    """Keep documents in a file beside a directory; at the end, remove it unless it has been moved. None: no file.
+    """Write documents to a file beside `directory`. On exit, delete the file unless it has been moved.
 
-    Each process has a file of its own.
+    Yields the file's path, or None if there are no documents. Each process writes its own file.
 
     Raises:
-        TextError: as `write_documents`.
+        TextError: as in `write_documents`.
     """
     if documents is None:
         yield None
@@ -51,7 +51,7 @@ def in_file(documents: Documents | None, directory: Path) -> Iterator[Path | Non
 
 
 def take_in(file: Path | None, directory: Path) -> Path | None:
-    """Move a file of `in_file` into the run directory, which is one for all processes, and return its place."""
+    """Move the file of `in_file` into the run directory, which all processes share, and return its new path."""
     if file is None:
         return None
     if PartialState().is_main_process:
@@ -60,7 +60,7 @@ def take_in(file: Path | None, directory: Path) -> Path | None:
 
 
 def of_file(recipe: Kind, file: Path | None) -> Kind:
-    """Return `recipe` with a file of `in_file` as its text; its own for None."""
+    """Return `recipe` with the file of `in_file` as its text, or unchanged if there is no file."""
     if file is None:
         return recipe
     text = dataclasses.replace(with_text(recipe, file).text, streaming=False)
@@ -68,10 +68,10 @@ def of_file(recipe: Kind, file: Path | None) -> Kind:
 
 
 def write_documents(documents: Documents, path: Path) -> None:
-    """Write documents as .jsonl, one a line.
+    """Write documents as .jsonl, one per line.
 
     Raises:
-        TextError: they are not documents, there are none, or they cannot be written.
+        TextError: there are no documents, something is not a document, or the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,9 +84,9 @@ def write_documents(documents: Documents, path: Path) -> None:
 def _strings(documents: Documents) -> Iterator[str]:
     kind = type(documents).__name__
     if isinstance(documents, Mapping):
-        raise TextError(f"The text is a {kind} of {', '.join(map(str, documents))}: pass one of these.")
+        raise TextError(f"The text is a {kind} of {', '.join(map(str, documents))}. Pass one of these.")
     if isinstance(documents, bytes) or hasattr(documents, "columns") or not isinstance(documents, Iterable):
-        raise TextError(f"The text is a {kind}: pass a list of strings, a column of it, or a data set of `datasets`.")
+        raise TextError(f"The text is a {kind}. Pass a list of strings, a column of it, or a data set of `datasets`.")
     rows = iter(documents)
     first = [*itertools.islice(rows, _SAMPLE)]
     column = None
@@ -94,18 +94,18 @@ def _strings(documents: Documents) -> Iterator[str]:
         column, words = columns.of_rows(first, None, _NAME)
         say_column(column, words, _NAME)
     if first and all(isinstance(row, str) and _is_file(row) for row in first):
-        raise TextError(f"The text is a list of names of files, such as {first[0]}: pass the name of their directory.")
+        raise TextError(f"The text is a list of file names, such as {first[0]}. Pass the name of their directory.")
     empty = True
     for number, row in enumerate(itertools.chain(first, rows)):
         document = row.get(column) if column is not None and isinstance(row, Mapping) else row
         if document is None or document == "":
             continue
         if not isinstance(document, str):
-            raise TextError(f"The text holds a {type(document).__name__} at {number:,}, and not a string.")
+            raise TextError(f"Document {number:,} of the text is not a string but a {type(document).__name__}.")
         empty = False
         yield document
     if empty:
-        raise TextError("The text in memory is empty: it holds no documents.")
+        raise TextError("The text in memory is empty: it contains no documents.")
 
 
 def _is_file(name: str) -> bool:

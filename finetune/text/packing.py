@@ -1,4 +1,4 @@
-"""Token ids -> packed blocks: documents one after another, cut in blocks; the tail that fills none is dropped."""
+"""Token ids -> packed blocks: concatenated documents are cut into blocks, and an incomplete last block is dropped."""
 
 import itertools
 from collections import deque
@@ -14,29 +14,29 @@ from transformers import PreTrainedTokenizerBase
 from finetune.text.sources import TextError, documents_of
 from finetune.text.tokenise import Encoder
 
-SHUFFLE_DOCUMENTS = 10_000  # what streaming shuffles among
-_ENOUGH_TOKENS = 1 << 20  # of a stream, to say how many of them are unknown
-_CHUNK = 4096  # blocks that are looked at in one go
+SHUFFLE_DOCUMENTS = 10_000  # the size of a stream's shuffle buffer
+_ENOUGH_TOKENS = 1 << 20  # after so many tokens of a stream, the fraction of unknown ones is checked
+_CHUNK = 4096  # blocks that are processed at a time
 
 
 def stride(context: int, prefix: int | None) -> int:
-    """Return how many tokens of the stream a block takes."""
+    """Return how many tokens of text a block contains: all but the prefix."""
     return context - (prefix is not None)
 
 
 def with_prefix(
     block: UInt[np.ndarray, " pos"] | Int[np.ndarray, " pos"], prefix: int | None
 ) -> Int[np.ndarray, " context"]:
-    """Return a block's tokens, as int64, after its prefix if it has one."""
+    """Return a block's tokens as int64, preceded by its prefix if it has one."""
     block = block.astype(np.int64)
     return block if prefix is None else np.concatenate([[prefix], block])
 
 
 class Blocks(torch.utils.data.Dataset):
-    """A stream of tokens cut in blocks of `context`, each `{"input_ids": Int64[context]}`.
+    """A sequence of tokens cut into blocks of `context`, each `{"input_ids": Int64[context]}`.
 
-    With a `prefix` each block begins with that token, and takes one token fewer from the stream. Nothing is copied
-    before a block is asked for: `tokens` may be a memory-mapped file of any size.
+    With a `prefix`, each block begins with that token and contains one token fewer of the sequence. Nothing is copied
+    until a block is requested, so `tokens` may be a memory-mapped file of any size.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class Blocks(torch.utils.data.Dataset):
         ends: Int[np.ndarray, " document"] | None = None,
         prefix: int | None = None,
     ) -> None:
-        """Documents end with the token `eot` or, without one, before the positions `ends` of `tokens`."""
+        """Documents end with the token `eot` or, if that is None, before the positions `ends` of `tokens`."""
         taken = stride(context, prefix)
         self.blocks = tokens[: len(tokens) // taken * taken].reshape(-1, taken)
-        """The tokens of the stream, by block."""
+        """The tokens of each block, without the prefix."""
         self.context, self.eot, self.ends, self.prefix = context, eot, ends, prefix
 
     def __len__(self) -> int:
@@ -60,10 +60,10 @@ class Blocks(torch.utils.data.Dataset):
         return {"input_ids": torch.from_numpy(with_prefix(self.blocks[index], self.prefix))}
 
     def document_ids(self, rows: Int[np.ndarray, " row"] | None = None) -> Int[np.ndarray, "row context"]:
-        """Return the number of each token's document, in all blocks or in those at `rows`.
+        """Return the index of each token's document, in all blocks or in the blocks `rows`.
 
-        The document that the first block begins in is 0; an end-of-text token is in the document that it ends, and a
-        prefix in that of the token after it.
+        The document in which the first block begins has index 0. An end-of-text token belongs to the document that it
+        ends, and a prefix to the document of the token after it.
         """
         rows = np.arange(len(self)) if rows is None else rows
         ids = self._document_ids(rows)
@@ -72,7 +72,7 @@ class Blocks(torch.utils.data.Dataset):
     def _document_ids(self, rows: Int[np.ndarray, " row"]) -> Int[np.ndarray, "row taken"]:
         taken = self.blocks.shape[1]
         if self.eot is not None:
-            # A chunk at a time: the tokens may be more than fit into memory.
+            # In chunks: the tokens may not fit into memory.
             chunks = (self.blocks[start : start + _CHUNK] == self.eot for start in range(0, len(self), _CHUNK))
             ended_in = np.concatenate([chunk.sum(1) for chunk in chunks])
             ended = self.blocks[rows] == self.eot
@@ -85,9 +85,9 @@ class Blocks(torch.utils.data.Dataset):
 class StreamedBlocks(torch.utils.data.IterableDataset):
     """Blocks that are read, shuffled, tokenised and packed on the fly, epoch after epoch without end.
 
-    The order depends on the seed alone, and each iteration starts anew: skipping what was seen resumes a run.
-    Of several DataLoader workers each takes its share of the source's files, and stops if there is none for it.
-    An iteration is the same on every rank: `accelerate` reads on one and hands each rank its part.
+    The order depends only on the seed, and each iteration starts from the beginning, so a run is resumed by skipping
+    the blocks that it has seen. Each DataLoader worker reads its share of the source's files, and stops if it has none.
+    The iteration is the same on every rank: `accelerate` reads on one rank and sends each rank its part.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         """Yield blocks `{"input_ids": Int64[context]}`.
 
         Raises:
-            TextError: an id is beyond the vocabulary, or the tokenizer does not know half of the text.
+            TextError: a token id is beyond the vocabulary, or the tokenizer does not know half of the text.
         """
         tokens: list[int] = []
         taken = stride(self.context, self.prefix)
@@ -118,7 +118,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         for epoch in itertools.count():
             self.source.set_epoch(epoch)
             epoch_is_empty = True
-            # Each epoch by itself: a small source would be read many times over before it fills a tokenizer's batch.
+            # Encode each epoch separately: otherwise a small source is read many times to fill one tokenizer batch.
             for ids, _ in encoder.encode((document, True) for document in self._documents()):
                 epoch_is_empty = False
                 check_ids(max(ids, default=0), self.vocab_size, self.name)
@@ -134,20 +134,20 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
             if not is_checked:
                 encoder.check()
                 is_checked = True
-            if epoch_is_empty:  # a worker without a file
+            if epoch_is_empty:  # this worker has no files
                 return
 
     def _documents(self) -> Iterator[str]:
-        # Left out by its text, not its place: workers and shuffled files see other places.
+        # Exclude held-out documents by text, not by index: workers and shuffled files number documents differently.
         documents = documents_of(self.source, self.column, self.name)
         return (document for document in documents if document not in self.held_out)
 
 
 class ReadAhead(torch.utils.data.IterableDataset):
-    """The blocks of a stream, in its order, which a thread reads while those before them are trained on.
+    """The blocks of a stream, in order, read ahead by a thread while earlier blocks are trained on.
 
-    A thread, and not a worker of the DataLoader: tokenizers leave it the interpreter, and keep all their cores, which a
-    forked process would not have.
+    A thread suffices because tokenizers release the interpreter lock. A DataLoader worker is a forked process, in which
+    a tokenizer could not use all cores.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class ReadAhead(torch.utils.data.IterableDataset):
         self.blocks, self.size, self.chunks = blocks, size, chunks
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the blocks, and raise what reading them raises."""
+        """Yield the blocks. Errors of reading them are raised here."""
         blocks = iter(self.blocks)
 
         def read() -> list[dict[str, torch.Tensor]]:
@@ -174,9 +174,9 @@ class ReadAhead(torch.utils.data.IterableDataset):
 
 
 def check_ids(largest: int, vocab_size: int, name: str) -> None:
-    """Raise TextError if the largest id in the text called `name` is beyond the model's vocabulary."""
+    """Raise TextError if the largest token id of the text `name` is beyond the model's vocabulary."""
     if largest >= vocab_size:
         raise TextError(
             f"{name}: token id {largest} is beyond the model's vocabulary of {vocab_size}. The tokenizer must be "
-            "the model's own and, for a .bin file, text.token_dtype the type that it was written in."
+            "the model's own and, for a .bin file, text.token_dtype must be the type that it was written in."
         )

@@ -1,4 +1,4 @@
-"""Any text source -> its documents: a data set on the Hub, local files, or a saved `datasets` directory."""
+"""Any text source -> documents. A source is a data set on the Hub, local files, or a saved `datasets` directory."""
 
 import hashlib
 import itertools
@@ -20,33 +20,33 @@ from finetune.text import columns, files
 from finetune.text.files import COMPRESSIONS, FORMATS, TextError, format_of
 
 _PARQUET = "refs/convert/parquet"
-"""Where the Hub puts a data set's rows as Parquet, a folder a configuration."""
+"""The revision in which the Hub keeps a data set's rows as Parquet, with one folder per configuration."""
 _STREAMED = datasets.Features({"text": datasets.Value("string")})
 
 Passage = tuple[str, bool]
-"""A document or a part of it, and whether it is its last."""
+"""A document or a part of one, and whether it is the document's last part."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source that was found, and which of its columns is the text."""
+    """A text source, and the column that contains the text."""
 
     name: str
     column: str
     files: tuple[Path, ...] = ()
     data: datasets.Dataset | datasets.IterableDataset | None = None
-    """What is not in files of a known format: a saved `datasets` directory, or a data set on the Hub."""
+    """A saved `datasets` directory, or a data set on the Hub; None for files."""
 
     @property
     def fingerprint(self) -> str:
-        """What says whether it has changed."""
+        """A string that changes when the source changes."""
         if self.data is not None:
             return str(self.data._fingerprint)
         stats = [(os.path.realpath(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.files]
         return hashlib.sha256(repr((stats, self.column)).encode()).hexdigest()
 
     def passages(self) -> Iterator[Passage]:
-        """Yield the documents that are not empty, a long .txt in parts."""
+        """Yield the documents that are not empty. A long .txt is yielded in parts."""
         if self.data is not None:
             yield from ((document, True) for document in documents_of(self.data, self.column, self.name))
             return
@@ -65,17 +65,17 @@ class Source:
                     yield last, True
 
     def stream(self) -> tuple[datasets.IterableDataset, str]:
-        """Return its documents as a stream, and the column that they are in."""
+        """Return the documents as a stream, and the column that contains them."""
         if self.data is not None:
             streamed = isinstance(self.data, datasets.IterableDataset)
             return self.data if streamed else self.data.to_iterable_dataset(), self.column
-        # The files are a list: DataLoader workers share them, and shuffling begins with their order.
+        # The list of files is divided among DataLoader workers, and is shuffled first.
         fields = {"paths": [*self.files], "column": self.column, "alone": len(self.files) == 1}
         return datasets.IterableDataset.from_generator(_rows, _STREAMED, fields), "text"
 
 
 def _rows(paths: list[Path], column: str, alone: bool) -> Iterator[dict[str, str]]:
-    """Yield the documents of files as rows; passages of a .txt that is long, or that is all there is."""
+    """Yield the documents of files as rows. A .txt that is long, or the only file, is divided into passages."""
     for path in paths:
         with _reading(str(path)):
             if format_of(path) != "text":
@@ -87,10 +87,10 @@ def _rows(paths: list[Path], column: str, alone: bool) -> Iterator[dict[str, str
 
 
 def open_sources(name: str, text: Text) -> list[Source]:
-    """Find what a source names: one, or what is to train on and what is held out where a directory says so.
+    """Open a source. Return one, or two if a directory's file names distinguish training and held-out text.
 
     Raises:
-        TextError: nothing is there, of a known format, in it, or in a column of text.
+        TextError: the source does not exist, is empty, of an unknown format, or without a column of text.
     """
     path = path_of(name)
     if not path.exists():
@@ -109,8 +109,8 @@ def open_sources(name: str, text: Text) -> list[Source]:
 
 
 def _open_hub(name: str, text: Text) -> datasets.Dataset | datasets.IterableDataset:
-    """Open a data set of the Hub, or what the Hub made of it where it is a loading script."""
-    what = f"{name} is not a file or directory here, and as a data set of the Hub it"
+    """Open a data set of the Hub. If it is a loading script, open the Parquet files that the Hub made of it."""
+    what = f"{name} is not a local file or directory, and as a data set on the Hub it"
     options = {"split": text.split, "streaming": text.streaming}
     with _reading(what):
         try:
@@ -118,30 +118,33 @@ def _open_hub(name: str, text: Text) -> datasets.Dataset | datasets.IterableData
         except RuntimeError as error:
             if text.revision is not None or "scripts are no longer supported" not in str(error):
                 raise
-    with _reading(f"{what} is a loading script, which `datasets` does not run any more, and its revision {_PARQUET}"):
+    with _reading(f"{what} is a loading script, which `datasets` no longer runs, and its revision {_PARQUET}"):
         return datasets.load_dataset(name, data_dir=text.subset, revision=_PARQUET, **options)
 
 
 def local_files(name: str, say: bool = False) -> list[list[Path]]:
-    """Return the files of a local source: all, or those to train on and those held out where a directory says so.
+    """Return the files of a local source: one list, or the training and the held-out files if file names say so.
+
+    If `say`, print which files are used for what.
 
     Raises:
-        TextError: none is of a known format, they are of several, or there are none to train on.
+        TextError: there are no files of a known format, files of several formats, or no files to train on.
     """
     path = path_of(name)
     found = files.find(path)
     if not found or not all(format_of(file) and file.is_file() for file in found):
         raise TextError(
-            f"{name}: no known format. Text is read from {', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)}; "
-            "from directories of such files or saved by `datasets`; and, not streamed, from nanoGPT's .bin files."
+            f"{name}: unknown format. Text is read from {', '.join(FORMATS)} files, also compressed as "
+            f"{', '.join(COMPRESSIONS)}; from directories of such files; from directories saved by `datasets`; and, "
+            "unless streamed, from nanoGPT's .bin files."
         )
     split = files.split(found, path, name) if path.is_dir() else None
     parts = [found] if split is None else [split.train, split.held_out]
     if len({format_of(file) for part in parts for file in part}) > 1:
-        raise TextError(f"{name} has files of several formats: name one, or a directory with one format.")
+        raise TextError(f"{name} has files of several formats. Pass one file, or a directory with one format.")
     if split is not None and say:
-        unused = f", and not read is {_names(split.unused)}" if split.unused else ""
-        _say(f"{name}: trained on is {_names(split.train)}, held out is {_names(split.held_out)}{unused}")
+        unused = f"; ignoring {_names(split.unused)}" if split.unused else ""
+        _say(f"{name}: training on {_names(split.train)}; holding out {_names(split.held_out)}{unused}")
     return parts
 
 
@@ -155,10 +158,10 @@ def _of_files(paths: list[Path], text: Text, name: str) -> Source:
         kind = format_of(paths[0])
         filled = [path for path in paths if not files.is_empty(path)]
         if not filled:
-            raise TextError(f"{name} is empty: it holds no documents.")
+            raise TextError(f"{name} is empty: it contains no documents.")
         if kind == "text":
             if text.column not in (None, "text"):
-                raise TextError(f"{name}: a .txt does not have columns, so text.column has to be left out.")
+                raise TextError(f"{name}: a .txt file does not have columns. Omit text.column.")
             column, first = "text", None
         elif kind == "parquet":
             column, first = columns.choose(files.kinds_of(filled[0]), files.rows(filled[0]), text.column, name)
@@ -173,7 +176,7 @@ def _of_data(data: datasets.Dataset | datasets.IterableDataset, text: Text, name
     with _reading(name):
         features = data.features or datasets.Dataset.from_list(list(data.take(1))).features
         kinds = {key: getattr(feature, "dtype", type(feature).__name__) for key, feature in features.items()}
-        # Nothing is decoded but strings and what is nested, which does not have a dtype.
+        # Only strings and nested columns, which have no dtype, are decoded.
         asked = [key for key, feature in features.items() if getattr(feature, "dtype", "string").endswith("string")]
         rows = (row for row in data.select_columns(asked).take(100))
         column, first = columns.choose(kinds, rows, text.column, name)
@@ -182,9 +185,9 @@ def _of_data(data: datasets.Dataset | datasets.IterableDataset, text: Text, name
 
 
 def say_column(column: str, first: str | None, name: str) -> None:
-    """Say which column the text is taken from, if its first words are given: what `columns.choose` returns."""
+    """Print which column contains the text, if `columns.choose` returned its first words (`first`)."""
     if first is not None:
-        _say(f"{name}: the text is taken from its column {column!r}, which begins {first!r}")
+        _say(f"{name}: reading the text from column {column!r}, which begins {first!r}")
 
 
 def _say(what: str) -> None:
@@ -195,14 +198,14 @@ def _say(what: str) -> None:
 def documents_of(data: datasets.Dataset | datasets.IterableDataset, column: str, name: str) -> Iterator[str]:
     """Yield the documents that are not empty."""
     with _reading(name):
-        # Row by row from a stream: only so is it shared among DataLoader workers.
+        # A stream is read row by row: otherwise it would not be divided among DataLoader workers.
         batches = data.iter(100) if isinstance(data, datasets.Dataset) else ({column: [row[column]]} for row in data)
         for batch in batches:
             yield from filter(None, map(files.clean, filter(None, batch[column])))
 
 
 def path_of(name: str) -> Path:
-    """Return the path that a text's name is, or that of the bundled text called so."""
+    """Return the path of the bundled text called `name`, or `name` as a path."""
     return expanded(resolve_text(name))
 
 
@@ -220,7 +223,7 @@ def _reading(what: str) -> Iterator[None]:
         raise
     except UnicodeDecodeError as error:
         raise TextError(
-            f"{what} cannot be read: it is not UTF-8 ({error}). Convert it, with `iconv -f ENCODING -t UTF-8` or in an "
+            f"{what} cannot be read: it is not UTF-8 ({error}). Convert it with `iconv -f ENCODING -t UTF-8` or in an "
             "editor."
         ) from error
     except Exception as error:

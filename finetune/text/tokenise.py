@@ -26,13 +26,13 @@ from finetune.recipe import Text
 from finetune.text.bins import bin_files, read_bin
 from finetune.text.sources import Passage, Source, TextError, open_sources
 
-BATCH_CHARACTERS = 1_000_000  # a call of the tokenizer
+BATCH_CHARACTERS = 1_000_000  # per call of the tokenizer
 PIECE_CHARACTERS = 100_000  # longer documents are tokenised in pieces, in parallel
 _CACHE_VERSION = 2
-_FEW_UNKNOWN, _MANY_UNKNOWN = 0.01, 0.5  # of all tokens: from the one on it is said, above the other it is refused
+_FEW_UNKNOWN, _MANY_UNKNOWN = 0.01, 0.5  # fractions of all tokens: a warning from the first, an error above the second
 
 Part = tuple[UInt[np.ndarray, " token"], Int[np.ndarray, " document"] | None]
-"""Tokens, and the positions before which documents end (None: unknown but for their end-of-text tokens)."""
+"""Tokens, and the positions before which documents end (None: only end-of-text tokens mark the ends)."""
 
 
 def tokens_of(
@@ -43,7 +43,10 @@ def tokens_of(
     fraction: float = 0.0,
     part: int | None = None,
 ) -> list[Part]:
-    """Return all tokens of a source, in two parts if whole documents, or files, are held out; of files only `part`."""
+    """Return all tokens of a source, in two parts if whole documents or files are held out.
+
+    `part` selects one part, 0 or −1, of a source whose files are divided into training and held-out files.
+    """
     if files := bin_files(name):
         dtype = text.token_dtype if text.token_dtype != "auto" else "uint16" if vocab_size <= 2**16 else "uint32"
         return [(read_bin(file, np.dtype(dtype), vocab_size), None) for file in files]
@@ -55,7 +58,7 @@ def tokens_of(
 def read_tokens(
     documents: Iterator[str], encoder: "Encoder", most: int
 ) -> tuple[list[str], UInt[np.ndarray, " token"], Int[np.ndarray, " document"]]:
-    """Read on until there are `most` tokens; return the documents read, all their tokens, and where each ends."""
+    """Read documents until there are `most` tokens. Return the documents, all their tokens, and where each ends."""
     read, tokens, ends = [], array("q"), array("q")
     while len(tokens) < most and (document := next(documents, None)) is not None:
         read.append(document)
@@ -65,10 +68,10 @@ def read_tokens(
 
 
 def _tokenise_once(source: Source, tokenizer: PreTrainedTokenizerBase, fraction: float) -> list[Part]:
-    """Return the training part and, if any document is held out, the held-out one, tokenised once for all.
+    """Return the training part and, if any document is held out, the held-out part. Tokenise only if not yet cached.
 
-    They are in a directory of the `datasets` cache: one process writes it while others wait, and it gets its
-    name when it is complete.
+    The tokens are in a directory of the `datasets` cache. One process writes it while the others wait, and it is given
+    its final name when it is complete.
     """
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
     key = repr((source.fingerprint, fraction, tokenizer.eos_token_id, _fingerprint_of(tokenizer), _CACHE_VERSION))
@@ -97,7 +100,7 @@ def _tokenise_once(source: Source, tokenizer: PreTrainedTokenizerBase, fraction:
 
 
 def _write_tokens(encoded: Iterable[tuple[list[int], bool]], directory: Path, dtype: np.dtype, fraction: float) -> None:
-    """Write the tokens, and after which of them documents end, of the training and of the held-out part."""
+    """Write the tokens of the training and held-out parts, and the positions before which their documents end."""
     names = ("train", "held_out")
     ends = array("q"), array("q")
     with ExitStack() as stack:
@@ -114,10 +117,10 @@ def _write_tokens(encoded: Iterable[tuple[list[int], bool]], directory: Path, dt
 
 
 class Encoder:
-    """Turns documents into ids, and counts how much of them the tokenizer does not know."""
+    """Encodes documents as token ids, and counts how much of them the tokenizer does not know."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        """`name` is what messages call the text."""
+        """`name` is the text's name in messages."""
         self.tokenizer, self.name = tokenizer, name
         self.unknown = Unknown()
         state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
@@ -125,7 +128,7 @@ class Encoder:
         self._drops = state is not None and _drops_characters(state)
 
     def encode(self, passages: Iterable[Passage]) -> Iterator[tuple[list[int], bool]]:
-        """Yield the ids of each document, in one or several pieces, and whether a piece is its last.
+        """Yield the ids of each document, in one or more pieces, and whether a piece is the document's last.
 
         Raises:
             TextError: the tokenizer fails.
@@ -136,17 +139,17 @@ class Encoder:
             try:
                 encoded = self.tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)
             except Exception as error:
-                raise TextError(f"{self.name}: the tokenizer fails on it: {error}") from error
+                raise TextError(f"{self.name}: the tokenizer failed: {error}") from error
             for i, (ids, (piece, last)) in enumerate(zip(encoded["input_ids"], batch, strict=True)):
                 dropped = _dropped(piece, encoded.encodings[i].offsets) if self._drops else 0
                 self.unknown.add(piece, ids, self.tokenizer, dropped)
                 yield ids + eot if last else ids, last
 
     def check(self) -> None:
-        """Check how much of what was encoded the tokenizer knows; warn where it misses more than a little.
+        """Check how much of the encoded text the tokenizer knows. Warn if it does not know 1% or more.
 
         Raises:
-            TextError: it knows less than a half.
+            TextError: it knows less than half.
         """
         self.unknown.check(self.tokenizer, self.name)
 
@@ -156,42 +159,43 @@ class Unknown:
     """How much of a text a tokenizer does not know."""
 
     tokens: int = 0
-    """Tokens of the text, and characters of it that no token stands for."""
+    """The number of tokens of the text, plus that of characters that no token represents."""
     unknown: int = 0
-    """Those of them that stand for something unknown, or are no token."""
+    """How many of these are unknown tokens, or characters that no token represents."""
     example: str = ""
-    """The first words of the first piece that holds one."""
+    """The first words of the first piece with an unknown token or character."""
 
     def add(self, piece: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, dropped: int) -> None:
-        """Take in the ids of a piece of text, of which so many characters were dropped."""
+        """Count the ids of a piece of text, of which `dropped` characters are in no token."""
         unknown = dropped
         if tokenizer.unk_token_id is not None and (found := ids.count(tokenizer.unk_token_id)):
-            unknown += max(0, found - piece.count(tokenizer.unk_token))  # said by the text itself: GPT-2's end-of-text
+            unknown += max(0, found - piece.count(tokenizer.unk_token))  # GPT-2's, <|endoftext|>, may be in the text
         self.tokens += len(ids) + dropped
         self.unknown += unknown
         if unknown and not self.example:
             self.example = " ".join(piece[:200].split())[:40]
 
     def check(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        """Do what `Encoder.check` does."""
+        """As `Encoder.check`."""
         part = self.unknown / max(1, self.tokens)
         if part < _FEW_UNKNOWN:
             return
-        what = f"{tokenizer.unk_token!r}" if tokenizer.unk_token is not None else "left out"
+        what = f"{tokenizer.unk_token!r}" if tokenizer.unk_token is not None else "dropped"
         problem = (
-            f"{name}: the tokenizer does not know {part:.0%} of it ({what}), as in {self.example!r}: it may be in "
-            "another script or case than what the tokenizer was made for."
+            f"{name}: the tokenizer does not know {part:.0%} of the text ({what}), for example in {self.example!r}. "
+            "The tokenizer may have been made for another script or case."
         )
         if part > _MANY_UNKNOWN:
-            raise TextError(f"{problem} Give another text, or another model.")
+            raise TextError(f"{problem} Use another text or another model.")
         warnings.warn(problem, stacklevel=2)
 
 
 def _can_be_cut(state: dict[str, Any]) -> bool:
-    """Return whether a tokenizer is sure to part two tokens before a line break that follows a visible character.
+    """Return whether a token always ends before a line break that follows a visible character.
 
-    GPT-2's pattern is: of its alternatives only white space takes a line break, and none takes a visible character with
-    it; nothing is normalised, prepended or added that holds a line break. Other patterns take them together.
+    It does with GPT-2's pattern: only the alternative for white space matches a line break, and it matches no visible
+    character; and with no normalizer, no prepended space, and no added token that contains a line break. Other patterns
+    may match a visible character and a line break together.
     """
     before = state["pre_tokenizer"] or {}
     is_gpt2s = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before["add_prefix_space"]
@@ -199,7 +203,7 @@ def _can_be_cut(state: dict[str, Any]) -> bool:
 
 
 def _drops_characters(state: dict[str, Any]) -> bool:
-    """Return whether a tokenizer leaves out characters that it does not have, with no unknown token in their place."""
+    """Return whether a tokenizer silently drops characters that it does not have, without an unknown token."""
     model = state["model"]
     if model["type"] != "BPE" or model.get("unk_token") or model.get("byte_fallback"):
         return False
@@ -208,7 +212,7 @@ def _drops_characters(state: dict[str, Any]) -> bool:
 
 
 def _dropped(piece: str, offsets: list[tuple[int, int]]) -> int:
-    """Return how many visible characters of a piece are in no token."""
+    """Return the number of visible characters of a piece that are in no token."""
     covered = bytearray(len(piece))
     for start, end in offsets:
         covered[start:end] = b"\1" * (end - start)
@@ -216,7 +220,10 @@ def _dropped(piece: str, offsets: list[tuple[int, int]]) -> int:
 
 
 def _pieces(passages: Iterable[Passage], can_be_cut: bool) -> Iterator[Passage]:
-    """Yield documents, long ones cut before line breaks if they can be, and whether a piece is its document's last."""
+    """Yield pieces of documents, and whether each is its document's last. Long documents are cut before line breaks.
+
+    If a document cannot be cut safely (`_can_be_cut`), it is yielded whole.
+    """
     cut = re.compile(r"(?<=\S)\n")
     for passage, last in passages:
         start = 0
@@ -240,14 +247,14 @@ def _batches(pieces: Iterable[Passage]) -> Iterator[list[Passage]]:
 
 
 def _fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Everything in a tokenizer that ids depend on."""
+    """Return everything in a tokenizer that ids depend on."""
     if not tokenizer.is_fast:
         with TemporaryDirectory() as saved:
             tokenizer.save_pretrained(saved)
             files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(saved).iterdir()}
         return repr((type(tokenizer), sorted(files.items())))
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({**state, "truncation": None, "padding": None})  # what the last call left there
+    return json.dumps({**state, "truncation": None, "padding": None})  # these are left over from the last call
 
 
 def _memory_map(path: Path, dtype: np.dtype) -> np.ndarray:

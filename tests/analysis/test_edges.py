@@ -264,7 +264,7 @@ def test_a_score_is_a_table_of_pairs():
     found = plain_activations(model, PROMPT[None])
     q, k = (found[f"blocks.1.attn.hook_{x}"][0, position, 2] for x, position in (("q", -1), ("k", 3)))
     assert frame["contribution"].sum() == pytest.approx(float(q @ k / 2), rel=1e-4)
-    with pytest.raises(ValueError, match="position 5, comes after the query, position 2"):
+    with pytest.raises(ValueError, match="position 5, is after the query, position 2"):
         edges.measure_scores({"m": loaded("gpt2")}, PROMPT, 0, 0, key=5, query=2)
 
 
@@ -341,10 +341,10 @@ def test_neurons_are_parts_of_their_mlp(make_gpt2):
 
 def test_what_cannot_be_read_is_refused(make_gpt2):
     models = trio(make_gpt2)
-    with pytest.raises(ValueError, match="No reader is called L7H0 query: names are such as L0H0 query"):
+    with pytest.raises(ValueError, match=r"No reader is called L7H0 query\. Names are L0H0 query"):
         edges.measure_prompt(models, PROMPT, ["L7H0 query"])
     blocks = {"m": load_hooked_blocks(random_model("blocks", block="pre-ln"))}
-    with pytest.raises(NolnError, match=r"norms that are not folded.* Use logit_attribution"):
+    with pytest.raises(NolnError, match=r"norms are not folded.* Use logit_attribution"):
         edges.measure(blocks, TOKENS)
 
 

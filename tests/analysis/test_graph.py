@@ -144,7 +144,7 @@ def test_pruning(make_gpt2):
     assert len(graph.build(model, SHORT, PAIR, most=3).nodes) <= 4
     merged = some.nodes.merge(whole.nodes, on="node")
     np.testing.assert_allclose(merged["value_x"], merged["value_y"])
-    with pytest.raises(ValueError, match="The share is 0, but must be above 0"):
+    with pytest.raises(ValueError, match="The share is 0; it must be above 0"):
         graph.build(model, SHORT, share=0)
 
 
@@ -215,7 +215,7 @@ def test_plots(make_gpt2):
 
 
 def test_blocks_are_refused():
-    with pytest.raises(NolnError, match="norms that are not folded"):
+    with pytest.raises(NolnError, match="norms are not folded"):
         graph.build(load_hooked_blocks(random_model("blocks", block="pre-ln")), SHORT)
 
 
@@ -244,12 +244,12 @@ def test_the_page(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["It", "--share", "2"], "--share is 2.0, but must be above 0"),
+        (["It", "--share", "2"], "--share is 2.0; it must be above 0"),
         (["It", "--paths", "0"], "--paths must be at least 1"),
-        (["It", "--target", " the a"], "--target is ' the a', which is 2 tokens, but must be one"),
-        (["It", "--against", " the"], "give both"),
-        (["", "--target", " the"], "The prompt has 0 tokens, but must have 1 to 32"),
-        (["It is " * 40], "but must have 1 to 32"),
+        (["It", "--target", " the a"], "--target is ' the a', which is 2 tokens; it must be a single token"),
+        (["It", "--against", " the"], "Set both"),
+        (["", "--target", " the"], "The prompt has 0 tokens; it must have from 1 to 32"),
+        (["It is " * 40], "must have from 1 to 32"),
     ],
 )
 def test_what_cannot_be_drawn(flags, message, tiny, tmp_path):

@@ -287,7 +287,7 @@ def test_what_is_no_model_of_blocks_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"is a GPT2LMHeadModel, .* use load_hooked"):
         load_hooked_blocks(tmp_path / "gpt2")
     assert load_bridge(tmp_path / "gpt2").cfg.n_layers == 3
-    with pytest.raises(CheckpointError, match="not a directory"):
+    with pytest.raises(CheckpointError, match="not a local directory"):
         load_hooked_blocks(tmp_path / "missing")
     make("op").save_pretrained(tmp_path / "op")
     (tmp_path / "op" / "model.safetensors").write_bytes(b"no weights")

@@ -124,7 +124,7 @@ def test_a_prefix_stands_before_each_prompt(make_gpt2, tokenizer):
     correct, wrong = (tokenizer.encode(text)[0] for text in (PAIRS[0].correct, PAIRS[0].wrong))
     assert first["clean_difference"] == pytest.approx((logits[correct] - logits[wrong]).item(), abs=1e-5)
     assert len(prompts.encode_pairs(PAIRS, tokenizer, 6, "v")[0].clean) == 6
-    with pytest.raises(PairError, match="5 tokens; the model takes 1 to 4"):
+    with pytest.raises(PairError, match="5 tokens; for this model they must have from 1 to 4"):
         prompts.encode_pairs(PAIRS, tokenizer, 5, "v")
 
 
@@ -245,7 +245,7 @@ def test_micro_can_do_its_pairs(micro_tokenizer):
     [
         ({"corrupt": "a b f d e e"}, "5 and 6 tokens"),
         ({"clean": "", "corrupt": ""}, "0 tokens"),
-        ({"clean": "a " * 12, "corrupt": "b " * 12}, "12 tokens; the model takes 1 to 11"),
+        ({"clean": "a " * 12, "corrupt": "b " * 12}, "12 tokens; for this model they must have from 1 to 11"),
         ({"corrupt": "a b c d e"}, "the same tokens"),
         ({"correct": " zebra"}, "' zebra' is not one token"),
         ({"wrong": " a b"}, "' a b' is not one token"),
@@ -273,8 +273,8 @@ def test_pairs_are_read_as_written(tmp_path):
     [
         (None, "cannot be read"),
         ("[{", "cannot be read"),
-        ("{}", "not hold a list"),
-        ("[]", "not hold a list"),
+        ("{}", "not contain a list"),
+        ("[]", "not contain a list"),
         ('[{"clean": "a", "corrupt": "b", "correct": "c"}]', "Pair 1 .*clean, corrupt, correct, wrong"),
         ('[{"clean": "a", "corrupt": "b", "correct": "c", "wrong": 3}]', "Pair 1 "),
         ("[3]", "Pair 1 "),

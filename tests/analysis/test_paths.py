@@ -98,5 +98,5 @@ def test_a_search_that_is_cut_off_says_what_may_be_missing():
         assert missing["value"].abs().max() <= found.at_most or missing.empty
         assert found.is_complete == (found.at_most <= found.frame["value"].abs().min())
     assert not paths.find(held, 30, 3, steps=1).is_complete
-    with pytest.raises(ValueError, match="1 path or more through 0 components or more, not 0 through 3"):
+    with pytest.raises(ValueError, match="count is 0 and most is 3"):
         paths.find(held, 0)

@@ -77,7 +77,7 @@ class TestBadInput:
         weights["transformer.h.0.mlp.c_fc.weight"][0, 0] = math.nan
         save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
         message = self.fail("--original", "micro", "--ln-free", "broken", "--out", "r")
-        assert message.startswith("error: ln_free: transformer.h.0.mlp.c_fc.weight holds infinities or NaN")
+        assert message.startswith("error: ln_free: transformer.h.0.mlp.c_fc.weight contains infinities or NaN")
         assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
     def test_pairs_of_different_lengths(self, tmp_path, ln_free, monkeypatch):
@@ -116,7 +116,7 @@ class TestBadInput:
         assert "--tokens is 0" in self.fail("--original", "micro", "--ln-free", "x", "--tokens", "0")
 
     def test_nothing_to_compare_with(self, micro_trio, tmp_path):
-        with pytest.raises(report.ReportError, match="models are original, control: a report compares"):
+        with pytest.raises(report.ReportError, match="models are original, control, but a report needs"):
             report.write({key: micro_trio[key] for key in ("original", "control")}, {}, tmp_path / "r")
 
     def test_unknown_analysis(self):
@@ -219,7 +219,7 @@ def test_flags_are_keyword_arguments(monkeypatch, tmp_path):
     assert asked[0] == asked[1] == asked[2]
     with pytest.raises(TypeError, match="orginal"):
         report.run(orginal="a")
-    with pytest.raises(TypeError, match=r"loaded, not text, tokens: use run\(\)"):
+    with pytest.raises(TypeError, match=r"loaded models and texts, not text, tokens\. Use run\(\)"):
         report.write({}, {}, "r", tokens=1, text=["books-report"])
 
 

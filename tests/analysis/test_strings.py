@@ -163,7 +163,7 @@ def test_padding_that_is_text_is_not_guessed():
     tokenizer = letters("ACGT")
     model = analysis.load_bridge(make("gpt2", tokenizer), tokenizer)
     assert model.to_tokens(["AC", "A"], padding_side="left").tolist() == [[0, 1], [3, 0]]
-    with pytest.raises(NolnError, match=r"'T' begins with the token that stands for padding"):
+    with pytest.raises(NolnError, match=r"'T' begins with the token that is used for padding"):
         model.to_tokens(["AC", "T"], padding_side="left")
 
 

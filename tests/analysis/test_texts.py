@@ -33,7 +33,7 @@ def test_a_context_and_a_prefix(micro):
     assert set(sample.tokens[:, 0].tolist()) == {micro.tokenizer.eos_token_id}
     assert sample.tokens[0].equal(packed[0]["input_ids"])
     for context in (1, 257):
-        with pytest.raises(TextError, match=rf"context is {context}, but the model takes 2 to 256 tokens"):
+        with pytest.raises(TextError, match=rf"context is {context}; it must be from 2 to 256 tokens"):
             read_text("books-validation", micro, context=context)
     with pytest.raises(TextError, match="does not have the token"):
         read_text("books-validation", micro, prefix="<|nothing|>")

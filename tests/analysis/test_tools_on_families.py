@@ -225,7 +225,7 @@ def test_biases_into_gated_mlps_are_the_bridges_alone():
     with torch.no_grad():
         assert error(load_bridge(model)(TOKENS), model(TOKENS).logits) < 1e-4
     if not TL4:
-        with pytest.raises(CheckpointError, match=r"no biases into gated MLPs: use load_bridge"):
+        with pytest.raises(CheckpointError, match=r"does not have biases into gated MLPs. Use load_bridge"):
             load_hooked(model)
 
 

@@ -426,9 +426,9 @@ def test_training_lowers_the_loss(name: str):
 
 def test_what_the_model_does_not_take_is_refused():
     model = make("pre-ln")
-    with pytest.raises(BlockError, match="11 positions, not 12"):
+    with pytest.raises(BlockError, match="only 11 positions, but there are 12"):
         model(torch.zeros(1, 12, dtype=torch.long))
-    with pytest.raises(BlockError, match=r"attention_mask is \[2, 1, 8, 8\], not \[2, 8\]"):
+    with pytest.raises(BlockError, match=r"attention_mask has the shape \[2, 1, 8, 8\] instead of \[2, 8\]"):
         model(TOKENS, attention_mask=torch.ones(2, 1, 8, 8))
     with pytest.raises(BlockError, match="is a StaticCache"):
         model(TOKENS, past_key_values=StaticCache(config=model.config, max_cache_len=11))

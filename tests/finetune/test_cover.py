@@ -167,7 +167,7 @@ class TestKinds:
     [
         ({"cover": -0.1}, "cover is -0.1"),
         ({"cover": 0.8}, "at most 0.75"),
-        ({"kl_weight": 0.0, "match_weight": 0.0}, "set kl_weight or match_weight"),
+        ({"kl_weight": 0.0, "match_weight": 0.0}, "Set kl_weight or match_weight"),
         ({"cover_kinds": ("uniform", "noise")}, "noise"),
         ({"cover_kinds": ("unigram-0",)}, "unigram-0"),
         ({"cover_kinds": ()}, "empty"),
@@ -372,12 +372,12 @@ class TestGuard:
         ours = trainer(replace(short, cover=0.0), tmp_path)
         self.spoil(monkeypatch, ours, "cross_entropy")
         with pytest.raises(
-            DivergedError, match=r"less the original's on the same tokens is \d\d\.\d+ .*step 14.*rise=3"
+            DivergedError, match=r"minus the original's on the same tokens is \d\d\.\d+ .*step 14.*rise=3"
         ):
             ours.train()
 
     def test_a_run_that_diverges(self, short: Recipe, tmp_path: Path):
-        with pytest.raises(DivergedError, match="less the original's"):
+        with pytest.raises(DivergedError, match="minus the original's"):
             fitted(replace(short, lr=10.0, min_lr=10.0, clip=0.0, max_outlier=math.inf), tmp_path)
 
     def test_cover_that_is_not_finite(self, short: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

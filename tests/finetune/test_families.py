@@ -256,7 +256,7 @@ def test_neox_without_biases_of_attention_is_refused():
 def test_others_are_refused_by_name_with_the_reason(model_type, architecture, more, reason, tmp_path):
     config = {"model_type": model_type, "architectures": [architecture]} | more
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=rf"{architecture}.*{reason}.*supported: GPT2LMHeadModel"):
+    with pytest.raises(CheckpointError, match=rf"{architecture}.*{reason}.*architectures: GPT2LMHeadModel"):
         checkpoint.load_config(tmp_path)
 
 

@@ -97,21 +97,21 @@ def refuse(file: Path, message: str, load: Any = checkpoint.load) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general_architecture": "qwen3"}, "holds a model of type qwen3, which has norms of queries and keys.*llama"),
-        ({"general_architecture": "gemma"}, r"holds a model of type gemma\. Of GGUF files these are supported: llama"),
-        ({"general_architecture": "falcon-h1"}, r"type falcon-h1\. Of GGUF files"),
+        ({"general_architecture": "qwen3"}, "is a model of type qwen3, which has norms of queries and keys.*llama"),
+        ({"general_architecture": "gemma"}, r"is a model of type gemma\. Types supported in GGUF files: llama"),
+        ({"general_architecture": "falcon-h1"}, r"type falcon-h1\. Types supported in GGUF files"),
         ({"rope_scaling.factor": 8.0, "rope_scaling.type": "linear"}, r"rope\.scaling\.factor 8\.0, rope\.scaling"),
-        ({"expert_count": 8}, "is not known to have: expert_count 8"),
-        ({"block_count": None}, r"lacks llama\.block_count: Copy"),
-        ({"block_count": 3}, r"it lacks blk\.2\.attn_k\.weight;.* 6 more like these"),
-        ({"block_count": 1}, r"blk\.1\.attn_k\.weight has no place in a llama model"),
+        ({"expert_count": 8}, "not supported for a LlamaForCausalLM: expert_count 8"),
+        ({"block_count": None}, r"lacks llama\.block_count\. Copy"),
+        ({"block_count": 3}, r"it lacks blk\.2\.attn_k\.weight;.* 6 more problems like these"),
+        ({"block_count": 1}, r"blk\.1\.attn_k\.weight is not part of a llama model"),
         ({"block_count": 10**6}, "num_hidden_layers is 1000000"),
-        ({"embedding_length": 12}, "token_embd.weight is .23, 16. and not .23, 12."),
-        ({"attention.head_count": 0}, "What .* says of its model cannot be read: ZeroDivisionError"),
+        ({"embedding_length": 12}, "token_embd.weight has the shape .23, 16. instead of .23, 12."),
+        ({"attention.head_count": 0}, "The metadata of .* cannot be read: ZeroDivisionError"),
         ({"rope_dimension_count": 2, "attention.key_length": 4}, "contradicts itself: head_dim is"),
-        ({"tensors": {"rope_freqs.weight": np.ones(2, np.float32)}}, "rope_freqs.weight has no place in a llama model"),
-        ({"tensors": {"blk.0.attn_q.bias": np.ones(16, np.float32)}}, "blk.0.attn_q.bias has no place"),
-        ({"tensors": {"token_embd.weight": None}}, "holds no token_embd"),
+        ({"tensors": {"rope_freqs.weight": np.ones(2, np.float32)}}, "rope_freqs.weight is not part of a llama model"),
+        ({"tensors": {"blk.0.attn_q.bias": np.ones(16, np.float32)}}, "blk.0.attn_q.bias is not part of"),
+        ({"tensors": {"token_embd.weight": None}}, "lacks token_embd"),
         ({"tensors": {"blk.1.ffn_up.weight": None}}, "it lacks blk.1.ffn_up.weight"),
     ],
 )
@@ -140,21 +140,21 @@ def test_damaged_files(tmp_path: Path, tiny_gguf: Path):
     renamed.write_bytes(content)
     assert checkpoint.load_config(renamed).model_type == "llama"
     renamed.write_bytes(b"PK" + content[2:])
-    refuse(renamed, "is a file: name the directory of a model, or a GGUF file")
+    refuse(renamed, "is a file. Pass the directory of a model, or a GGUF file")
 
 
 def test_tokenizers_that_cannot_be_read(tmp_path: Path, tokenizer):
     model = random_model("llama", vocab_size=4096)
-    with pytest.raises(NoTokenizerError, match="holds no tokenizer"):
+    with pytest.raises(NoTokenizerError, match="has no tokenizer"):
         checkpoint.load_tokenizer(write_gguf(tmp_path / "without.gguf", model))
     odd = write_gguf(tmp_path / "odd.gguf", model, tokenizer, pre="bailingmoe")
-    refuse(odd, "splits text in a way that is not known here, bailingmoe", checkpoint.load_tokenizer)
+    refuse(odd, "splits text in a way that is not supported, bailingmoe", checkpoint.load_tokenizer)
 
 
 def test_the_package_may_be_missing(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch):
     gguf_file._read_once.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refuse(tiny_gguf, r"which the package gguf reads: install it with `pip install 'noln\[gguf\]'`")
+    refuse(tiny_gguf, r"which requires the package gguf. Install it with `pip install 'noln\[gguf\]'`")
 
 
 def test_a_revision_of_a_file(tiny_gguf: Path):

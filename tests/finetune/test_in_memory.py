@@ -90,8 +90,8 @@ USED = {
     "data-parallel-compiled": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
 }
 REFUSED = {
-    "headless": (lambda: random_model().transformer, "GPT2Model, which has no unembedding: pass the GPT2LMHeadModel"),
-    "headless-llama": (lambda: random_model("llama").model, "LlamaModel, .*: pass the LlamaForCausalLM"),
+    "headless": (lambda: random_model().transformer, "GPT2Model, which has no unembedding. Pass the GPT2LMHeadModel"),
+    "headless-llama": (lambda: random_model("llama").model, "LlamaModel, .* Pass the LlamaForCausalLM"),
     "headless-compiled": (lambda: torch.compile(random_model("gpt_neox").gpt_neox), "GPTNeoXModel, .* no unembedding"),
     "classifier": (lambda: GPT2ForSequenceClassification(random_model().config), "GPT2ForSequenceClassification"),
     "other-kind": (lambda: BertLMHeadModel(BertConfig(**_TINY_BERT)), "BertLMHeadModel"),
@@ -145,9 +145,9 @@ def test_a_subclass_that_computes_the_same_is_used():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: subclassed(random_model("llama"), Doubled), "Doubled does not compute what a LlamaForCausalLM"),
-        (lambda: patched(random_model()), "does not compute what a GPT2LMHeadModel"),
-        (lambda: with_adapter(random_model()), r"differs .* in 8 weights.*c_attn.*merge adapters"),
+        (lambda: subclassed(random_model("llama"), Doubled), "Doubled does not compute the same as a LlamaForCausalLM"),
+        (lambda: patched(random_model()), "does not compute the same as a GPT2LMHeadModel"),
+        (lambda: with_adapter(random_model()), r"differs .* in 8 weights.*c_attn.*Merge adapters"),
         (lambda: untied(random_model()), "tie_word_embeddings to False"),
     ],
 )

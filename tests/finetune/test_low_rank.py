@@ -277,7 +277,7 @@ def test_command(recipe: Recipe, tmp_path: Path):
 def test_what_is_missing_is_said_before_anything_is_loaded(low: Recipe, monkeypatch: pytest.MonkeyPatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
-    with pytest.raises(RecipeError, match=r"peft, which is not installed: pip install 'noln\[lora\]'"):
+    with pytest.raises(RecipeError, match=r"requires peft\. Install it with `pip install 'noln\[lora\]'`"):
         set_up(replace(low, model="not/there"))
 
 

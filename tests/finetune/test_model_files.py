@@ -44,14 +44,22 @@ def refuse(directory: Path, message: str) -> None:
         ("llama", {"rope_scaling": 3}, r"config\.json of .* cannot be read"),
         ("llama", {"dtype": "floaty"}, "floaty"),
         ("gpt_neox", {"id2label": [1]}, r"config\.json of .* cannot be read"),
-        ("gpt2", {"model_type": ["gpt2"]}, "These are supported"),
-        ("gpt2", {"architectures": 3}, "These are supported"),
+        ("gpt2", {"model_type": ["gpt2"]}, "Supported architectures"),
+        ("gpt2", {"architectures": 3}, "Supported architectures"),
         ("gpt2", {"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantised \(bitsandbytes\)"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
-        ("gpt2", {"vocab_size": 7}, r"wte\.weight is 7 x 12, but in model\.safetensors it is 23 x 12"),
-        ("llama", {"intermediate_size": 21}, r"is 16 x 21, but in model\.safetensors it is 16 x 20"),
-        ("gpt2", {"n_layer": 1}, r"holds 11 weights \(transformer\.h\.1\.attn\.c_attn\.weight, .* no place for"),
-        ("llama", {"num_hidden_layers": 1}, r"holds \d+ weights \(model\.layers\.1\..* no place for"),
+        (
+            "gpt2",
+            {"vocab_size": 7},
+            r"wte\.weight is 7 x 12 according to config\.json, but 23 x 12 in model\.safetensors",
+        ),
+        (
+            "llama",
+            {"intermediate_size": 21},
+            r"is 16 x 21 according to config\.json, but 16 x 20 in model\.safetensors",
+        ),
+        ("gpt2", {"n_layer": 1}, r"contains 11 weights \(transformer\.h\.1\.attn\.c_attn\.weight, .* does not have"),
+        ("llama", {"num_hidden_layers": 1}, r"contains \d+ weights \(model\.layers\.1\..* does not have"),
         ("gpt2", {"n_layer": 3}, r"lacks 12 weights \(transformer\.h\.2\."),
     ],
 )
@@ -79,12 +87,14 @@ def test_a_huge_config_is_not_read(tmp_path: Path):
 def test_weights_without_a_place(tmp_path: Path):
     directory = saved(tmp_path)
     with_weights(directory, **{"v_head.summary.weight": torch.ones(1, 12)})
-    refuse(directory, r"holds 1 weights \(v_head\.summary\.weight\) that the model .* has no place for")
+    refuse(
+        directory, r"contains 1 weights \(v_head\.summary\.weight\) that a model with its config\.json does not have"
+    )
     other = saved(tmp_path / "renamed", "llama")
     held = load_file(other / "model.safetensors")
     held = {name.replace("up_proj", "w3"): weight for name, weight in held.items()}
     save_file(held, other / "model.safetensors", metadata={"format": "pt"})
-    refuse(other, r"lacks 2 weights \(.*up_proj.*holds 2 weights \(.*w3")
+    refuse(other, r"lacks 2 weights \(.*up_proj.*contains 2 weights \(.*w3")
 
 
 @pytest.mark.parametrize(
@@ -111,19 +121,19 @@ def test_pickles_are_refused_with_the_lines_that_convert_them(tmp_path: Path):
     (directory / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"only pytorch_model\.bin, a pickle.*these two lines") as error:
         checkpoint.load(directory)
-    exec("import transformers; " + str(error.value).partition("convert it: ")[2])
+    exec("import transformers; " + str(error.value).partition("these two lines: ")[2])
     assert torch.equal(checkpoint.load(directory).lm_head.weight, random_model().lm_head.weight)
 
 
 def test_other_files_in_place_of_weights(tmp_path: Path):
     directory = saved(tmp_path)
     (directory / "model.safetensors").unlink()
-    refuse(directory, r"holds no model\.safetensors: save the model")
+    refuse(directory, r"has no model\.safetensors\. Save the model")
     (directory / "adapter_config.json").write_text("{}")
-    refuse(directory, r"only adapters: .*merge_and_unload")
+    refuse(directory, r"only adapters\. Merge .*merge_and_unload")
     (directory / "model.safetensors").write_bytes(b"\xff" * 64)
     refuse(directory, r"model\.safetensors is damaged")
-    refuse(directory / "config.json", "is a file: name the directory")
+    refuse(directory / "config.json", "is a file. Pass the directory")
 
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/hostname", "sub/../../x.safetensors", "..", "x.bin"])

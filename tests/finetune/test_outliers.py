@@ -44,7 +44,10 @@ def fitted(recipe: Recipe, directory: Path) -> list[dict]:
         ({"guard": 1.0}, "guard is 1.0; it must be above 1"),
         ({"guard": math.inf}, "guard is inf"),
         ({"guard_span": (0.9, 0.5)}, "guard_span is 0.9, 0.5"),
-        ({"guard": 2.0, "guard_span": (0.5, 1.0)}, "guard_span ends at 1.0: the guard would not be lifted by the last"),
+        (
+            {"guard": 2.0, "guard_span": (0.5, 1.0)},
+            "guard_span ends at 1.0, so the guard would not be lifted by the last",
+        ),
         ({"max_outlier": 1.0}, "max_outlier is 1.0"),
         ({"live_gradients": True, "spread_weight": 1.0}, "live_gradients needs a guard"),
         ({"live_gradients": True, "guard": 2.0}, "live_gradients needs a guard"),
@@ -199,8 +202,8 @@ class TestStop:
             short, model=str(tmp_path / "model"), lr=1e-6, min_lr=1e-6, max_outlier=9.0, std_mean="geometric"
         )
         said = (
-            r"at step 8 the live std of token (\d+) \(' the'\) at position (\d+) is (\d+) times what divides it at "
-            r"h\.0\.qk, more than max_outlier=9: .*checkpoint is none"
+            r"at step 8 the live std of token (\d+) \(' the'\) at position (\d+) is (\d+) times its divisor at "
+            r"h\.0\.qk, more than max_outlier=9: .*checkpoint: none"
         )
         with pytest.raises(DivergedError, match=said) as error:
             fitted(recipe, tmp_path / "run")
@@ -219,5 +222,5 @@ class TestStop:
     def test_what_diverges_otherwise_says_the_worst(self, short: Recipe, tmp_path: Path):
         recipe = replace(short, lr=10.0, min_lr=10.0, clip=0.0, max_outlier=math.inf)
         recipe = replace(recipe, schedule=Schedule(start=1, gap=Gaps()))
-        with pytest.raises(DivergedError, match=r"at step \d.*; the live std of token \d+ .* times what divides it at"):
+        with pytest.raises(DivergedError, match=r"at step \d.*; the live std of token \d+ .* times its divisor at"):
             fitted(recipe, tmp_path)

@@ -234,7 +234,7 @@ class TestFit:
         spoilt = lambda *args, **kwargs: NextTokenLoss(*(p * math.nan for p in next_token_loss(*args, **kwargs)))  # noqa: E731
         monkeypatch.setattr("finetune.objective.next_token_loss", spoilt)
 
-        with pytest.raises(DivergedError, match=r"at step 0.*just begun.*longer warmup") as error:
+        with pytest.raises(DivergedError, match=r"at step 0.*none yet.*longer warmup") as error:
             pretrain(recipe, out=tmp_path / "run")
 
         assert "froze" not in str(error.value)
@@ -467,7 +467,7 @@ class TestCommandLine:
             (["tiny.yaml", "--block", "skipless-nonorm", "--knobs", "norm", "ln"], "knobs.norm"),
             (["tiny.yaml", "--knobs", "norms", "ln"], "no knobs norms"),
             (["tiny.yaml", "--knobs", "norm", "batch"], "norm"),
-            (["tiny.yaml", "--knobs", "n_layer", "3"], "knobs holds n_layer"),
+            (["tiny.yaml", "--knobs", "n_layer", "3"], "knobs contains n_layer"),
             (["tiny.yaml", "--knobs", "norm"], "alternate"),
             (["tiny.yaml", "--knobs", "norm", "[1,2]"], "norm"),
             (["tiny.yaml", "--n-layer", "0"], "n_layer"),

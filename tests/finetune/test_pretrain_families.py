@@ -97,10 +97,10 @@ def test_what_was_trained_loses_its_norms(recipe: PretrainRecipe, text: Path, tm
     [
         ({"family": "bert"}, "family is bert; it must be one of gpt2, "),
         ({"family": "llama", "block": "op"}, "family is llama, but block is op"),
-        ({"family": "llama", "knobs": {"n_inner": 3}}, "knobs names n_inner, which LlamaConfig does not have"),
-        ({"family": "llama", "knobs": {"hidden_size": 32}}, "knobs holds hidden_size: say it as n_layer, n_embd"),
-        ({"family": "gpt2", "knobs": {"n_ctx": 32}}, "knobs names n_ctx"),
-        ({"family": "llama", "n_head": 3}, r"(?s)A LlamaConfig cannot be made of this recipe: .*multiple"),
+        ({"family": "llama", "knobs": {"n_inner": 3}}, "knobs contains n_inner, which LlamaConfig does not have"),
+        ({"family": "llama", "knobs": {"hidden_size": 32}}, r"knobs contains hidden_size\. Set n_layer, n_embd"),
+        ({"family": "gpt2", "knobs": {"n_ctx": 32}}, "knobs contains n_ctx"),
+        ({"family": "llama", "n_head": 3}, r"(?s)A LlamaConfig cannot be created from this recipe: .*multiple"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict, message: str, recipe: PretrainRecipe):

@@ -14,15 +14,17 @@ B25 = recipe.load("micro-b25")
 TWICE = ("mlp", "mlp", "qk", "v", "final", "eot", "position_0")
 CONTRADICTIONS = {
     "schedule.order lacks v": lambda: Schedule(start=1, gap=Gaps(), order=("mlp", "qk", "final", "eot", "position_0")),
-    "schedule.order names qkv": lambda: Schedule(start=1, gap=Gaps(), order=("mlp", "qkv", "v", "final")),
-    "schedule.order names final.0": lambda: Schedule(start=1, gap=Gaps(), order=("mlp", "qk", "v", "final.0")),
+    "schedule.order contains qkv": lambda: Schedule(start=1, gap=Gaps(), order=("mlp", "qkv", "v", "final")),
+    "schedule.order contains final.0": lambda: Schedule(start=1, gap=Gaps(), order=("mlp", "qk", "v", "final.0")),
     "schedule.max_gap": lambda: Schedule(start=1, gap=Gaps(), tolerance=0.1, max_gap=0),
     "schedule.smoothing": lambda: Schedule(start=1, gap=Gaps(), tolerance=0.1, smoothing=1),
-    "schedule.at says when": lambda: Schedule(start=1, gap=Gaps(), tolerance=0.1, at=(1, 2, 3, 4, 5, 6)),
-    "schedule.at needs a step for each": lambda: Schedule(start=1, gap=Gaps(), at=(1, 2, 3)),
-    "schedule.at needs a step for each entry of": lambda: Schedule(start=1, gap=Gaps(), at=(1, 2, 3, 4, 6, 5)),
+    "schedule.at and schedule.tolerance cannot be combined": lambda: Schedule(
+        start=1, gap=Gaps(), tolerance=0.1, at=(1, 2, 3, 4, 5, 6)
+    ),
+    "schedule.at needs one step for each": lambda: Schedule(start=1, gap=Gaps(), at=(1, 2, 3)),
+    "schedule.at needs one step for each entry of": lambda: Schedule(start=1, gap=Gaps(), at=(1, 2, 3, 4, 6, 5)),
     "kl_weight": lambda: dataclasses.replace(B25, kl_weight=1.1),
-    "schedule.order names something twice": lambda: Schedule(start=1, gap=Gaps(), order=TWICE),
+    "schedule.order contains an entry twice": lambda: Schedule(start=1, gap=Gaps(), order=TWICE),
     "schedule.fade": lambda: Schedule(start=1, gap=Gaps(), fade=0),
     "schedule.merge_fade": lambda: Schedule(start=1, gap=Gaps(), merge_fade=0),
     "schedule.start": lambda: Schedule(start=0.9, gap=Gaps()),
@@ -30,7 +32,7 @@ CONTRADICTIONS = {
     "text.held_out_fraction": lambda: Text(held_out_fraction=1.0),
     "text.held_out_blocks": lambda: Text(held_out_blocks=0),
     "text.train_blocks": lambda: Text(train_blocks=0),
-    "text.train_blocks takes": lambda: Text(train_blocks=1, streaming=True),
+    "text.train_blocks and text.streaming": lambda: Text(train_blocks=1, streaming=True),
 }
 CONTRADICTING_FIELDS = {
     "shard and lora_rank": {"shard": True, "lora_rank": 4},

@@ -115,7 +115,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(file: str, damage, cut: Pa
     run = resume(cut)
     said = capsys.readouterr().out
     assert f"checkpoint-10: {file} is {'missing' if damage is Path.unlink else 'damaged'}" in said
-    assert "goes on from checkpoint-5" in said
+    assert "continues from checkpoint-5" in said
     assert_same(run, uncut)
     assert [path.name for path in checkpoints(cut / "checkpoints/ln_free")] == ["checkpoint-15", "checkpoint-16"]
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_of_an_earlier_version_is_checked_by_opening_it(file: str, 
 def test_a_damaged_log_is_taken_from_the_checkpoint(damage, cut: Path, uncut: Run, capsys):
     damage(cut / "log.jsonl")
     run = resume(cut)
-    assert "log.jsonl is damaged: its lines are taken from checkpoint-10" in capsys.readouterr().out
+    assert "log.jsonl is damaged. Its copy in checkpoint-10 is used" in capsys.readouterr().out
     assert_same(run, uncut)
 
 
@@ -162,10 +162,10 @@ def test_a_damaged_log_of_a_complete_run(uncut: Run, tmp_path: Path, capsys):
     directory = shutil.copytree(uncut.directory, tmp_path / "run")
     spoil_line(directory / "log.jsonl", 1, lambda line: line[:9] + b"\n")
     assert resume(directory).results.equals(uncut.results)
-    assert "log.jsonl is damaged: its lines are taken from checkpoints/ln_free/checkpoint-16" in capsys.readouterr().out
+    assert "log.jsonl is damaged. Its copy in checkpoints/ln_free/checkpoint-16 is used" in capsys.readouterr().out
     shutil.rmtree(directory / "checkpoints")
     assert resume(directory).results.equals(uncut.results)
-    assert "log.jsonl is damaged: 1 lines of it are left out" in capsys.readouterr().out
+    assert "log.jsonl is damaged. 1 of its lines are skipped" in capsys.readouterr().out
 
 
 def kill_in_the_control() -> None:
@@ -194,7 +194,7 @@ def test_a_finished_fit_leaves_no_checkpoints(own: Recipe, tmp_path: Path, run: 
     spoil_line(directory / "log.jsonl", 1, lambda line: line[:9] + b"\n")
     capsys.readouterr()
     assert resume(directory).results.equals(again.results)
-    assert "log.jsonl is damaged: its lines are taken from checkpoints/control." in capsys.readouterr().out
+    assert "log.jsonl is damaged. Its copy in checkpoints/control is used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, halve])
@@ -205,7 +205,7 @@ def test_without_a_whole_checkpoint_a_run_stops(damage, cut: Path, uncut: Run, c
         resume(cut)
     run = resume(cut, anyway=True)
     start = "checkpoint-10" if damage is Path.unlink else "the first step"
-    assert f"goes on from {start}." in capsys.readouterr().out
+    assert f"continues from {start}." in capsys.readouterr().out
     assert [line["step"] for line in read_log(cut)] == list(range(16))
     if damage is halve:
         assert_same(run, uncut)
@@ -214,20 +214,20 @@ def test_without_a_whole_checkpoint_a_run_stops(damage, cut: Path, uncut: Run, c
 def change_text(run: Path, model: Path, text: Path) -> str:
     lines = text.read_text().splitlines(keepends=True)
     text.write_text("".join([*lines[:30], json.dumps({"text": "Something else altogether."}) + "\n", *lines[31:]]))
-    return "the text to train on was .* tokens and is .* tokens"
+    return "the training text was .* tokens and is .* tokens"
 
 
 def change_a_word(run: Path, model: Path, text: Path) -> str:
     lines = text.read_text().splitlines(keepends=True)
     text.write_text("".join([lines[1], lines[0], *lines[2:]]))
-    return "text .* is another one"
+    return "the training text has changed"
 
 
 def change_weights(run: Path, model: Path, text: Path) -> str:
     weights = load_file(model / "model.safetensors")
     weights["transformer.h.1.mlp.c_fc.bias"][3] += 1e-3
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    return "the model has other weights"
+    return "the model's weights have changed"
 
 
 def change_config(run: Path, model: Path, text: Path) -> str:
@@ -271,7 +271,7 @@ def test_a_run_that_is_not_what_it_was_stops(change, cut: Path, moved: tuple[Pat
         touched = {"recipe.yaml", "begun_with.json", ".lock"}
         assert all(path.read_bytes() == content for path, content in before.items() if path.name not in touched)
         resume(cut, anyway=True)
-        assert "goes on with something else" in capsys.readouterr().out
+        assert "continuing although the run has changed" in capsys.readouterr().out
         resume(cut)
     finally:
         shutil.copytree(kept[0], moved[0], dirs_exist_ok=True)
@@ -294,7 +294,7 @@ def test_a_stream_that_is_not_what_it_was_stops(change, own: Recipe, moved: tupl
     stream = replace(own.text, source=str(text), streaming=True, held_out_blocks=8)
     run = remove_norms(recipe=replace(own, model=str(model), text=stream), out=tmp_path / "run")
     change(run.directory, model, text)
-    with pytest.raises(ChangedError, match=r"bytes and is|other weights"):
+    with pytest.raises(ChangedError, match=r"bytes and is|weights have changed"):
         resume(run.directory)
     resume(run.directory, anyway=True)
 
@@ -352,7 +352,7 @@ def test_a_cache_or_an_out_that_cannot_be_written_is_named(
 ):
     (tmp_path / "file").touch()
     place = Path(cache) if cache.startswith("/") else tmp_path / cache
-    with pytest.raises(NolnError, match=rf"The run directory {place}/run cannot be made.*--out"):
+    with pytest.raises(NolnError, match=rf"The run directory {place}/run cannot be created.*--out"):
         make(place / "run", place / "run")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place)
     with pytest.raises(NolnError, match=rf"The cache {place} cannot be written to.*HF_DATASETS_CACHE"):

@@ -259,14 +259,14 @@ def assert_same_numbers(out: Path, done: Path) -> None:
         ({"recipe": "micro", "seed": [1]}, "seed"),
         ({"seeds": [1]}, "recipe"),
         ({"recipe": "macro"}, "macro"),
-        ({"recipe": "micro", "runs": []}, "holds no run"),
+        ({"recipe": "micro", "runs": []}, "contains no run"),
         ({"recipe": "micro", "runs": [{}, {"kl_weight": 1.0}]}, r"runs \{\} and \{'kl_weight': 1.0\} are the same"),
-        ({"recipe": "micro", "runs": [{"seed": 3}]}, "seed of its own"),
+        ({"recipe": "micro", "runs": [{"seed": 3}]}, "sets a seed"),
         ({"recipe": "micro", "texts": {"choose": "books-report"}}, "held-out text"),
         ({"recipe": "micro", "runs": [{"steps": "many"}]}, "steps is 'many'"),
         ({"recipe": "micro", "runs": [{"steps": 61.5}]}, "steps is 61.5"),
         ({"recipe": "micro", "runs": [{"model.a.b": 1}]}, "model.a.b is not a field"),
-        ({"recipe": "micro", "runs": [{"recipe": 3}]}, "No recipe 3"),
+        ({"recipe": "micro", "runs": [{"recipe": 3}]}, "No recipe is called 3"),
     ],
 )
 def test_a_sweep_that_does_not_hold_is_refused_before_anything_is_run(content, said, tmp_path: Path):

@@ -261,7 +261,7 @@ def test_a_second_source_is_held_out(tmp_path, tokenizer):
         (str(bins), str(bins / "train.bin")),
         (str(bins), str(bins)),
     ):
-        with pytest.raises(TextError, match="share text"):
+        with pytest.raises(TextError, match="share files"):
             load_text(Text(source=one, held_out=other), tokenizer, 16, VOCAB)
 
 
@@ -286,7 +286,7 @@ def test_all_of_a_source_as_blocks(tmp_path, tokenizer):
     assert blocks.blocks.ravel().tolist() == expected[::-1][: blocks.blocks.size]
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(
-        TextError, match=r"short.txt: \d tokens, fewer than a block of 16. Give more text, or a shorter"
+        TextError, match=r"short.txt has only \d tokens, fewer than a block of 16. Use more text or a shorter"
     ):
         load_blocks(Text(str(tmp_path / "short.txt")), tokenizer, 16, VOCAB)
     with pytest.raises(TextError, match="beyond the model's vocabulary"):
@@ -458,11 +458,11 @@ def test_bad_sources(tmp_path, tokenizer, monkeypatch):
     for missing in ("missing.jsonl", "missing.txt.gz", "missing.bin", "missing"):
         fails("no such file", tmp_path / missing)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # or else it tries for half a minute
-    fails(r"not a file or directory here.*Hub.*cannot be read.*[Oo]ffline", "somebody/some-data-set")
+    fails(r"not a local file or directory.*Hub.*cannot be read.*[Oo]ffline", "somebody/some-data-set")
     (tmp_path / "empty").mkdir()
-    fails(r"no known format.*\.jsonl", tmp_path / "empty")
+    fails(r"unknown format.*\.jsonl", tmp_path / "empty")
     (tmp_path / "a.csv").write_text("text\nhello\n")
-    fails(r"no known format.*\.jsonl", tmp_path / "a.csv")
+    fails(r"unknown format.*\.jsonl", tmp_path / "a.csv")
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": \n')
     fails("cannot be read", tmp_path / "bad.jsonl")
     (tmp_path / "bad.jsonl.xz").write_bytes(lzma.compress(b'{"text": "one"}\n' * 1000)[:-30])
@@ -488,7 +488,9 @@ def test_too_short(tmp_path, tokenizer):
         source = write_jsonl(tmp_path / "a.jsonl")
         (tmp_path / "empty.txt").write_text("")
         text = Text(source=source, held_out=str(tmp_path / "a.txt"), streaming=streaming)
-        with pytest.raises(TextError, match=rf"a\.txt: {tokens} tokens to hold out, fewer than a block of 1,000"):
+        with pytest.raises(
+            TextError, match=rf"a\.txt has only {tokens} tokens to hold out, fewer than a block of 1,000"
+        ):
             load_text(text, tokenizer, 1000, VOCAB)
         text = Text(source=str(tmp_path / "empty.txt"), held_out=source, streaming=streaming)
         with pytest.raises(TextError, match=r"empty\.txt is empty"):
@@ -661,8 +663,8 @@ def test_hub_data_set_that_is_a_script(tokenizer, monkeypatch):
     ("revision", "error", "said"),
     [
         (None, RuntimeError(SCRIPT), "is a loading script.*its revision refs/convert/parquet cannot be read: Runtime"),
-        ("v2", RuntimeError(SCRIPT), "as a data set of the Hub it cannot be read: RuntimeError: Dataset scripts"),
-        (None, RuntimeError("out of memory"), "as a data set of the Hub it cannot be read: RuntimeError: out of"),
+        ("v2", RuntimeError(SCRIPT), "as a data set on the Hub it cannot be read: RuntimeError: Dataset scripts"),
+        (None, RuntimeError("out of memory"), "as a data set on the Hub it cannot be read: RuntimeError: out of"),
     ],
 )
 def test_hub_data_set_that_cannot_be_read_says_what_was_tried(revision, error, said, monkeypatch):

@@ -35,9 +35,9 @@ def test_the_lone_column_of_strings_is_said(name, streaming, tmp_path, tokenizer
     rows = [{"number": 1, "content": line, "tags": ["a", "b"], "meta": {"site": "x"}} for line in LINES]
     source = WRITERS[name](tmp_path / name, rows)
     load_text(Text(source, streaming=streaming, held_out_blocks=2), tokenizer, 16, 4096)
-    assert "the text is taken from its column 'content', which begins 'Chapter 0. It was" in capsys.readouterr().out
+    assert "reading the text from column 'content', which begins 'Chapter 0. It was" in capsys.readouterr().out
     load_text(Text(source, column="content", streaming=streaming, held_out_blocks=2), tokenizer, 16, 4096)
-    assert "is taken from" not in capsys.readouterr().out
+    assert "reading the text" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -48,9 +48,9 @@ def test_the_lone_column_of_strings_is_said(name, streaming, tmp_path, tokenizer
         (lambda line: {"name": "x", "translation": {"en": line, "fr": line}}, "'translation', which is nested"),
         (lambda line: {"title": line, "paragraphs": [line, line]}, "'paragraphs', which is nested"),
         (lambda line: {"prompt": line * 9, "answers": [{"text": line}]}, "'answers', which is nested"),
-        (lambda line: {"doc_id": line.replace(" ", ""), "n": 1}, "is called what is not text"),
-        (lambda line: {"url": line, "n": 1}, "is called what is not text"),
-        (lambda line: {"page": f"https://example.org/{len(line)}", "n": 1}, "holds addresses"),
+        (lambda line: {"doc_id": line.replace(" ", ""), "n": 1}, "its name suggests"),
+        (lambda line: {"url": line, "n": 1}, "its name suggests"),
+        (lambda line: {"page": f"https://example.org/{len(line)}", "n": 1}, "it contains URLs"),
     ],
 )
 def test_a_lone_column_that_may_not_be_the_text(name, row, doubt, tmp_path, tokenizer):
@@ -137,6 +137,6 @@ def test_a_text_that_comes_late_is_found(tmp_path, tokenizer, monkeypatch):
 
 def test_a_txt_has_no_columns(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("\n".join(LINES))
-    with pytest.raises(TextError, match=r"a \.txt does not have columns"):
+    with pytest.raises(TextError, match=r"a \.txt file does not have columns"):
         load_text(Text(str(tmp_path / "a.txt"), column="body"), tokenizer, 16, 4096)
     assert files.format_of(tmp_path / "a.txt") == "text"

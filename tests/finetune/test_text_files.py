@@ -65,7 +65,7 @@ def test_files_that_are_held_out_by_name(train, held_out, write, streaming, tmp_
     assert "Document" in said(splits.train, tokenizer)
     assert "Apart" in said(splits.held_out, tokenizer)
     assert "Document" not in said(splits.held_out, tokenizer)
-    assert f"trained on is {Path(train).name}, held out is {Path(held_out).name}" in capsys.readouterr().out
+    assert f"training on {Path(train).name}; holding out {Path(held_out).name}" in capsys.readouterr().out
     assert "Document" not in said(load_blocks(Text(str(tmp_path)), tokenizer, 16, 4096), tokenizer)
 
 
@@ -77,15 +77,15 @@ def test_neither_validation_nor_test_nor_what_may_hold_both_is_trained_on(tmp_pa
     splits = load_text(Text(str(tmp_path)), tokenizer, 16, 4096)
     for blocks, documents in ((splits.train, DOCUMENTS), (splits.held_out, HELD_OUT)):
         assert set(said(blocks, tokenizer, 999).split("<|endoftext|>")[:-1]) <= set(documents)
-    assert "not read is all.jsonl, test.jsonl" in capsys.readouterr().out
+    assert "ignoring all.jsonl, test.jsonl" in capsys.readouterr().out
     # What the user holds out goes before.
     text = Text(str(tmp_path), held_out=str(tmp_path / "test.jsonl"))
     assert "Tested" in said(load_text(text, tokenizer, 16, 4096).held_out, tokenizer)
-    with pytest.raises(TextError, match="share text"):
+    with pytest.raises(TextError, match="share files"):
         load_text(Text(str(tmp_path), held_out=str(tmp_path / "train.jsonl")), tokenizer, 16, 4096)
     for name in ("train.jsonl", "all.jsonl"):
         (tmp_path / name).unlink()
-    with pytest.raises(TextError, match=r"validation and for testing, and none to train on"):
+    with pytest.raises(TextError, match=r"validation and test files, but no training files"):
         load_text(Text(str(tmp_path)), tokenizer, 16, 4096)
     (tmp_path / "test.jsonl").unlink()
     jsonl(tmp_path / "validation-2.jsonl", HELD_OUT)
@@ -126,7 +126,7 @@ def test_a_home_directory(tmp_path, tokenizer, monkeypatch):
     assert "Apart" in said(load_text(text, tokenizer, 16, 4096).held_out, tokenizer)
     np.arange(300, dtype=np.uint16).tofile(tmp_path / "train.bin")
     assert len(load_blocks(Text("~/train.bin"), tokenizer, 16, 4096))
-    with pytest.raises(TextError, match="share text"):
+    with pytest.raises(TextError, match="share files"):
         load_text(Text("~/texts", held_out=str(tmp_path / "texts/a.jsonl")), tokenizer, 16, 4096)
     with pytest.raises(NolnError, match=r"~nobody-here/a.jsonl: the home directory"):
         load_text(Text("~nobody-here/a.jsonl"), tokenizer, 16, 4096)
@@ -215,7 +215,7 @@ def test_empty_parquet_and_directories(tmp_path, tokenizer):
     parquet(tmp_path / "a.parquet", [])
     (tmp_path / "folder/a.jsonl").mkdir(parents=True)
     (tmp_path / "zero.parquet").write_bytes(b"")
-    for name, match in (("a.parquet", "is empty"), ("zero.parquet", "is empty"), ("folder", "no known format")):
+    for name, match in (("a.parquet", "is empty"), ("zero.parquet", "is empty"), ("folder", "unknown format")):
         with pytest.raises(TextError, match=f"{name}.*{match}"):
             load_text(Text(str(tmp_path / name)), tokenizer, 16, 4096)
 
@@ -295,8 +295,8 @@ def test_links(tmp_path, tokenizer):
 
 def test_what_is_no_json(tmp_path, tokenizer):
     for content, match in (
-        ('{"text": "a"}\n[1, 2]\n', "line 2 holds 1, not an object"),
-        ('{"text": "a"}\n7\n', "line 2 holds 7, not an object"),
+        ('{"text": "a"}\n[1, 2]\n', "line 2 is 1, not an object"),
+        ('{"text": "a"}\n7\n', "line 2 is 7, not an object"),
         ('{"text": "a"}\n{"text": 7}\n', "row 2: its text is 7, which is not a string"),
         ("[" * 100_000, "cannot be read"),
         ('{"text": "a"}\n' + "[" * 100_000, "line 2 cannot be read"),

@@ -49,14 +49,14 @@ def test_documents_in_memory(kind, tmp_path):
     [
         ([], "is empty"),
         (iter(["", None]), "is empty"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": LINES})), "DatasetDict of train: pass one"),
-        ({"text": LINES}, "dict of text: pass one"),
-        (pd.DataFrame({"text": LINES}), "is a DataFrame: pass a list of strings, a column"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": LINES})), "DatasetDict of train. Pass one"),
+        ({"text": LINES}, "dict of text. Pass one"),
+        (pd.DataFrame({"text": LINES}), "is a DataFrame. Pass a list of strings, a column"),
         (b"bytes", "is a bytes"),
         (7, "is a int"),
-        ([1, 2], "holds a int at 0"),
-        ([*LINES, 3.5], "holds a float at 200"),
-        (np.arange(9), "holds a int64 at 0"),
+        ([1, 2], "Document 0 of the text is not a string but a int"),
+        ([*LINES, 3.5], "Document 200 of the text is not a string but a float"),
+        (np.arange(9), "not a string but a int64"),
         ([{"id": "a", "messages": [{"content": line}]} for line in LINES], "'messages', which is nested"),
         ([{"a": "b", "c": "d"}], "which column is the text"),
         ([__file__.replace(".py", ".txt")], None),
@@ -74,7 +74,7 @@ def test_what_is_not_documents(documents, message, tmp_path):
 def test_names_of_files_are_not_documents(tmp_path):
     for name in ("a.jsonl", "b.txt"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(TextError, match="names of files"):
+    with pytest.raises(TextError, match="list of file names"):
         write_documents([str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")], tmp_path / "c.jsonl")
 
 
@@ -93,7 +93,7 @@ def test_a_run_on_text_in_memory_is_resumed_and_replayed(recipe, tiny, tmp_path,
 
 
 def test_nothing_is_left_of_text_that_does_not_do(recipe, tmp_path):
-    with pytest.raises(TextError, match=r"^the text in memory: .* fewer than a block"):
+    with pytest.raises(TextError, match=r"^the text in memory .* fewer than a block"):
         remove_norms(text=["Too short."], recipe=recipe, out=tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
@@ -101,6 +101,6 @@ def test_nothing_is_left_of_text_that_does_not_do(recipe, tmp_path):
 def test_a_tokenizer_by_name(recipe, tiny, tokenizer, text, tmp_path):
     for name in (str(tiny), tiny, "micro", tokenizer):
         assert tokenizer_of(name).get_vocab() == tokenizer.get_vocab()
-    for given, message in ((7, "is a int: pass a name"), (Tokenizer(BPE()), r"tokenizer_object=\.\.\.\)")):
+    for given, message in ((7, "is a int. Pass a name"), (Tokenizer(BPE()), r"tokenizer_object=\.\.\.\)")):
         with pytest.raises(CheckpointError, match=message):
             remove_norms(tiny_gpt2(), given, str(text), recipe, tmp_path / "other")

@@ -41,7 +41,8 @@ def test_a_text_that_the_tokenizer_does_not_know_is_refused(name, streaming, tmp
     text = Text(source, streaming=streaming, held_out_blocks=3)
     for load in (lambda: load_text(text, tokenizer, 16, 9), lambda: load_blocks(text, tokenizer, 16, 9, most=3)):
         with pytest.raises(
-            TextError, match=r"lower\.jsonl: the tokenizer does not know \d\d% of it .*, as in '[acgtA]{9}"
+            TextError,
+            match=r"lower\.jsonl: the tokenizer does not know \d\d% of the text .*, for example in '[acgtA]{9}",
         ):
             load()
     with pytest.raises(TextError, match="does not know"):  # the same from the cache
@@ -54,7 +55,7 @@ def test_a_text_that_the_tokenizer_does_not_know_all_of_is_said(name, streaming,
     tokenizer = TOKENIZERS[name]
     text = Text(jsonl(tmp_path / "a.jsonl.gz", draw("ACGT" * 6 + "N")), streaming=streaming, held_out_blocks=3)
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"a\.jsonl\.gz: the tokenizer does not know [2-7]% of it"):
+        with pytest.warns(UserWarning, match=r"a\.jsonl\.gz: the tokenizer does not know [2-7]% of the text"):
             splits = load_text(text, tokenizer, 16, 9)
     with pytest.warns(UserWarning, match="does not know") if streaming else warnings.catch_warnings():
         assert len(list(islice(splits.train, 2000))) >= 900
@@ -114,5 +115,5 @@ def test_a_tokenizer_that_fails_on_a_text(tmp_path):
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
     source = jsonl(tmp_path / "a.jsonl", draw("ACGTN"))
     for streaming in (False, True):
-        with pytest.raises(TextError, match=r"a\.jsonl: the tokenizer fails on it.*<unk>|a\.jsonl.*Missing"):
+        with pytest.raises(TextError, match=r"a\.jsonl: the tokenizer failed.*<unk>|a\.jsonl.*Missing"):
             load_text(Text(source, streaming=streaming), tokenizer, 16, 9)

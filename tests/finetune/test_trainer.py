@@ -468,7 +468,7 @@ class TestDivergence:
         ("spoil", "said", "steps"),
         [
             (lambda loss: loss * math.nan, "nan nats/token at step 12;", 12),
-            (lambda loss: loss + 3.5, "at step 14, for 3 steps in a row more than max_rise=3 above", 14),
+            (lambda loss: loss + 3.5, "at step 14, and for 3 steps in a row it was more than max_rise=3 above", 14),
         ],
         ids=["nan", "exploded"],
     )
@@ -525,10 +525,10 @@ class TestDivergence:
         ours = trainer(short, tmp_path)
         for path in checkpoints(tmp_path):
             shutil.rmtree(path)
-        with pytest.raises(DivergedError, match=r"at step 6, for 3 steps in a row"):
+        with pytest.raises(DivergedError, match=r"at step 6, and for 3 steps in a row"):
             ours.train()
         ours = trainer(short, tmp_path)
-        with pytest.raises(DivergedError, match=r"at step 6, for 3 steps in a row"):
+        with pytest.raises(DivergedError, match=r"at step 6, and for 3 steps in a row"):
             ours.train(resume_from_checkpoint=str(checkpoints(tmp_path)[-1]))
 
     def test_spoilt_gradient_is_never_saved(self, recipe: Recipe, tmp_path: Path):
@@ -549,7 +549,7 @@ class TestDivergence:
             lambda *args: NextTokenLoss(*(part * math.nan for part in next_token_loss(*args))),
         )
 
-        with pytest.raises(DivergedError, match=r"at step 0.*none.*just begun"):
+        with pytest.raises(DivergedError, match=r"at step 0.*none yet"):
             trainer(recipe, tmp_path).train()
 
 
