@@ -1,6 +1,6 @@
 """Looks at LN-free models and at what they were made from, in the tools that researchers use.
 
-`load_hooked`, `load_bridge`, `load_nnsight` and `load_transformers` load one model, `load_hooked_blocks` one of
+`load_bridge`, `load_hooked`, `load_nnsight` and `load_transformers` load one model, `load_hooked_blocks` one of
 `finetune.blocks`, `load_trio` the original, the control and the LN-free model that the analyses compare. An analysis is
 a module, with `measure(models, tokens)`, which returns a table, and `plot(table)`, which returns a figure: `loss`,
 `generation`, `residual_norms`, `logit_attribution`, `edges`, `composition`, `faithfulness`, `attention`,
