@@ -1,6 +1,6 @@
 """Load LN-free models into the tools that researchers use, and compare them with the models they were made from.
 
-`load_hooked`, `load_bridge`, `load_nnsight` and `load_transformers` load one model, `load_hooked_blocks` loads one of
+`load_bridge`, `load_hooked`, `load_nnsight` and `load_transformers` load one model, `load_hooked_blocks` loads one of
 `finetune.blocks`, and `load_trio` loads the original, the control and the LN-free model that the analyses compare. An
 analysis is a module with `measure(models, tokens)`, which returns a table, and `plot(table)`, which returns a figure:
 `loss`, `generation`, `residual_norms`, `logit_attribution`, `edges`, `composition`, `faithfulness`, `attention`,

@@ -74,7 +74,7 @@ class HarnessModel(TemplateLM):
         batch_size: int = 8,
         prefix: str | None = None,
     ):
-        """Take a `HookedTransformer`, `TransformerBridge` or transformers model and put it in evaluation mode.
+        """Take a `TransformerBridge`, `HookedTransformer` or transformers model and put it in evaluation mode.
 
         Args:
             model: the model.

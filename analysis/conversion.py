@@ -55,7 +55,10 @@ def to_hooked(source: PreTrainedModel, state: NormState, dtype: torch.dtype, cen
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError as error:
-        raise ImportError("TransformerLens 4 has no HookedTransformer: use load_bridge.") from error
+        raise ImportError(
+            "TransformerLens 4 has no HookedTransformer: use load_bridge, or install TransformerLens 3 with "
+            "pip install 'transformer-lens<4'."
+        ) from error
 
     if state == "frozen" and any(norm.writer for norm in norms_of(source)):
         source, state = to_identity(source), "identity"  # folds the post-norms into the writers

@@ -1,10 +1,10 @@
-"""One LN-free (or ordinary) model -> HookedTransformer, TransformerBridge, nnsight, plain transformers.
+"""One LN-free (or ordinary) model -> TransformerBridge, HookedTransformer, nnsight, plain transformers.
 
 1. The model is loaded with `finetune.checkpoint`, which refuses models that it does not recognise.
 2. Its norms are folded into the weights that read them. An LN-free model then has no norms, and an ordinary model has
    norms that only centre and divide (`normalization_type` None, "LNPre" and "RMSPre" in TransformerLens). Gemma 2's
    post-norms keep their gains in an ordinary model.
-3. A `HookedTransformer`, and the bridge of a GPT-2, get the weights one by one (`analysis.conversion`). The bridge of
+3. The bridge of a GPT-2, and a `HookedTransformer`, get the weights one by one (`analysis.conversion`). The bridge of
    another family wraps transformers' own modules, and so computes exactly what they do.
 4. A few tokens are run through it and through the plain transformers model. If the logits differ, an error is raised.
 
@@ -27,7 +27,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBa
 
 from analysis.conversion import centre_writing, normalization, to_hooked, to_native_bridge
 from analysis.hooked_blocks import HookedBlocks
-from analysis.strings import TL4, taking_texts, with_padding
+from analysis.strings import taking_texts, with_padding
 from finetune.blocks import BlocksForCausalLM
 from finetune.checkpoint import load, load_tokenizer, tokenizer_of
 from finetune.errors import CheckpointError, NoTokenizerError
@@ -38,7 +38,7 @@ from finetune.names import PUBLISHED
 
 Model = str | Path | nn.Module
 """A short name, a directory, a GGUF file, a Hub id, or a model in memory, which may be compiled or wrapped."""
-Tool = Literal["hooked", "bridge"]
+Tool = Literal["bridge", "hooked"]
 
 _SHAPES = {
     "n_layers": "layers",
@@ -54,20 +54,23 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, tor
 """The largest difference of logits that the self-check accepts, as a fraction of the largest logit."""
 
 
-def load_hooked(
+def load_bridge(
     model: Model,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-) -> Any:
-    """Load `model` as a `HookedTransformer` of TransformerLens 3.
+) -> TransformerBridge:
+    """Load `model` as a `TransformerBridge` of TransformerLens 3 or 4.
 
     Without norms where the model is LN-free (`cfg.normalization_type` None), with "LNPre" or "RMSPre" where it is
-    ordinary. Nothing is centred but what the weights read under LayerNorm, and value biases are not folded. With
-    rotary positions it takes 2,048 tokens at most, because TransformerLens keeps a mask of positions² in each layer:
-    `load_bridge` takes as many as the model.
+    ordinary. Nothing is centred but what the weights read under LayerNorm, and value biases are not folded.
+
+    It has the hook names of `HookedTransformer` but `attn.hook_result`: use `attn.hook_z` and `W_O`. Biases that a
+    family lacks are None there, `hook_pos_embed` is missing for rotary positions, and `hook_resid_mid` for blocks
+    whose attention and MLP read the same stream. Do not call a single block of a family other than GPT-2: without
+    what the whole forward hands to it, rotary positions are silently lost.
 
     Args:
         model: a short name (`PUBLISHED`, or a bundled one), a directory, a GGUF file, a Hub id, or a model in memory.
@@ -78,33 +81,33 @@ def load_hooked(
 
     Raises:
         CheckpointError: the model is not recognised, or its logits differ from those of plain transformers.
-        ImportError: TransformerLens 4, which has no `HookedTransformer`.
     """
     source, state = _read(model, revision)
     tokenizer = _tokenizer(model, tokenizer, revision)
-    return _hooked(source, state, tokenizer, dtype or source.dtype).to(
+    return _bridge(source, state, tokenizer, dtype or source.dtype).to(
         str(device or source.device), print_details=False
     )
 
 
-def load_bridge(
+def load_hooked(
     model: Model,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-) -> TransformerBridge:
-    """Load `model` as a `TransformerBridge` of TransformerLens 3 or 4, otherwise like `load_hooked`.
+) -> Any:
+    """Load `model` as a `HookedTransformer`, which TransformerLens 3 has and 4 does not, otherwise like `load_bridge`.
 
-    It has the hook names of `HookedTransformer` but `attn.hook_result`: use `attn.hook_z` and `W_O`. Biases that a
-    family lacks are None there, `hook_pos_embed` is missing for rotary positions, and `hook_resid_mid` for blocks
-    whose attention and MLP read the same stream. Do not call a single block of a family other than GPT-2: without
-    what the whole forward hands to it, rotary positions are silently lost.
+    `pip install "transformer-lens<4"` installs TransformerLens 3. With rotary positions the model takes 2,048 tokens at
+    most, because TransformerLens keeps a mask of positions² in each layer: `load_bridge` takes as many as the model.
+
+    Raises:
+        ImportError: TransformerLens 4 is installed.
     """
     source, state = _read(model, revision)
     tokenizer = _tokenizer(model, tokenizer, revision)
-    return _bridge(source, state, tokenizer, dtype or source.dtype).to(
+    return _hooked(source, state, tokenizer, dtype or source.dtype).to(
         str(device or source.device), print_details=False
     )
 
@@ -134,7 +137,7 @@ def load_hooked_blocks(
     if not isinstance(source, BlocksForCausalLM):
         raise CheckpointError(
             f"{source.name_or_path or 'The model'} is a {type(source).__name__}, not a model of finetune.blocks: "
-            "use load_hooked or load_bridge."
+            "use load_bridge."
         )
     tokenizer = _tokenizer(model, tokenizer, revision)
     made: Any = copy.deepcopy(source)
@@ -153,7 +156,7 @@ def load_transformers(
 ) -> PreTrainedModel:
     """Load an LN-free `model` in Identity form, or an ordinary one unchanged.
 
-    Arguments and errors are those of `load_hooked`.
+    Arguments and errors are those of `load_bridge`.
     """
     source, state = _read(model, revision)
     return _transformers(source, state, dtype or source.dtype, device or source.device)
@@ -170,8 +173,8 @@ def load_nnsight(
 ) -> LanguageModel | NNsight:
     """Load `model` as an nnsight `LanguageModel` over what `load_transformers` returns, with its module paths.
 
-    Where `hooked`, as what `load_hooked` returns wrapped in `NNsight`, with TransformerLens's module paths. Other
-    arguments and errors are those of `load_hooked`.
+    Where `hooked`, as what `load_hooked` returns wrapped in `NNsight`, with the module paths of TransformerLens 3.
+    Other arguments and errors are those of `load_bridge` and `load_hooked`.
 
     Raises:
         CheckpointError: also if a `LanguageModel` has no tokenizer.
@@ -197,7 +200,7 @@ def load_trio(
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     revision: str | None = None,
-    tool: Tool | None = None,
+    tool: Tool = "bridge",
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
@@ -206,12 +209,11 @@ def load_trio(
     In a family with LayerNorm, the weights that write to the residual stream are centred in all models, so that its
     mean is zero. No logits depend on it. For RMSNorm, which reads the mean, nothing is centred. `revision` is
     that of the original. Of vocabularies that differ in length, such as a padded one, the shared ids are kept. `tool`
-    is "hooked" for a GPT-2 where TransformerLens has `HookedTransformer`, otherwise "bridge". Other arguments and
-    errors are those of `load_hooked`.
+    says whether to load them as `load_bridge` or as `load_hooked` does; other arguments and errors are theirs.
 
     Raises:
         CheckpointError: `ln_free` has live norms, or another model has none; families, sizes or tokenizers differ;
-            or what `load_hooked` raises, with which model it is.
+            or what `load_bridge` raises, with which model it is.
     """
     models = {"original": original, "control": control, "ln_free": ln_free}
     sources: dict[str, tuple[PreTrainedModel, NormState]] = {}
@@ -241,8 +243,7 @@ def load_trio(
         if source.config.vocab_size > shared:
             source = copy.deepcopy(source)
             source.resize_token_embeddings(shared)
-        is_hooked = tool == "hooked" or (tool is None and not TL4 and isinstance(source, GPT2LMHeadModel))
-        make = _hooked if is_hooked else _bridge
+        make = _hooked if tool == "hooked" else _bridge
         made = make(source, state, tokenizers[name], dtype or source.dtype, centre=family_of(source).style.centred)
         trio[name] = made.to(str(device or source.device), print_details=False)
     check_alike(trio)

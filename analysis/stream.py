@@ -262,7 +262,7 @@ class Stream:
         if (kind := self.model.cfg.normalization_type) not in (None, "LNPre", "RMSPre"):
             raise ValueError(
                 f"The final norm is of type {kind}; only a folded LayerNorm (LNPre), a folded RMSNorm (RMSPre) or none "
-                "is known: load the model with analysis.load_hooked, load_bridge or load_hooked_blocks."
+                "is known: load the model with analysis.load_bridge, load_hooked or load_hooked_blocks."
             )
 
     def centre(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:

@@ -34,7 +34,7 @@ def read_text(
     Args:
         name: a source as in a recipe: a bundled name, a file, a directory, or a Hub data set; or documents in memory,
             strings or a data set of `datasets`.
-        model: what `load_hooked` or `load_bridge` returns, with a tokenizer.
+        model: what `load_bridge` or `load_hooked` returns, with a tokenizer.
         tokens: the maximum number of tokens, in whole blocks.
         context: tokens per block. None: the model's context, at most 1,024.
         prefix: a token to prepend to each block, as `text.prefix` in a recipe: "bos", or the text of a token. It is at

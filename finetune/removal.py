@@ -179,10 +179,10 @@ def set_up(
     context = context_of(recipe, config)
     folding.check_format(model, recipe.export_format)
     if (activation := getattr(config, family.activation)) not in families.ACTIVATIONS:
-        bridge = ", load_bridge and the report" if config.model_type == "gpt2" else ""
+        loaders = "load_bridge, load_hooked and the report" if config.model_type == "gpt2" else "load_hooked"
         warnings.warn(
-            f"TransformerLens does not have the activation {activation}: analysis.load_hooked{bridge} will refuse the "
-            "LN-free model. The other tools take it.",
+            f"TransformerLens does not have the activation {activation}: analysis.{loaders} will refuse the LN-free "
+            "model. The other tools take it.",
             stacklevel=2,
         )
     text = load_text(recipe.text, tokenizer, context, config.vocab_size, seed=recipe.seed)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,7 @@ import json
 from pathlib import Path
 import analysis, finetune
 from finetune import recipe
-model = analysis.load_hooked("micro-ln-free")
+model = analysis.load_bridge("micro-ln-free")
 print(json.dumps({
     "files": [analysis.__file__, finetune.__file__],
     "norm": model.cfg.normalization_type,
@@ -99,6 +100,21 @@ print(json.dumps({
     assert found["norm"] is None
     assert found["text"] == "a truth"
     assert "micro" in found["recipes"]
+
+
+def test_the_first_snippet_of_the_readme(run: Callable[..., str]):
+    """It runs with the TransformerLens that pip installs without constraints: the tests have the newest allowed."""
+    newest = re.search(r'"transformer-lens>=.*,<(\d+)"', (ROOT / "pyproject.toml").read_text())
+    pinned = re.search(r"^transformer-lens==(\d+)\.", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert pinned is not None
+    assert int(pinned[1]) == int(newest[1]) - 1
+    snippet = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert snippet is not None
+    assert "gpt2-small_LNFree300" in snippet[1]
+    printed = run("python", "-c", snippet[1].replace("gpt2-small_LNFree300", "micro-ln-free"))
+    total, logit = map(float, printed.splitlines()[-1].split(" = "))
+    assert total == pytest.approx(logit, abs=1e-3)
 
 
 def test_console_scripts(run: Callable[..., str]):

@@ -23,6 +23,7 @@ import torch.distributed.run
 import analysis
 import analysis.__main__
 import finetune.__main__
+from analysis.strings import TL4
 from finetune import recipe as recipes
 from finetune import sweep
 from finetune.bundled import MODELS
@@ -176,6 +177,10 @@ def test_snippet_runs(
         snippet = snippet.replace(published, stand_in)
     file = tmp_path / "snippet.py"  # nnsight reads the source
     file.write_text(snippet, encoding="utf-8")
+    if "load_hooked(" in snippet and TL4:
+        with pytest.raises(ImportError, match="pip install 'transformer-lens<4'"):
+            runpy.run_path(str(file))
+        return
     left = runpy.run_path(str(file))
     printed = capsys.readouterr().out
     if "logit_attrs" in snippet and "print" in snippet:

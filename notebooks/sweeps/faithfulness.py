@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from analysis import faithfulness, load_hooked
+from analysis import faithfulness, load_bridge
 from analysis.texts import read_text
 
 HERE = Path(__file__).parent
@@ -23,7 +23,7 @@ def measure(sweep: Path) -> pd.DataFrame:
     results = pd.read_csv(sweep / "results.csv")
     results = results[results["tokens"] == results["tokens"].max()]
     for _, run in tqdm(list(results.iterrows()), desc=sweep.name, unit="run"):
-        models = {"original": load_hooked("micro"), "ln_free": load_hooked(sweep / "runs" / run["run"] / "ln_free")}
+        models = {"original": load_bridge("micro"), "ln_free": load_bridge(sweep / "runs" / run["run"] / "ln_free")}
         tokens = read_text("books-report", models["original"]).tokens
         row = run[["recipe", "seed", "tokens"]].to_dict()
         for compare, columns in {

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from analysis import faithfulness, load_hooked
+from analysis import faithfulness, load_bridge
 from analysis.texts import read_text
 from finetune import checkpoint, folding
 from finetune.families import family_of
@@ -60,7 +60,7 @@ def measure(sweep: Path) -> pd.DataFrame:
         original = Run(directory, pd.DataFrame()).load("original")
         row = {"sweep": sweep.name, "run": run["run"]}
         row["turned"] = turned(checkpoint.load(directory / "ln_free"), original)
-        models = {"original": load_hooked(run["recipe"]), "ln_free": load_hooked(directory / "ln_free")}
+        models = {"original": load_bridge(run["recipe"]), "ln_free": load_bridge(directory / "ln_free")}
         tokens = read_text("books-report", models["original"], TOKENS).tokens
         for compare, columns in {
             faithfulness.measure: ["jsd"],

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from analysis import load_hooked, load_hooked_blocks, logit_attribution, loss, outlier_features
+from analysis import load_bridge, load_hooked_blocks, logit_attribution, loss, outlier_features
 from analysis.texts import read_text
 from finetune.blocks import BlocksConfig
 from finetune.checkpoint import load_config
@@ -59,14 +59,14 @@ def read(run: Path) -> list[dict[str, Any]]:
         config = load_config(run / "model")
         if isinstance(config, BlocksConfig):
             return [training(run) | measure(load_hooked_blocks(run / "model"), config.norm_position != "post")]
-        return [training(run) | measure(load_hooked(run / "model"))]
+        return [training(run) | measure(load_bridge(run / "model"))]
     before = training(Path(recipe.model).parent)
     trained = pd.read_csv(run / "results.csv").set_index("model")["trained_tokens"]
     rows = []
     for name, what in {"control": "LN kept", "ln_free": "LN removed"}.items():
         row = before | {"model": f"{before['model']}, {what}", "seed": recipe.seed, "lr": recipe.lr}
         row |= {"trained_tokens": before["trained_tokens"] + trained[name]}
-        rows.append(row | measure(load_hooked(run / name)))
+        rows.append(row | measure(load_bridge(run / name)))
     return rows
 
 

@@ -1,10 +1,10 @@
 """Activation functions go by several names, and TransformerLens does not have all of them."""
 
 import dataclasses
-from importlib.metadata import version
 
 import pytest
 import torch
+from contract import TOOLS
 from models import random_model
 from transformers.activations import ACT2CLS, ACT2FN
 
@@ -12,9 +12,6 @@ import analysis
 from finetune import checkpoint, families, recipe, removal
 from finetune.errors import CheckpointError
 
-LOAD = {"bridge": analysis.load_bridge}
-if not version("transformer-lens").startswith("4"):
-    LOAD["hooked"] = analysis.load_hooked
 FIELDS = {"gpt2": "activation_function", "gpt_neo": "activation_function", "gpt_neox": "hidden_act"}
 FIELDS |= {"llama": "hidden_act", "gemma2": "hidden_activation"}
 
@@ -36,14 +33,14 @@ def test_no_synonym_is_missing():
         assert same == [families.ACTIVATIONS[name]] if name in families.ACTIVATIONS else not same, name
 
 
-@pytest.mark.parametrize("tool", LOAD)
+@pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("family", FIELDS)
 @pytest.mark.parametrize("name", families.ACTIVATIONS)
 @torch.no_grad()
 def test_a_model_loads_under_each_name(name, family, tool):
     plain = random_model(family, frozen=True, **{FIELDS[family]: name})
     tokens = torch.arange(11)[None]
-    torch.testing.assert_close(LOAD[tool](plain)(tokens), plain(tokens).logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(TOOLS[tool](plain)(tokens), plain(tokens).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "tanh", "relu2"])
@@ -52,7 +49,7 @@ def test_a_model_loads_under_each_name(name, family, tool):
 def test_only_the_tools_that_lack_one_refuse_it(family, activation):
     plain = random_model(family, frozen=True, **{FIELDS[family]: activation})
     tokens = torch.arange(11)[None]
-    for tool, load in LOAD.items():
+    for tool, load in TOOLS.items():
         if family != "gpt2" and tool == "bridge":
             torch.testing.assert_close(load(plain)(tokens), plain(tokens).logits, rtol=1e-3, atol=1e-3)
         else:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import benchmarks, load_bridge, load_hooked, load_trio
+from analysis import benchmarks, load_trio
 from finetune import NolnError, checkpoint
 
 pytest.importorskip("lm_eval")
@@ -64,7 +64,7 @@ def plain(make_gpt2, tokenizer):
 def pair(plain, tokenizer):
     """An original and an LN-free model."""
 
-    def make(tool=None):
+    def make(tool="bridge"):
         return load_trio(plain(1), None, plain(3, frozen=True), tokenizer, tool=tool)
 
     return make
@@ -112,7 +112,7 @@ def test_hellaswag_by_hand(plain, tokenizer, file):
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_log_likelihoods_of_all_kinds_of_models_by_hand(plain, tokenizer, batch_size):
     expected = choices_by_hand(plain(1), tokenizer)
-    models = [plain(1), load_bridge(plain(1), tokenizer), load_hooked(plain(1), tokenizer)]
+    models = [plain(1), *(load(plain(1), tokenizer) for load in contract.TOOLS.values())]
     requests = [
         Instance(
             "loglikelihood", {}, (f"{x['activity_label']}: {x['ctx_a']} {x['ctx_b'].capitalize()}", f" {ending}"), 0
@@ -140,9 +140,9 @@ def test_the_harness_s_own_model_answers_alike(plain, tokenizer, file):
 
 
 def test_numbers_depend_neither_on_the_batch_size_nor_on_the_tool(pair, file):
-    frame = benchmarks.measure(pair("hooked"), {"hellaswag": file})
+    frame = benchmarks.measure(pair(), {"hellaswag": file})
     assert frame["value"].nunique() > 1
-    for tool, batch_size in (("hooked", 1), ("hooked", 7), ("bridge", 8)):
+    for tool, batch_size in [("bridge", 1), ("bridge", 7), *((tool, 8) for tool in contract.TOOLS)]:
         found = benchmarks.measure(pair(tool), {"hellaswag": file}, batch_size=batch_size)
         contract.assert_same(found, frame)
 

@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from contract import TOKENS, assert_flat_in_memory, assert_keeps_contract, assert_plots_by_model, trio
+from contract import TOKENS, TOOLS, assert_flat_in_memory, assert_keeps_contract, assert_plots_by_model, trio
 from models import random_model
 from test_tools_on_families import (
-    TOOLS,
     VARIANTS,
     each_family,
     each_state,

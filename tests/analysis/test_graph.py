@@ -8,10 +8,10 @@ import pandas as pd
 import plotly.io
 import pytest
 import torch
-from contract import TOKENS, trio
+from contract import TOKENS, TOOLS, trio
 from models import random_model
 from test_edges import POSITION, PROMPT, Plain
-from test_tools_on_families import TOOLS, VARIANTS, each_family, each_state, loaded, make, plain_activations
+from test_tools_on_families import VARIANTS, each_family, each_state, loaded, make, plain_activations
 
 from analysis import edges, graph, load_hooked_blocks
 from analysis.__main__ import main

@@ -284,7 +284,7 @@ def test_a_directory_is_loaded_with_its_tokenizer(name, tmp_path, monkeypatch):
 
 def test_what_is_no_model_of_blocks_is_refused(tmp_path):
     to_gpt2(make("pre-ln").float()).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(CheckpointError, match=r"is a GPT2LMHeadModel, .* use load_hooked"):
+    with pytest.raises(CheckpointError, match=r"is a GPT2LMHeadModel, .* use load_bridge"):
         load_hooked_blocks(tmp_path / "gpt2")
     assert load_bridge(tmp_path / "gpt2").cfg.n_layers == 3
     with pytest.raises(CheckpointError, match="not a local directory"):

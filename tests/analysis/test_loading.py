@@ -4,12 +4,12 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from contract import TL4, TOOLS, only_tl3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import random_model
@@ -20,10 +20,6 @@ import analysis
 from analysis import conversion, loading
 from finetune.checkpoint import CheckpointError, convert, load, load_tokenizer, save, to_identity
 
-TL4 = version("transformer-lens").startswith("4")
-TOOLS = ["bridge"] if TL4 else ["hooked", "bridge"]
-LOAD = {"hooked": analysis.load_hooked, "bridge": analysis.load_bridge}
-only_tl3 = pytest.mark.skipif(TL4, reason="TransformerLens 4 has no HookedTransformer")
 TEXT = "It is a truth universally acknowledged"
 
 
@@ -142,7 +138,7 @@ def test_every_tool_agrees_with_plain_transformers(shape, kind, stored, seed):
         tokens = random_tokens(shape["vocab_size"], shape["n_positions"])
         expected = plain_activations(plain, tokens)
         for tool in TOOLS:
-            model = LOAD[tool](path)
+            model = TOOLS[tool](path)
             assert model.cfg.normalization_type == ("LNPre" if kind == "ordinary" else None)
             assert_agree(tool_activations(model, tokens), expected)
         identity = analysis.load_transformers(path)
@@ -195,7 +191,7 @@ def test_nnsight_over_the_hooked_model():
 def test_the_residual_stream_adds_up_to_the_logits(tool, kind):
     plain = load("micro-ln-free") if kind == "micro" else gpt2(kind)
     tokens = random_tokens()
-    model = LOAD[tool](plain)
+    model = TOOLS[tool](plain)
     found = tool_activations(model, tokens)
     parts = [found["hook_embed"], found["hook_pos_embed"].expand_as(found["hook_embed"])]
     for i in range(model.cfg.n_layers):
@@ -207,11 +203,11 @@ def test_the_residual_stream_adds_up_to_the_logits(tool, kind):
         assert error(logits[:, position], expected[:, position]) < 1e-4
 
 
-@only_tl3
-def test_what_asks_the_config_about_ln_is_told_right():
+@pytest.mark.parametrize("tool", TOOLS)
+def test_what_asks_the_config_about_ln_is_told_right(tool):
     plain, tokens = gpt2("b25"), random_tokens()
-    model = analysis.load_hooked(plain)
-    assert [type(model.blocks[0].ln1), type(model.blocks[2].ln2)] == [nn.Identity, nn.Identity]
+    model = TOOLS[tool](plain)
+    assert not [module for module in model.modules() if "Norm" in type(module).__name__]
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
     expected = plain_activations(plain, tokens)
@@ -233,10 +229,10 @@ def test_what_asks_the_config_about_ln_is_told_right():
     assert error(cache.stack_head_results(apply_ln=True), heads) < 1e-4
 
 
-@only_tl3
-def test_an_ordinary_model_keeps_its_ln():
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_ordinary_model_keeps_its_ln(tool):
     plain, tokens = gpt2("ordinary"), random_tokens()
-    model = analysis.load_hooked(plain)
+    model = TOOLS[tool](plain)
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
     final = plain_activations(plain, tokens)["blocks.2.hook_resid_post"]
@@ -247,7 +243,7 @@ def test_an_ordinary_model_keeps_its_ln():
 @pytest.mark.parametrize("tool", TOOLS)
 def test_tokens_and_generation(tool):
     plain, tokenizer = load("micro-ln-free"), load_tokenizer("micro")
-    model = LOAD[tool](plain, tokenizer)
+    model = TOOLS[tool](plain, tokenizer)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     assert torch.equal(model.to_tokens(TEXT, prepend_bos=False), ids)
     with_bos = model.to_tokens(TEXT)
@@ -277,7 +273,7 @@ def test_a_patch_has_the_same_effect_in_every_tool():
     effects = {"plain": after["logits"] - before["logits"]}
 
     for tool in TOOLS:
-        model = LOAD[tool](plain)
+        model = TOOLS[tool](plain)
         name = f"blocks.{block}.hook_resid_post"
         with torch.no_grad(), model.hooks(fwd_hooks=[(name, add)]):
             logits, cache = model.run_with_cache(tokens)
@@ -328,7 +324,7 @@ def test_dtypes(dtype):
     expected = plain_activations(plain, tokens)["logits"]
     tolerance = {torch.float64: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
     for tool in TOOLS:
-        model = LOAD[tool](plain, dtype=dtype)
+        model = TOOLS[tool](plain, dtype=dtype)
         assert (model.W_U.dtype, model.cfg.dtype) == (dtype, dtype)
         with torch.no_grad():
             assert error(model(tokens).float(), expected) < tolerance
@@ -343,7 +339,7 @@ def test_dtypes(dtype):
 def test_device():
     plain, tokens = gpt2("b25"), torch.arange(8, device="cuda")[None]
     for tool in TOOLS:
-        model = LOAD[tool](plain, device="cuda")
+        model = TOOLS[tool](plain, device="cuda")
         assert model.W_E.is_cuda
         with torch.no_grad():
             assert error(model(tokens).cpu(), plain(tokens.cpu()).logits) < 1e-4
@@ -356,7 +352,7 @@ def test_a_model_in_memory_stays_as_it_is(in_training):
     plain = gpt2("ordinary").train(in_training)
     before = copy.deepcopy(plain.state_dict())
     for tool in TOOLS:
-        LOAD[tool](plain)
+        TOOLS[tool](plain)
     assert analysis.load_transformers(plain) is not plain
     assert plain.training == in_training
     assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
@@ -371,7 +367,7 @@ def test_the_self_check_raises(monkeypatch):
     monkeypatch.setattr(conversion, "linear_maps", wrong)
     for tool in TOOLS:
         with pytest.raises(CheckpointError, match="differ from those of plain transformers"):
-            LOAD[tool](gpt2("b25"))
+            TOOLS[tool](gpt2("b25"))
     monkeypatch.setattr(loading, "to_identity", lambda model: to_identity(gpt2("b25", seed=1)))
     with pytest.raises(CheckpointError, match="differ from those of plain transformers"):
         analysis.load_transformers(gpt2("b25"))
@@ -381,8 +377,9 @@ def test_what_a_tool_does_not_have_is_refused():
     with pytest.raises(CheckpointError, match="relu2"):
         analysis.load_bridge(gpt2("b25", activation_function="relu2"))
     if TL4:
-        with pytest.raises(ImportError, match="load_bridge"):
-            analysis.load_hooked(gpt2("b25"))
+        for refused in (analysis.load_hooked, lambda model: analysis.load_nnsight(model, hooked=True)):
+            with pytest.raises(ImportError, match=r"use load_bridge, .*pip install 'transformer-lens<4'"):
+                refused(gpt2("b25"))
 
 
 @pytest.mark.parametrize("name", ["load_bridge", "load_transformers", "load_nnsight"])
@@ -455,7 +452,7 @@ def test_a_directory_is_loaded_without_a_look_up(tmp_path):
     tokenizer = load_tokenizer("micro")
     save(load("micro-ln-free"), tmp_path / "model", tokenizer)
     for tool in TOOLS:
-        LOAD[tool](tmp_path / "model")
+        TOOLS[tool](tmp_path / "model")
     analysis.load_nnsight(tmp_path / "model")
     analysis.load_transformers(tmp_path / "model")
 
@@ -477,7 +474,7 @@ def snippets_of_the_docs() -> list[str]:
 @pytest.mark.parametrize("snippet", snippets_of_the_docs(), ids=lambda snippet: re.search(r"load_\w+", snippet)[0])
 def test_the_snippets_of_the_docs_run(snippet, tmp_path, monkeypatch):
     if TL4 and "load_hooked" in snippet:
-        pytest.skip("TransformerLens 4 has no HookedTransformer")
+        pytest.skip(only_tl3.kwargs["reason"])
     monkeypatch.chdir(tmp_path)
     Path("snippet.py").write_text(snippet)  # nnsight reads its source back
     runpy.run_path("snippet.py")

@@ -2,10 +2,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from contract import TL4, TOKENS, assert_keeps_contract, assert_plots_by_model, trio
+from contract import TOKENS, TOOLS, assert_keeps_contract, assert_plots_by_model, trio
 from models import random_model
 
-from analysis import load_bridge, load_hooked, load_hooked_blocks, loss
+from analysis import load_bridge, load_hooked_blocks, loss
 from analysis.batches import forwards
 from finetune.checkpoint import load_tokenizer
 
@@ -18,7 +18,7 @@ def test_contract(measure, make_gpt2):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("load", [load_bridge, load_hooked_blocks] + [load_hooked] * (not TL4))
+@pytest.mark.parametrize("load", [*TOOLS.values(), load_hooked_blocks])
 def test_bfloat16_models_have_logits_in_float32(load):
     """What is rounded is what the unembedding reads, not what it returns."""
     plain = random_model("blocks", block="pre-ln") if load is load_hooked_blocks else random_model("gpt2")

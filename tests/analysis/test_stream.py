@@ -1,12 +1,12 @@
 import pytest
 import torch
-from contract import TL4, TOKENS, trio
+from contract import TOKENS, TOOLS, only_tl3, trio
 
-from analysis import load_bridge, load_hooked, load_hooked_blocks, logit_attribution, outlier_features, residual_norms
+from analysis import load_bridge, load_hooked_blocks, logit_attribution, outlier_features, residual_norms
 from analysis.stream import Stream, label, place
 from finetune.blocks import BlocksForCausalLM, block_config
 
-each_tool = pytest.mark.parametrize("load", [load_bridge] if TL4 else [load_bridge, load_hooked])
+each_tool = pytest.mark.parametrize("load", TOOLS.values())
 
 
 @each_tool
@@ -43,7 +43,7 @@ def test_components_add_up_to_the_final_stream(load, make_gpt2):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tool", ["bridge"] if TL4 else ["bridge", "hooked"])
+@pytest.mark.parametrize("tool", TOOLS)
 def test_the_final_norm(tool, make_gpt2):
     for name, model in trio(make_gpt2, tool).items():
         stream = Stream(model)
@@ -57,7 +57,7 @@ def test_the_final_norm(tool, make_gpt2):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(TL4, reason="TransformerLens 4 has no HookedTransformer")
+@only_tl3
 @pytest.mark.parametrize("is_parallel", [True, False])
 @pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 def test_another_family(is_parallel):

@@ -1,10 +1,10 @@
 """Texts in every tool, with tokenizers that put what they like around them."""
 
 import copy
-from importlib.metadata import version
 
 import pytest
 import torch
+from contract import TOOLS
 from models import random_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers_of_forms import FORMS, LINES
@@ -14,10 +14,7 @@ import analysis
 from finetune.blocks import BlocksForCausalLM, block_config
 from finetune.errors import NolnError
 
-LOAD = {"bridge": analysis.load_bridge}
-if not version("transformer-lens").startswith("4"):
-    LOAD["hooked"] = analysis.load_hooked
-TOOLS = [(family, tool) for family in ("gpt2", "llama") for tool in LOAD]
+EACH = [(family, tool) for family in ("gpt2", "llama") for tool in TOOLS]
 TEXT, LONGER = "the best of times", "it was the worst of times"
 KINDS = {
     "neither": ([], {"eos_token": "<e>"}),
@@ -67,13 +64,13 @@ def make(family: str, tokenizer: PreTrainedTokenizerFast):
 
 @pytest.mark.parametrize("sentencepiece", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("family", "tool"), TOOLS)
+@pytest.mark.parametrize(("family", "tool"), EACH)
 @torch.no_grad()
 def test_a_text_is_its_tokens_behind_bos(family, tool, kind, sentencepiece):
     tokenizer = words(kind, sentencepiece)
     before = copy.deepcopy(tokenizer)
     plain = make(family, tokenizer)
-    model = LOAD[tool](plain, tokenizer)
+    model = TOOLS[tool](plain, tokenizer)
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     bos = [] if BOS[kind] is None else [tokenizer.convert_tokens_to_ids(BOS[kind])]
     assert model.to_tokens(TEXT, prepend_bos=False).tolist() == [ids]
@@ -89,11 +86,11 @@ def test_a_text_is_its_tokens_behind_bos(family, tool, kind, sentencepiece):
 
 
 @pytest.mark.parametrize("tokenizer", [words("appends"), words("both"), words("no special tokens")])
-@pytest.mark.parametrize("tool", [tool for tool in LOAD if tool == "hooked"])
+@pytest.mark.parametrize("tool", TOOLS)
 @torch.no_grad()
 def test_an_attribution_is_that_of_the_token_named(tool, tokenizer):
     plain = make("gpt2", tokenizer)
-    model = LOAD[tool](plain, tokenizer)
+    model = TOOLS[tool](plain, tokenizer)
     logits, cache = model.run_with_cache(TEXT)
     parts = cache.decompose_resid(pos_slice=-1)
     token = tokenizer.encode(" worst", add_special_tokens=False)[-1]
@@ -112,10 +109,10 @@ def test_an_attribution_is_that_of_the_token_named(tool, tokenizer):
         (letters("tsebhofi wramTABX."), [TEXT, LONGER]),
     ],
 )
-@pytest.mark.parametrize(("family", "tool"), TOOLS)
+@pytest.mark.parametrize(("family", "tool"), EACH)
 @torch.no_grad()
 def test_texts_of_different_lengths_are_as_each_by_itself(family, tool, tokenizer, texts):
-    model = LOAD[tool](make(family, tokenizer), tokenizer)
+    model = TOOLS[tool](make(family, tokenizer), tokenizer)
     logits = model(texts)
     assert len(logits) == len(texts)
     for text, found in zip(texts, logits, strict=True):
@@ -182,7 +179,7 @@ def test_tokenizers_of_every_form(form, tmp_path):
     """Read by name, and a text becomes the tokens that training would make of it."""
     directory = FORMS[form](tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    for load in LOAD.values():
+    for load in TOOLS.values():
         model = load(random_model(vocab_size=len(tokenizer)), str(directory))
         tokens = model.to_tokens(LINES[0], prepend_bos=False)
         assert tokens[0].tolist() == tokenizer.encode(LINES[0], add_special_tokens=False)[: model.cfg.n_ctx]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from contract import TL4, TOKENS
+from contract import TL4, TOKENS, TOOLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES as FACTORY
@@ -44,7 +44,6 @@ from finetune.errors import CheckpointError
 from finetune.families import FAMILIES, family_of
 from finetune.folding import norms_of, part_of_column
 
-TOOLS = {"bridge": load_bridge} if TL4 else {"bridge": load_bridge, "hooked": load_hooked}
 each_family = pytest.mark.parametrize("name", FAMILIES)
 each_state = pytest.mark.parametrize("frozen", [True, False], ids=["ln_free", "live"])
 make = functools.cache(random_model)

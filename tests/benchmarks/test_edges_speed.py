@@ -17,16 +17,14 @@ readers once per batch. That is a few times less, at any width, so that 20 times
 import json
 import sys
 import time
-from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
-import pytest
 import torch
 from machine import alone, describe, markdown, peak
 from torch import Tensor
 
-from analysis import edges, graph, load_hooked, load_trio
+from analysis import edges, graph, load_bridge, load_trio
 from analysis.readout import Written
 from analysis.stream import Stream
 from analysis.texts import read_text
@@ -107,10 +105,9 @@ def measure(model: Any, tokens: Tensor) -> tuple[pd.DataFrame, float]:
     return table, difference
 
 
-@pytest.mark.skipif(version("transformer-lens") >= "4", reason="TransformerLens 4 has no HookedTransformer")
 def test_the_numbers_are_those_of_forwards():
     for name in ("micro", "micro-ln-free"):
-        model = load_hooked(name)
+        model = load_bridge(name)
         tokens = read_text("books-report", model, 16, context=16).tokens
         _, difference = measure(model, tokens)
         assert difference < 1e-4
@@ -139,7 +136,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(json.dumps(one(sys.argv[1])))
     else:
-        micro = load_hooked("micro-ln-free")
+        micro = load_bridge("micro-ln-free")
         block = read_text("books-report", micro, TOKENS).tokens
         speed, apart = measure(micro, block)
         print(f"{describe('cpu')}\n\n{markdown(speed, 'all edges of 256 tokens')}\n\ndifference {apart:.2g}\n")

@@ -12,13 +12,12 @@ from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
-import pytest
 import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from analysis import load_hooked
+from analysis import load_bridge
 from analysis.readout import Readout
 from analysis.stream import Stream
 
@@ -61,7 +60,7 @@ def measure(shape: dict[str, int], blocks: int, context: int) -> tuple[pd.DataFr
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     plain = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
-    model = load_hooked(plain, device=device)
+    model = load_bridge(plain, device=device)
     tokens = torch.randint(shape["vocab_size"], (blocks, context), generator=generator).to(device)
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(shape["n_layer"])]
     names += [f"blocks.{shape['n_layer'] - 1}.hook_resid_post", "ln_final.hook_scale"]
@@ -85,7 +84,6 @@ def measure(shape: dict[str, int], blocks: int, context: int) -> tuple[pd.DataFr
     return table, difference
 
 
-@pytest.mark.skipif(version("transformer-lens") >= "4", reason="TransformerLens 4 has no HookedTransformer")
 def test_the_numbers_are_those_of_transformer_lens():
     _, difference = measure(SMALL, blocks=2, context=128)
     assert difference < 1e-4

@@ -107,9 +107,13 @@ _TINY_BERT = {
     "intermediate_size": 8,
     "vocab_size": 9,
 }
-LOADERS = [analysis.load_bridge, analysis.load_nnsight, analysis.load_transformers, analysis.load_hooked_blocks]
-if not analysis.strings.TL4:
-    LOADERS.append(analysis.load_hooked)
+LOADERS = [
+    analysis.load_bridge,
+    analysis.load_hooked,  # which refuses a model before it asks for TransformerLens 3
+    analysis.load_nnsight,
+    analysis.load_transformers,
+    analysis.load_hooked_blocks,
+]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
