@@ -112,14 +112,15 @@ def test_the_figure_of_the_readme():
         assert (FOLDER / "figures" / f"overview-{theme}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("sweeps/*/results.csv")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("sweeps/*/sweep.yaml")), ids=lambda path: path.parent.name)
 def test_a_table_is_that_of_its_sweep(path: Path):
     """No run is missing, none is left of a sweep that was another, and notebooks may name settings in their order."""
-    jobs = sweep.load(path.with_name("sweep.yaml"), path.parent)
-    table = pd.read_csv(path)
+    jobs = sweep.load(path, path.parent)
+    table = pd.read_csv(path.with_name("results.csv"))
     assert table["run"].tolist() == [job.name for job in jobs]
+    finished = table[table["error"].isna()] if "error" in table else table
     documents = pd.read_csv(path.with_name("documents.csv"))
-    assert {*documents["run"]} == {*table["run"]}
+    assert {*documents["run"]} == {*finished["run"]}
 
 
 def test_the_mixture_for_smollm2_is_the_same_again_and_holds_out_each_kind(tmp_path: Path):
@@ -133,6 +134,8 @@ def test_the_mixture_for_smollm2_is_the_same_again_and_holds_out_each_kind(tmp_p
         )
     assert made[0] == made[1]
     kinds = {kind: set() for kind in ("books", "docs", "code", "peps")}
+    assert not (tmp_path / "first/train/chat.jsonl").exists()
+    assert "<|im_start|>user" in (tmp_path / "first/held-out/chat.jsonl").read_text()
     for part, most in characters.items():
         for kind, seen in kinds.items():
             lines = (tmp_path / f"first/{part}/{kind}.jsonl").read_text().splitlines()

@@ -1,7 +1,7 @@
 """Measure whether low rank keeps more of how the original computes.
 
 `python notebooks/sweeps/low_rank.py FOLDER…` takes the folders of sweeps, with their runs, and writes low_rank.csv
-beside this script. The table has one row per run of seed 0: the JSD to the original and measures of
+beside this script. The table has one row per run: the JSD to the original and measures of
 `analysis.faithfulness` on 2,048 tokens of books-report, and the angle by which the matrices have turned away from the
 original's.
 """
@@ -52,13 +52,13 @@ def turned(model: Any, original: Any) -> float:
 
 
 def measure(sweep: Path) -> pd.DataFrame:
-    """Return one row per run of `sweep` at seed 0: means over tokens, heads and matrices."""
+    """Return one row per run of `sweep`: means over tokens, heads and matrices."""
     results = pd.read_csv(sweep / "results.csv")
     rows = []
-    for _, run in tqdm(list(results[results["seed"] == 0].iterrows()), desc=sweep.name, unit="run"):
+    for _, run in tqdm(list(results.iterrows()), desc=sweep.name, unit="run"):
         directory = sweep / "runs" / run["run"]
         original = Run(directory, pd.DataFrame()).load("original")
-        row = {"sweep": sweep.name, "run": run["run"]}
+        row = {"sweep": sweep.name, "run": run["run"], "seed": run["seed"]}
         row["turned"] = turned(checkpoint.load(directory / "ln_free"), original)
         models = {"original": load_bridge(run["recipe"]), "ln_free": load_bridge(directory / "ln_free")}
         tokens = read_text("books-report", models["original"], TOKENS).tokens
