@@ -4,10 +4,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 from analysis.report.options import GraphOptions, Options
-from finetune.__main__ import speak
+from finetune.__main__ import parse, speak
 from finetune.errors import NolnError
 
 USAGE = """\
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    options = tyro.cli(Options, args=arguments, prog="python -m analysis report")
+    options = parse(Options, args=arguments, prog="python -m analysis report")
 
     from analysis import report
 
@@ -50,7 +48,7 @@ def _report(arguments: list[str]) -> None:
 
 
 def _graph(arguments: list[str]) -> None:
-    options = tyro.cli(GraphOptions, args=arguments, prog="python -m analysis graph")
+    options = parse(GraphOptions, args=arguments, prog="python -m analysis graph")
 
     from analysis.graph import page
 

@@ -246,10 +246,10 @@ def describe(plans: Mapping[str, Plan], tflops: float | None = None, mfu: float 
     for name, plan in plans.items():
         for shard in [False, True] if plan.processes > 1 else [False]:
             parts = plan.parts(shard)
-            parts["together"] = sum(parts.values())
-            column = {"parameters that train": f"{plan.trained:,}"}
+            parts["total"] = sum(parts.values())
+            column = {"trained parameters": f"{plan.trained:,}"}
             column |= {f"{part}, GB": f"{size / 1e9:.3g}" for part, size in parts.items()}
-            column |= {"operations": f"{plan.flops:.3g}", "operations, control": f"{plan.control_flops:.3g}"}
+            column |= {"operations": f"{plan.flops:.3g}", "control operations": f"{plan.control_flops:.3g}"}
             if tflops is not None:
                 column["hours of training"] = f"{plan.hours(tflops, mfu):.3g}"
             columns[f"{name}, sharded" if shard else name] = column
@@ -257,10 +257,17 @@ def describe(plans: Mapping[str, Plan], tflops: float | None = None, mfu: float 
     table = table[~table.isin(["0", ""]).all(axis=1)]  # without the original or a control, if there is none
     processes = f"each of {first.processes} processes" if first.processes > 1 else "one process"
     lines = [
-        f"{first.recipe.model}: {first.tokens:,} tokens, products in {'bfloat16' if first.recipe.bf16 else 'float32'}. "
+        f"{first.recipe.model}: {first.tokens:,} tokens, matrix products in "
+        f"{'bfloat16' if first.recipe.bf16 else 'float32'}.",
         f"Memory is that of {processes}, in micro-batches of {first.recipe.micro_batch} × {first.context:,} tokens.",
+        "",
         table.to_string(),
+        "",
     ]
-    if tflops is not None:
+    others = [plan.recipe.lora_rank for plan in plans.values() if plan is not first]
+    lines += [f"Rank {rank} is the same run with --lora-rank {rank}." for rank in others if rank is not None]
+    if tflops is None:
+        lines.append("For the hours of training, give the speed of a device: --tflops 989 for an H100.")
+    else:
         lines.append(f"Hours are at {mfu:.0%} of {tflops:g} TFLOP/s of {processes}.")
     return "\n".join(lines)

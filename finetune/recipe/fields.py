@@ -26,6 +26,9 @@ StdMean = Literal["arithmetic", "geometric", "harmonic"]
 LowRankTarget = Literal["readers", "writers", "embeddings"]
 """What may train at low rank beside the norms."""
 
+EMPTY = tyro.conf.arg(help_behavior_hint="(default: none)")
+"""For a flag that takes any number of values, and whose default is empty."""
+
 _COVER_KIND = re.compile(
     r"uniform|shuffled|renamed|repeated|runs|(unigram|corrupted)(-(?=[\d.]*[1-9])(\d+(\.\d+)?|\.\d+))?"
 )
@@ -75,32 +78,32 @@ class Text:
     """Where the text comes from, and which part of it is held out."""
 
     source: Annotated[str, tyro.conf.arg(name="text", prefix_name=False)] = "books-train"
-    """A bundled name (books-train, books-validation, books-report, shifted-peps), a file (.txt, .jsonl, .parquet;
-    .gz and .xz too), a directory (of such files, a saved `datasets` directory, or nanoGPT's train.bin and val.bin),
-    or the name of a data set on the Hub."""
+    """The text to train on: a bundled name (books-train, books-validation, books-report, shifted-peps), a file (.txt,
+    .jsonl or .parquet, also compressed as .gz or .xz), a directory (of such files, saved by `datasets`, or with
+    nanoGPT's train.bin and val.bin), or a data set on the Hub."""
     held_out: str | None = None
-    """A second source to measure the loss on, never trained on. None: of a directory the files that it calls validation
-    or test, and otherwise a part of `source`, are held out."""
+    """A second text to measure the loss on, which is never trained on. None: the files of a directory that are called
+    validation or test, or else a part of `source`."""
     held_out_fraction: float = 0.01
-    """The part of `source` that is held out where nothing else is, as a fraction of its documents."""
+    """The fraction of the documents of `source` that is held out if nothing else is."""
     held_out_blocks: int = 240
-    """How many held-out blocks the losses are measured on, at most."""
+    """The largest number of held-out blocks to measure the losses on."""
     train_blocks: int | None = None
-    """Train on so many blocks, spread evenly through the source, again and again. None: on all."""
+    """Train on this many blocks, spread evenly over the source, over and over. None: on all of them."""
     column: str | None = None
-    """The column that holds the text. None: the one called text, or the only one of strings."""
+    """The column that holds the text. None: the column called text, or the only column of strings."""
     subset: str | None = None
     """The configuration of a Hub data set."""
     revision: str | None = None
-    """The revision of a Hub data set. None: the newest, or where that is a loading script, which `datasets` does not
-    run any more, refs/convert/parquet, which the Hub made of what it loaded."""
+    """The revision of a Hub data set. None: the newest or, if that is a loading script, which `datasets` no longer
+    runs, the Hub's conversion, refs/convert/parquet."""
     split: str = "train"
-    """The split of a Hub data set or of a saved `datasets` directory."""
+    """The split of a Hub data set or of a directory saved by `datasets`."""
     token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
-    """The type of the numbers in nanoGPT's .bin files. auto: uint16 up to 65,536 tokens of vocabulary."""
+    """The type of the numbers in nanoGPT's .bin files. auto: uint16 for vocabularies of at most 65,536 tokens."""
     prefix: str | None = None
     """A token to put before each block, in training, in held-out text and in analyses: "bos" for the tokenizer's
-    beginning-of-sequence token, or a token by its text. None: nothing is put before it."""
+    beginning-of-sequence token, or the text of a token. None: no token."""
     streaming: bool = False
     """Tokenise while training, for text that does not fit on the disk."""
 
@@ -117,22 +120,22 @@ class Text:
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Gaps(_ByPhase):
-    """Steps from one event of a phase to the next event, its own or the next phase's. Fractions add up."""
+    """Steps from one event of a phase to the next event, of the same phase or of the next one. Fractions add up."""
 
     mlp: float = 0.0
-    """From the norm that one layer's MLP reads to the next layer's."""
+    """From the norm that one layer's MLP reads to that of the next layer."""
     qk: float = 0.0
-    """From one layer's QK path to the next layer's."""
+    """From one layer's QK path to that of the next layer."""
     v: float = 0.0
-    """From one layer's V path to the next layer's: the fragile one."""
+    """From one layer's V path, the most fragile kind of site, to that of the next layer."""
     attn_out: float = 0.0
-    """From the norm of what one layer's attention writes to the next layer's. Gemma 2 has these two."""
+    """From the norm of what one layer's attention writes to that of the next layer (Gemma 2 only)."""
     mlp_out: float = 0.0
-    """From the norm of what one layer's MLP writes to the next layer's."""
+    """From the norm of what one layer's MLP writes to that of the next layer (Gemma 2 only)."""
     final: float = 0.0
     """From the final norm to the next phase."""
     eot: float = 0.0
-    """From the merging of end-of-text to the next phase."""
+    """From the merging of end-of-text tokens to the next phase."""
     position_0: float = 0.0
     """From the merging of position 0 to the next phase."""
 
@@ -149,48 +152,52 @@ Direction = Literal["up", "down", "together"]
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Layers(_ByPhase):
-    """How each kind of site goes through the layers."""
+    """The order in which the layers of each kind of site freeze."""
 
     mlp: Direction = "up"
-    """Through the norms that MLPs read."""
+    """Norms that MLPs read."""
     qk: Direction = "up"
-    """Through the QK paths."""
+    """QK paths."""
     v: Direction = "up"
-    """Through the V paths."""
+    """V paths."""
     attn_out: Direction = "up"
-    """Through the norms of what attention writes."""
+    """Norms of what attention writes."""
     mlp_out: Direction = "up"
-    """Through the norms of what MLPs write."""
+    """Norms of what MLPs write."""
 
 
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Schedule:
-    """When the LNs go, relative to the number of layers, so that it serves a model of any depth."""
+    """When the norms freeze, relative to the number of layers, so that it serves a model of any depth."""
 
     start: float
-    """The step at which the first site freezes; the stds are measured before it."""
+    """The step at which the first site freezes. The stds are measured before it."""
     gap: Gaps
     """Steps from one event to the next."""
     order: tuple[str, ...] = get_args(Phase)
-    """What goes, one after another: kinds of site to freeze, layer by layer, or single sites (`h.3.qk`), and classes of
-    token to merge. Kinds that a model lacks are passed over. A class that is left out has no constant of its own: its
-    tokens are ordinary ones."""
+    """The phases, in order. A phase is a kind of site, which freezes layer by layer, a single site (`h.3.qk`), or a
+    class of token, which is merged with the ordinary tokens. Kinds that a model lacks are skipped. A class that is not
+    listed has no constant of its own: its tokens count as ordinary ones."""
     layers: Layers = Layers()
-    """How each kind of site goes through the layers: up, down or together."""
+    """The order in which the layers of each kind of site freeze: up (from the first), down (from the last) or
+    together."""
     fade: int = 1
-    """Steps over which a site's divisor moves from the live std to the constant. 1: it jumps, as published."""
+    """Steps over which the divisor of a site moves from the live std to the constant. 1: at once, as published."""
     merge_fade: int | None = None
-    """Steps over which a class of token is merged. None: as many as `fade`."""
+    """Steps over which a class of token is merged with the ordinary tokens. None: as many as `fade`."""
     tolerance: float | None = None
-    """Adaptive: an event waits until the smoothed training loss has come back to within this many nats/token of where
-    it stood before the last one ([H24]); `gap` is then the least that it waits. None: `gap` is what it waits."""
+    """Makes the schedule adaptive: an event waits until the smoothed training loss is back within this many nats/token
+    of its value before the previous event (Heimersheim 2024), and for at least `gap` steps. None: it waits for `gap`
+    steps."""
     max_gap: float = math.inf
-    """Adaptive: the most steps that an event waits. No event waits so long that those left do not fit into the run."""
+    """If adaptive: the most steps that an event waits. No event waits so long that those left do not fit into the
+    run."""
     smoothing: float = 0.8
-    """Adaptive: how much of the smoothed loss is kept at each step."""
-    at: tuple[int, ...] = ()
-    """The step of each entry of `order`, in place of `start` and `gap`: what an adaptive schedule came to."""
+    """If adaptive: the fraction of the smoothed loss that is kept at each step."""
+    at: Annotated[tuple[int, ...], EMPTY] = ()
+    """The step of each entry of `order`, used instead of `start` and `gap`: the steps at which an adaptive schedule
+    acted."""
 
     @pydantic.field_validator("order", mode="before")
     @classmethod
@@ -237,16 +244,17 @@ class Training:
     """What every run needs, whatever it trains. Steps count from 0."""
 
     name: Annotated[str, tyro.conf.Suppress]
-    """What the run directory is called after."""
+    """The name that the run directory begins with."""
     steps: Annotated[int, tyro.conf.Suppress]
     """Optimizer steps of the run."""
     batch: int
-    """Sequences a step, over all processes and micro-batches. `context` or `n_positions` says how long they are."""
+    """Sequences per optimizer step, over all processes and micro-batches. `context` or `n_positions` is their
+    length."""
     micro_batch: int | Literal["auto"]
-    """Sequences in one forward of one process; the batch is made up by accumulating gradients. auto: as many as fit
-    into memory, tried before the first step; the recipe in the run directory says how many that are."""
+    """Sequences per forward pass of one process; gradients accumulate over the micro-batches of a batch. auto: as many
+    as fit into memory, found by trial before the first step and recorded in the recipe in the run directory."""
     lr: float
-    """The highest learning rate, after the warm-up."""
+    """The highest learning rate, reached after the warm-up."""
     min_lr: float
     """The learning rate at `lr_horizon`, to which it falls on a cosine."""
     warmup: int
@@ -254,37 +262,37 @@ class Training:
     text: Annotated[Text, tyro.conf.arg(name="text")] = Text()
     """Where the text comes from."""
     lr_horizon: int | None = None
-    """The step at which the learning rate has fallen to `min_lr`. None: the last step. A later one leaves the end of
-    the fall away."""
+    """The step at which the learning rate reaches `min_lr`. None: the last step. A later step cuts off the end of its
+    fall."""
     weight_decay: float = 0.01
-    """AdamW's decay of matrices; vectors (biases, gains) have none."""
+    """AdamW's weight decay of matrices. Vectors (biases, gains) have none."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     clip: float = 1.0
-    """The largest norm of the gradient; larger ones are scaled down to it. 0: no limit."""
+    """The largest norm of the gradient; larger gradients are scaled down to it. 0: no limit."""
     max_rise: float = 3.0
-    """The run stops when the loss of three steps in a row exceeds the mean of the first ten by more than this, in
-    nats/token. Fitted to the original, the loss less the original's on the same tokens is what counts: no text is too
-    hard. A single step may exceed it: while norms fade, one unusual token can."""
+    """The run stops if the loss of three steps in a row exceeds the mean of the first ten by more than this, in
+    nats/token. A single step may exceed it: while norms fade, one unusual token can. If the model is fitted to the
+    original, the original's loss on the same tokens is subtracted first, so that difficult text does not count."""
     seed: int = 0
-    """Of the order of the text, and of whatever else is drawn."""
+    """The seed of the order of the text and of everything else that is random."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train. auto: the accelerator, if there is one."""
+    """The device to train on. auto: an accelerator, if there is one."""
     bf16: bool | None = None
-    """Matrix products in bfloat16, weights in float32. None: on CUDA devices that have it, and on CPUs with AMX or
-    AVX512-BF16; the recipe in the run directory says what it came to. As flags, --bf16 and --no-bf16."""
+    """Compute matrix products in bfloat16, with weights in float32: --bf16 or --no-bf16. None: on CUDA devices that
+    support it, and on CPUs with AMX or AVX512-BF16; the recipe in the run directory records the choice."""
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third slower."""
+    """Recompute activations in the backward pass, which takes less memory and is a third slower."""
     log_every: int = 10
-    """Steps from one record of the stds or signals, and one report to `report_to`, to the next."""
+    """Steps between records of the stds or signals, and between reports to `report_to`."""
     save_every: int = 50
-    """Steps from one checkpoint to the next; the newest two are kept."""
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where to report the losses, beside the run's log."""
+    """Steps between checkpoints. The newest two are kept."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], EMPTY] = ()
+    """Where to report the losses, in addition to the run's log."""
     push_to_hub: str | None = None
-    """The Hub repository to push the model to, when it is done."""
+    """The Hub repository to push the finished model to."""
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch", "micro_batch", "log_every", "save_every"):
@@ -341,90 +349,90 @@ class Recipe(Training):
     """Everything that a run needs which removes LayerNorm."""
 
     schedule: Schedule = dataclasses.field(kw_only=True)
-    """When the LNs go."""
+    """When the norms freeze."""
     context: int | None = None
-    """The length of a sequence, in tokens. None: as many as the model has positions, at most 1,024."""
+    """The length of a sequence, in tokens. None: as many as the model has positions, but at most 1,024."""
     model: str = "micro"
-    """The model to take the LNs from: a bundled name (micro), a local directory, a GGUF file, or a name on the Hub."""
+    """The model whose norms are removed: a bundled name (micro), a local directory, a GGUF file, or a name on the
+    Hub."""
     revision: str | None = None
     """The revision of a model on the Hub."""
     kl_weight: float = 0.0
-    """What the LN-free model is fitted to. 0: the text (cross-entropy); 1: the original's predictions (KL divergence);
-    between: (1 − kl_weight) · cross-entropy + kl_weight · KL. The control is always fitted to the text."""
+    """What the LN-free model is fitted to. 0: the text (cross-entropy). 1: the original's predictions (KL divergence).
+    Between: (1 − kl_weight) · cross-entropy + kl_weight · KL. The control is always fitted to the text."""
     match_weight: float = 0.0
-    """The weight of the distance between the LN-free model's residual stream and the original's, both as a LayerNorm
-    reads them, averaged over the blocks but the last. It falls with the learning rate: early the streams lead the way,
-    at the end the predictions are what counts."""
+    """The weight of the distance between the residual streams of the LN-free model and the original, both as LayerNorm
+    reads them, averaged over all blocks but the last. It falls with the learning rate: early on the streams guide
+    training, at the end the predictions do."""
     aux_weight: float = 0.0
-    """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at the final
-    norm."""
+    """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at the final norm."""
     cover: float = 0.0
-    """The share of the run's blocks that are cover: not text, but tokens on which the LN-free model is held to the
-    original's predictions all the same (`kl_weight`, `match_weight`). The control sees text in their place."""
+    """The share of the run's blocks that are cover: tokens that need not be text, on which the LN-free model is held to
+    the original's predictions (`kl_weight`, `match_weight`). The control is trained on text in their place."""
     cover_kinds: tuple[str, ...] = ("uniform",)
-    """What is in them, one kind after another. uniform: tokens drawn uniformly from the vocabulary. unigram-T: drawn as
-    often as the text has them, at temperature T (1 if there is none). shuffled: the block of text in another order.
-    corrupted-P: a part P of its tokens (if there is none, one drawn for each block) is uniform ones. renamed: each of
-    its tokens is another throughout. repeated: 1 to 32 of its tokens or of uniform ones, again and again. runs: one
-    short run after another of all these."""
+    """The kinds of cover, used in turn. uniform: tokens drawn uniformly from the vocabulary. unigram-T: drawn as often
+    as in the text, at temperature T (1 if omitted). shuffled: a block of text in random order. corrupted-P: a block of
+    text with a share P of its tokens replaced by uniform ones (if omitted, drawn for each block). renamed: a block of
+    text in which each token is replaced by another one throughout. repeated: 1 to 32 tokens of the text, or uniform
+    ones, over and over. runs: short runs of all of these."""
     cover_span: tuple[float, float] = (0.0, 1.0)
-    """Between which fractions of the run there is cover; `cover` is its share there."""
+    """The fractions of the run between which there is cover. `cover` is its share there."""
     cover_stds: bool = True
-    """Whether the running means of the stds are over cover too."""
+    """Include cover in the running means of the stds."""
     spread_weight: float = 0.0
-    """The weight of the mean over sites and tokens of |log live std − log constant|^spread_power, of the sites that are
-    frozen."""
+    """The weight of the spread, the mean over frozen sites and tokens of |log live std − log constant|^spread_power."""
     spread_power: float = 2.0
-    """The higher it is, the more the tokens with the most uncommon stds count in the spread."""
+    """The exponent of the spread. The higher it is, the more the tokens with the most unusual stds count."""
     spread_live: bool = False
-    """Squeeze: the spread is of sites that are live, too, and there around the site's running mean. And whatever its
-    class, a token's std is drawn to that of ordinary tokens. A live norm does not see the scale of what it reads, so
-    that this can be learnt at little cost before the first site freezes, at `schedule.start`."""
+    """Squeeze: include live sites in the spread, with the running mean of a site as its constant, and pull the stds of
+    tokens of all classes towards that of ordinary tokens. A live norm ignores the scale of what it reads, so this costs
+    little before the first site freezes, at `schedule.start`."""
     spread_position_0: float = 1.0
-    """How many tokens one at position 0 counts for in the spread."""
+    """How many tokens a token at position 0 counts as in the spread."""
     spread_on: Literal["all", "cover"] = "all"
-    """Which blocks `spread_weight` acts on."""
+    """The blocks that `spread_weight` acts on."""
     std_decay: float = 0.9
-    """How much of the running means of the stds is kept at each optimizer step."""
+    """The fraction of the running means of the stds that is kept at each optimizer step."""
     std_mean: StdMean = "arithmetic"
-    """What the running means are of: σ, log σ, or 1/σ."""
-    also: tuple[str, ...] = ()
-    """More texts to measure the models on when they are done, named as `text.source` is. What is held out and random
-    tokens are always measured."""
+    """The kind of running mean of the stds: of σ, log σ, or 1/σ."""
+    also: Annotated[tuple[str, ...], EMPTY] = ()
+    """More texts to measure the finished models on, named as in `text.source`. Held-out text and random tokens are
+    always measured."""
     longest_write: float | None = None
-    """Before training, MLP neurons of the LN-free model that write massive activations are scaled down: none writes a
-    vector with an RMS of more than so many times the stream's median (`finetune.massive_writes`). None: as they are."""
+    """Before training, scale down MLP neurons of the LN-free model that write massive activations, so that none writes
+    a vector with an RMS above this many times the stream's median (`finetune.massive_writes`). None: scale none."""
     guard: float | None = None
-    """κ of the outlier guard: while training, what divides a token at a site is at least the live std over κ. None: no
-    guard. The LN-free model has none."""
+    """κ of the outlier guard: during training, the divisor of a token at a site is at least the live std over κ. None:
+    no guard. The LN-free model has no guard."""
     guard_span: tuple[float, float] = (0.5, 0.9)
-    """Between which fractions of the run the guard is lifted: 1/κ falls linearly to 0."""
+    """The fractions of the run between which the guard is lifted: 1/κ falls linearly to 0."""
     live_gradients: bool = False
     """While the guard is up, gradients pass a frozen site as they pass a live norm, without the part along the vector
     that it divides, which grows from block to block. Needs a guard, and a spread_weight to hold stds together."""
     max_outlier: float = 1e6
-    """The run stops when the live std of a token is so many times what divides it: the divisor has been left behind."""
+    """The run stops if the live std of a token is this many times its divisor, because the constant no longer fits."""
     shard: bool = False
-    """Share out the model, its gradients and moments, and the original, among the processes: each holds a part, where
-    otherwise each holds all. For models that are too large for one device; slower. So does `accelerate launch` with
-    FSDP."""
+    """Divide the model, its gradients and moments, and the original among the processes, each of which otherwise holds
+    all of them. For models that are too large for one device; slower. `accelerate launch` with FSDP does the same."""
     lora_rank: int | None = None
-    """Train at low rank (LoRA, Hu et al. 2021): each matrix W stays as it is, and what trains is a product of rank
-    `lora_rank` that is added to it, with the gains and biases of norms. Memory for gradients and AdamW's moments is
-    that of what trains, and the exported models are ordinary ones. 0: gains and biases of norms alone. None: all
-    weights train. Needs the extra `lora`. A higher lr than that of all weights is usual."""
+    """Train at low rank (LoRA, Hu et al. 2021): each matrix W stays as it is, and a product of rank `lora_rank` that is
+    added to it trains, along with the gains and biases of norms. Gradients and AdamW's moments take memory only for
+    what trains, and the exported models are ordinary ones. 0: train only gains and biases of norms. None: train all
+    weights. Needs the extra `lora`, and usually a higher lr."""
     lora_alpha: float = 32.0
-    """At low rank, the product counts lora_alpha / lora_rank times."""
+    """At low rank, the product is scaled by lora_alpha / lora_rank."""
     lora_targets: tuple[LowRankTarget, ...] = ("readers", "writers")
-    """At low rank, what trains beside the norms. readers: the matrices that read the norms of blocks; writers: those
-    through which attention and MLPs write to the residual stream; embeddings: embeddings and unembedding, whole."""
+    """At low rank, what trains in addition to the norms. readers: the matrices that read the norms of blocks. writers:
+    the matrices through which attention and MLPs write to the residual stream. embeddings: the embeddings and the
+    unembedding, at full rank."""
     control: bool = True
-    """Also fine-tune with LayerNorm kept, by cross-entropy alone, to tell what fine-tuning did from what losing
-    LayerNorm did. With `kl_weight` or `match_weight` the original tells the latter better."""
+    """Also fine-tune a control that keeps its norms, by cross-entropy alone, which shows what fine-tuning alone does.
+    With `kl_weight` or `match_weight`, the original is the better comparison."""
     control_from: str | None = None
     """The directory of a control that an earlier run made, used instead of training one."""
     export_format: Literal["b25", "h24"] = "b25"
-    """The format of the LN-free checkpoint: every LN with its γ and β, or these folded into the next weights."""
+    """The format of the LN-free checkpoint: each norm keeps its γ and β (b25), or they are folded into the next weights
+    (h24)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -50,23 +50,26 @@ _NAMES_AND_VALUES = tyro.constructors.PrimitiveConstructorSpec(
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class PretrainRecipe(Training):
-    """Everything that a run needs which trains from random weights. The defaults: 3 M tokens, the shape of `micro`."""
+    """Everything that a run needs that trains from random weights. The defaults train on 3 M tokens, in the shape of
+    `micro`.
+    """
 
     steps: Annotated[int, tyro.conf.Suppress] = 366
     """Optimizer steps of the run."""
     batch: int = 32
-    """Sequences a step, over all processes and micro-batches. A sequence is as long as the model's context."""
+    """Sequences per optimizer step, over all processes and micro-batches. A sequence is as long as the model's
+    context."""
     micro_batch: int | Literal["auto"] = 8
-    """Sequences in one forward of one process; the batch is made up by accumulating gradients. auto: as many as fit
-    into memory, tried before the first step; the recipe in the run directory says how many that are."""
+    """Sequences per forward pass of one process; gradients accumulate over the micro-batches of a batch. auto: as many
+    as fit into memory, found by trial before the first step and recorded in the recipe in the run directory."""
     lr: float = 2e-3
-    """The highest learning rate, after the warm-up."""
+    """The highest learning rate, reached after the warm-up."""
     min_lr: float = 2e-4
     """The learning rate at `lr_horizon`, to which it falls."""
     warmup: int = 13
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = 0.1
-    """AdamW's decay of matrices; vectors (biases, gains) have none."""
+    """AdamW's weight decay of matrices. Vectors (biases, gains) have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     text: Annotated[Text, tyro.conf.arg(name="text")] = Text(held_out="books-validation")
@@ -74,25 +77,26 @@ class PretrainRecipe(Training):
     lr_decay: Literal["cosine", "linear"] = "cosine"
     """How the learning rate falls."""
     block: Block = "pre-ln"
-    """The blocks of the model: see `finetune/blocks/`."""
+    """The blocks of the model, as `finetune.blocks` describes them."""
     family: str | None = None
-    """The family of transformers' own models to train instead, by its `model_type` (gpt2, llama, gpt_neox, …). None: a
-    model of `finetune.blocks`."""
+    """Train one of transformers' own models instead, of the family with this `model_type` (gpt2, llama, gpt_neox, …).
+    None: train a model of `finetune.blocks`."""
     n_layer: int = 6
-    """Blocks."""
+    """The number of blocks."""
     n_embd: int = 192
-    """Width of the residual stream."""
+    """The width of the residual stream."""
     n_head: int = 6
-    """Heads of a block."""
+    """The number of heads in a block."""
     n_positions: int = 256
-    """Context, in tokens: the length of a sequence."""
+    """The context: the length of a sequence, in tokens."""
     vocab_size: int | None = None
-    """Tokens of the vocabulary. None: as many as the tokenizer has."""
+    """The size of the vocabulary, in tokens. None: that of the tokenizer."""
     knobs: Annotated[dict[str, bool | int | float | str | None], _NAMES_AND_VALUES] = dataclasses.field(
         default_factory=dict
     )
-    """Other fields of the model's config: of `finetune.blocks.BlocksConfig`, in place of what `block` says, or of the
-    family's. Those of the flag join those of the recipe, and replace them where the name is the same."""
+    """Other fields of the model's config: of `finetune.blocks.BlocksConfig`, where they override those of `block`, or
+    of the family's. Those given as a flag are added to those of the recipe, and replace them where the name is the
+    same."""
     tokenizer: str = "micro"
     """The model whose tokenizer to use: a bundled name (micro), a local directory, or a name on the Hub."""
 
