@@ -163,7 +163,7 @@ def _run_jobs(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
     write(out / "results.csv", rows.to_csv(index=False))
     rows = rows[rows["run"].isin(order)]
     if not (complete := rows[rows["error"].isna()] if "error" in rows else rows).empty:
-        write(out / "figure.html", plot(complete).to_html())
+        write(out / "figure.html", plot(complete).to_html(config={"showSendToCloud": False}))
     return rows
 
 

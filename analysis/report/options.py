@@ -2,79 +2,82 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 
 @dataclass(frozen=True)
 class Options:
-    """Compare an original model, a control and an LN-free model, and write tables, figures and one HTML page."""
+    """Compare an original model, a control and an LN-free model on one HTML page."""
 
     original: str | None = None
-    """The model that lost its norms: a short name, a directory, or a Hub id. None: that of the newest run."""
+    """The original model, with its norms: a bundled name, a directory, or a Hub id. None: that of the newest run."""
     ln_free: str | None = None
     """The LN-free model. None: that of the newest run."""
     control: str | None = None
-    """The model fine-tuned in the same way with its norms. None: that of the newest run, or none at all where the other
-    models are named."""
+    """The control, fine-tuned in the same way with its norms. None: that of the newest run or, if the other models are
+    named, no control."""
     revision: str | None = None
     """The revision of an original on the Hub. None: that of the newest run."""
     text: tuple[str, ...] = ("books-report", "shifted-peps")
-    """Texts to compare the models on: bundled names, files, directories, or Hub data sets. The first one, which is to
-    be like that of the fine-tuning, serves the analyses that look at one text. Random tokens are always added."""
+    """Texts to compare the models on: bundled names, files, directories, or Hub data sets. Analyses that use one text
+    use the first, which should be like the text of the fine-tuning. Random tokens are always added."""
     pairs: Path | None = None
-    """A JSON file of prompt pairs for patching, a list of objects with the texts clean, corrupt, correct and wrong.
-    None: pairs that come with the package or, where the tokenizer cuts their words, some made for it."""
+    """A JSON file of prompt pairs for patching: a list of objects with the texts clean, corrupt, correct and wrong.
+    None: pairs that come with the package or, if the tokenizer splits their words, pairs made for it."""
     tokens: int = 8_192
-    """Tokens of each text, at most, in blocks spread evenly over it."""
+    """The largest number of tokens of each text, in blocks spread evenly over it."""
     context: int | None = None
-    """Tokens of a block. None: as the newest run trained on or, where models are named, as many as the model takes, at
-    most 1,024."""
+    """Tokens per block. None: as in the newest run or, if models are named, as many as the models take, but at most
+    1,024."""
     prefix: str | None = None
-    """A token before each block and prompt, as `text.prefix` in a recipe: "bos", or a token by its text. None: that of
-    the newest run or, where models are named, none."""
+    """A token to put before each block and prompt, as `text.prefix` in a recipe: "bos", or the text of a token. None:
+    that of the newest run or, if models are named, no token."""
     out: Path | None = None
-    """The directory to write. None: reports/TIME."""
-    only: tuple[str, ...] = ()
-    """The analyses to run, by their module's names. Empty: all."""
+    """The directory to write, which must not exist. None: reports/TIME."""
+    only: Annotated[tuple[str, ...], arg(help_behavior_hint="(default: all)")] = ()
+    """The analyses to run, by the names of their modules, such as loss or patching. A name that does not exist lists
+    them all."""
     batch_size: int = 8
-    """Blocks in one forward, at most. No number depends on it."""
+    """The largest number of blocks in one forward pass. It changes no result."""
     png: bool = False
-    """Also write the figures as PNG; needs the extra `png`, and Chrome or Chromium."""
-    benchmark: tuple[str, ...] = ()
-    """Tasks of EleutherAI's lm-evaluation-harness, such as hellaswag: NAME, on its data on the Hub, or NAME=FILE.jsonl,
-    a file with the fields of those data in their place; needs the extra `eval`. Empty: none."""
+    """Also write the figures as PNG. Needs the extra `png`, and Chrome or Chromium."""
+    benchmark: Annotated[tuple[str, ...], arg(help_behavior_hint="(default: none)")] = ()
+    """Tasks of EleutherAI's lm-evaluation-harness: NAME, such as hellaswag, for its data on the Hub, or NAME=FILE.jsonl
+    for a file with the same fields. Needs the extra `eval`."""
 
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """Draw what makes a logit after a prompt, check it by taking parts out, and write one page and the graphs."""
+    """Draw the circuit behind a logit as a graph on an HTML page, and check it by ablation."""
 
-    prompt: Positional[str]
-    """The text; the logit is that of what comes next."""
+    prompt: Annotated[str, arg(metavar="PROMPT"), Positional]
+    """The text after which the next token is predicted."""
     target: str | None = None
-    """The token whose logit it is, such as " the". None: the one that the original finds likeliest."""
+    """The token whose logit is explained, such as " the" (with its space). None: the likeliest one by the original."""
     against: str | None = None
-    """Another token: the logit is then how far that of the target is above its own. None: above the mean of all."""
+    """Explain the difference to the logit of this token instead. None: the difference to the mean logit of all
+    tokens."""
     original: str = "micro"
-    """The model that lost its norms: a short name, a directory, or a Hub id."""
+    """The original model, with its norms: a bundled name, a directory, or a Hub id."""
     ln_free: str = "micro-ln-free"
     """The LN-free model."""
     control: str | None = None
-    """The model fine-tuned in the same way with its norms. None: none."""
+    """The control, fine-tuned in the same way with its norms. None: no control."""
     revision: str | None = None
     """The revision of an original on the Hub."""
     share: float = 0.8
-    """The share of all influence that the nodes shown are to have."""
+    """The share of all influence on the logit that the nodes of the graph should have."""
     most: int = 60
-    """Nodes at most; the page says what share they have."""
+    """The largest number of nodes. The page says what share of the influence they have."""
     neurons: int = 0
-    """Neurons of each MLP and position to be nodes by themselves."""
+    """The number of neurons of each MLP, at each position, that are nodes of their own."""
     paths: int = 20
-    """The largest paths from the tokens to the logit that are listed."""
+    """The number of paths to list, from the tokens to the logit, largest first."""
     components: int = 3
-    """Heads and MLPs that these paths go through, at most."""
+    """The largest number of heads and MLPs on such a path."""
     prefix: str | None = None
-    """A token before the prompt: "bos", or a token by its text. None: none."""
+    """A token to put before the prompt: "bos", or the text of a token. None: no token."""
     out: Path | None = None
-    """The directory to write. None: graphs/TIME."""
+    """The directory to write, which must not exist. None: graphs/TIME."""
