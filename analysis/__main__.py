@@ -4,20 +4,25 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 from analysis.report.options import GraphOptions, Options
-from finetune.__main__ import speak
+from finetune.__main__ import parse, speak
 from finetune.errors import NolnError
 
 USAGE = """\
-Compare an LN-free model with what it was made from.
+Compare an LN-free model with the model that it was made from.
 
-  python -m analysis report [FLAGS]   all analyses of the newest complete run in runs/, or of named models, on one page
+  python -m analysis report [FLAGS]
+      Run all analyses, and write one HTML page. The models are those of the
+      newest complete run in runs/ or, if there is none, the bundled ones;
+      flags name others.
+  python -m analysis graph PROMPT [FLAGS]
+      Draw the circuit behind the logit of the next token as a graph, and check
+      it by ablation.
 
-  python -m analysis graph PROMPT     what makes the logit of the next token, as a graph, checked by taking parts out
+To see all flags, with their defaults:
 
-  python -m analysis report --help    every flag with its default; so does python -m analysis graph --help
+  python -m analysis report --help
+  python -m analysis graph --help
 """
 
 
@@ -30,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     command = arguments.pop(0)
     if command not in COMMANDS:
-        sys.exit(f"error: there is no command {command}; there is {', '.join(COMMANDS)}")
+        sys.exit(f"error: There is no command {command}: use {' or '.join(COMMANDS)}.")
     try:
         COMMANDS[command](arguments)
     except (NolnError, OSError) as error:
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    options = tyro.cli(Options, args=arguments, prog="python -m analysis report")
+    options = parse(Options, args=arguments, prog="python -m analysis report")
 
     from analysis import report
 
@@ -50,7 +55,7 @@ def _report(arguments: list[str]) -> None:
 
 
 def _graph(arguments: list[str]) -> None:
-    options = tyro.cli(GraphOptions, args=arguments, prog="python -m analysis graph")
+    options = parse(GraphOptions, args=arguments, prog="python -m analysis graph")
 
     from analysis.graph import page
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from finetune.evaluate import float32_logits
+from finetune.progress import progress
 
 _LOGITS_ON_CPU = 2**21
 """The maximum number of logits per model and batch on a CPU. They fit into its caches: this is a third faster."""
@@ -46,7 +46,7 @@ def forwards(
     most = _LOGITS_ON_CPU if torch.device(device).type == "cpu" else _LOGITS_ON_GPU
     batch_size = min(batch_size, max(1, most // (tokens.shape[1] * cfg.d_vocab)))
     names = list(hook_names)
-    for batch in tqdm(tokens.split(batch_size), desc=description, unit="batch", leave=False):
+    for batch in progress(tokens.split(batch_size), desc=description, unit="batch", leave=False):
         batch = batch.to(device)
         outputs = {}
         with torch.inference_mode():

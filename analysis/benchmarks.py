@@ -31,12 +31,12 @@ from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 from pyarrow import ArrowInvalid, ArrowTypeError
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from analysis import figures, palette
 from finetune.errors import NolnError
 from finetune.names import expanded
+from finetune.progress import progress
 from finetune.recipe import Text
 from finetune.text import prefix_of
 
@@ -139,7 +139,9 @@ class HarnessModel(TemplateLM):
         sequences = [self._cut(context + continuation) for _, context, continuation in requests]
         answers: dict[int, tuple[float, bool]] = {}
         longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-        with tqdm(total=len(sequences), desc="Log-likelihoods", unit="text", leave=False, disable=disable_tqdm) as bar:
+        with progress(
+            total=len(sequences), desc="Log-likelihoods", unit="text", leave=False, disable=disable_tqdm
+        ) as bar:
             for _, group in itertools.groupby(longest_first, key=lambda i: len(sequences[i])):
                 for batch in torch.tensor(list(group)).split(self.batch_size):
                     tokens = torch.tensor([sequences[i] for i in batch], device=self.device)

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Int
 from plotly.subplots import make_subplots
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from analysis import figures, palette
+from finetune.progress import progress
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 10, 16, 24
 """The number of prompts from a text, their length, and the maximum number of new tokens."""
@@ -156,7 +156,7 @@ def _continue(
         for chosen in [[i for i in lengths if lengths[i] == length]]
         for start in range(0, len(chosen), batch_size)
     ]
-    for batch in tqdm(batches, desc=description, unit="batch", leave=False):
+    for batch in progress(batches, desc=description, unit="batch", leave=False):
         tokens = torch.stack([prompts[i] for i in batch]).to(model.cfg.device)
         length = tokens.shape[1]
         for _ in range(min(new_tokens, model.cfg.n_ctx - length)):

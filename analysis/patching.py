@@ -27,11 +27,11 @@ import torch
 from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from analysis import figures, palette
 from analysis.prompts import Pair, PairTokens, encode_pairs
+from finetune.progress import progress
 
 HOOK_POINTS = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z"
 """Hook points of a layer, by their names in TransformerLens."""
@@ -74,7 +74,7 @@ def measure(
     frames = []
     for model_name, model in models.items():
         encoded = dict(enumerate(encode_pairs(pairs, tokenizer, model.cfg.n_ctx, prefix), 1))
-        for number in tqdm(encoded if only is None else only, f"Patching {model_name}", unit="pair", leave=False):
+        for number in progress(encoded if only is None else only, f"Patching {model_name}", unit="pair", leave=False):
             tokens = encoded[number]
             words = tokenizer.batch_decode(tokens.clean[:, None])
             for frame in _patch_pair(model, tokens, hook_points, batch_size):

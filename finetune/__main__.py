@@ -5,12 +5,15 @@ import dataclasses
 import math
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar
 
+import docstring_parser
 import tyro
+from docstring_parser import Docstring, DocstringStyle
 
 from finetune import recipe as recipes
 from finetune.errors import NolnError
@@ -21,22 +24,46 @@ if TYPE_CHECKING:
     from finetune.run_directory import Run
 
 USAGE = """\
-Fine-tune the norms out of a model.
+Remove the norms of a language model by fine-tuning.
 
-  python -m finetune [run] [RECIPE] [FLAGS]   train: RECIPE is a shipped name (default micro) or a YAML file
-  python -m finetune pretrain RECIPE [FLAGS]  train a model from random weights, its blocks with or without norms
-  python -m finetune resume RUN [--anyway]    go on with a run of either kind that was cut off; anyway: although its
-                                              recipe, model or text has changed, or checkpoints lack files
-  python -m finetune plan [RECIPE] [FLAGS]    what a run would take: memory, tokens, operations, hours
-  python -m finetune sweep FILE [FLAGS]       many runs, of what a sweep file overrides, in one table
-  python -m finetune list [pretrain]          the shipped recipes, of `run` or of `pretrain`, and what they are
-  python -m finetune show RECIPE              print a recipe; one of `pretrain`: show pretrain RECIPE
+  python -m finetune run [RECIPE] [FLAGS]
+      Remove the norms, and train a control that keeps them. RECIPE is the name
+      of a shipped recipe (by default micro) or a YAML file. The word "run" may
+      be omitted before a recipe.
+  python -m finetune resume RUN [--anyway]
+      Continue an interrupted run from its last checkpoint. RUN is its
+      directory. With --anyway, continue even if its recipe, model or text has
+      changed or a checkpoint is incomplete.
+  python -m finetune plan [RECIPE] [FLAGS]
+      Estimate the memory, tokens, operations and hours of a run.
+  python -m finetune sweep FILE [FLAGS]
+      Do the runs that a sweep file lists, and compare them in one table.
+  python -m finetune list [pretrain]
+      List the shipped recipes of run, or those of pretrain.
+  python -m finetune show [pretrain] RECIPE
+      Print a recipe as YAML.
+  python -m finetune pretrain RECIPE [FLAGS]
+      Train a model from random weights, with or without norms in its blocks.
 
-  python -m finetune run [RECIPE] --help      every field of the recipe, as a flag with its default
-  python -m finetune pretrain RECIPE --help
+Every field of a recipe is a flag. To see them all, with their values:
+
+  python -m finetune run RECIPE --help
+
+To begin, remove LayerNorm from the bundled model, in some minutes:
+
+  python -m finetune run micro
 """
 
+SITES = """
+  A site is a place that divides by the std of a residual vector: the norm that
+  the MLP of a block reads (mlp), that which attention reads, on the path to
+  queries and keys (qk) and on the path to values (v), and the final norm
+  (final). A site is live as long as it divides by each token's own std, and
+  freezes when a constant takes its place.
+"""
+"""What the help of a recipe's flags takes for known. Each line is indented, or tyro would join them."""
 
+Asked = TypeVar("Asked")
 Trains = TypeVar("Trains", bound=Training)
 
 
@@ -46,16 +73,16 @@ class Options(Generic[Trains]):
 
     recipe: Annotated[Trains, tyro.conf.arg(name="")]
     steps: int
-    """Optimizer steps of the run. Schedule, warm-up and LR horizon are scaled with them."""
+    """The number of optimizer steps. Schedule, warm-up and LR horizon are scaled with it."""
     out: Path | None = None
-    """The run directory. None: runs/RECIPE-TIME."""
+    """The run directory, which must not exist. None: runs/RECIPE-TIME."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command in `arguments` (None: those of the process). An error that the user can fix prints one line."""
     speak(sys.stdout, sys.stderr)
     arguments = _with_values([_current_flag(word) for word in (sys.argv[1:] if arguments is None else arguments)])
-    if arguments[:1] in (["-h"], ["--help"]):
+    if arguments[:1] in ([], ["-h"], ["--help"]):
         print(USAGE, end="")
         return
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
@@ -67,6 +94,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         again = "the same command" if command == "sweep" else "`python -m finetune resume RUN`, RUN being its directory"
         print(f"\ninterrupted: what had begun goes on with {again}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def parse(kind: type[Asked], **options: Any) -> Asked:
+    """Return what flags say: `tyro.cli`, with the lines of a field's docstring joined into one paragraph of help."""
+    read = docstring_parser.parse_from_object
+
+    def joined(obj: Any, style: DocstringStyle = DocstringStyle.AUTO) -> Docstring:
+        docstring = read(obj, style)
+        for field in docstring.params:
+            field.description = " ".join((field.description or "").split())
+        return docstring
+
+    docstring_parser.parse_from_object = joined
+    try:
+        return tyro.cli(kind, **options)
+    finally:
+        docstring_parser.parse_from_object = read
 
 
 def speak(*streams: Any) -> None:
@@ -105,12 +149,12 @@ def _with_values(arguments: list[str]) -> list[str]:
 def _run(arguments: list[str]) -> None:
     recipe = recipes.load(arguments.pop(0) if arguments and not arguments[0].startswith("-") else "micro")
     recipe = recipes.with_text(_scaled(recipe, arguments), _given(arguments, "--text"))
-    options = tyro.cli(
+    options = parse(
         Options[Recipe],
         default=Options(recipe, steps=recipe.steps),
         args=arguments,
         prog="python -m finetune run [RECIPE]",
-        description="Fine-tune the norms out of a model, beside a control that keeps them.",
+        description="Remove the norms of a model by fine-tuning, and train a control that keeps them." + SITES,
     )
 
     from finetune import removal
@@ -124,24 +168,25 @@ class PlanOptions:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     steps: int
-    """Optimizer steps of the run. Schedule, warm-up and LR horizon are scaled with them."""
+    """The number of optimizer steps. Schedule, warm-up and LR horizon are scaled with it."""
     processes: int = 1
-    """How many processes share a batch, each on a device of its own."""
+    """The number of processes that share a batch, each on its own device."""
     tflops: float | None = None
-    """How fast a device is, in 10¹² operations a second, as its maker says: 989 for an H100 in bfloat16."""
+    """The peak speed of a device in 10¹² operations per second, such as 989 for an H100 in bfloat16. With it, the plan
+    includes the hours of training."""
     mfu: float = 0.4
-    """Which share of that training comes to (model FLOPs utilisation)."""
+    """The share of that speed which training reaches (model FLOPs utilisation)."""
 
 
 def _plan(arguments: list[str]) -> None:
     recipe = recipes.load(arguments.pop(0) if arguments and not arguments[0].startswith("-") else "micro")
     recipe = recipes.with_text(_scaled(recipe, arguments), _given(arguments, "--text"))
-    options = tyro.cli(
+    options = parse(
         PlanOptions,
         default=PlanOptions(recipe, steps=recipe.steps),
         args=arguments,
         prog="python -m finetune plan [RECIPE]",
-        description="Say what a run would take, from the model's config alone.",
+        description="Estimate what a run of a recipe would take, from the model's config alone.",
     )
 
     from finetune import plan
@@ -153,15 +198,21 @@ def _pretrain(arguments: list[str]) -> None:
     names = ", ".join(recipes.shipped(PretrainRecipe))
     asks = arguments[:1] in (["-h"], ["--help"])
     if not arguments or (arguments[0].startswith("-") and not asks):
-        sys.exit(f"usage: python -m finetune pretrain RECIPE [FLAGS]\nRECIPE is a YAML file or one of {names}")
+        sys.exit(
+            "usage: python -m finetune pretrain RECIPE [FLAGS]\n\n"
+            + textwrap.fill(
+                f"RECIPE is a YAML file or one of {names}. `list pretrain` describes them.", 80, break_on_hyphens=False
+            )
+        )
     recipe = recipes.load_pretraining("pre-ln" if asks else arguments.pop(0))
     recipe = recipes.with_text(_scaled(recipe, arguments), _given(arguments, "--text"))
-    options = tyro.cli(
+    options = parse(
         Options[PretrainRecipe],
         default=Options(recipe, steps=recipe.steps),
         args=arguments,
         prog="python -m finetune pretrain RECIPE",
-        description=f"Train a model from random weights. RECIPE is a YAML file or one of {names}.",
+        description="Train a model from random weights. RECIPE is a YAML file or one of:\n"
+        + textwrap.fill(names, 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False),
     )
 
     chosen = dataclasses.replace(options.recipe, knobs=recipe.knobs | options.recipe.knobs)
@@ -195,18 +246,18 @@ def _resume(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Run what a sweep file asks for and is not done yet."""
+    """Do the runs of a sweep file that are not done yet, and compare them in a table."""
 
-    file: Annotated[Path, tyro.conf.Positional]
-    """The sweep file: `finetune/sweep.py` says what is in it."""
+    file: Annotated[Path, tyro.conf.arg(metavar="FILE"), tyro.conf.Positional]
+    """The sweep file, a YAML file in the format that `python -m pydoc finetune.sweep` describes."""
     out: Path | None = None
-    """Where runs, tables and figure go. None: runs/FILE."""
+    """The directory for runs, tables and a figure. None: runs/ and the name of the file without .yaml."""
     processes: int = 1
-    """How many runs to do at once."""
+    """The number of runs to do at the same time."""
 
 
 def _sweep(arguments: list[str]) -> None:
-    options = tyro.cli(SweepOptions, args=arguments, prog="python -m finetune sweep")
+    options = parse(SweepOptions, args=arguments, prog="python -m finetune sweep")
     file, out = expanded(options.file), expanded(options.out or Path("runs") / options.file.stem)
 
     from finetune import sweep
@@ -220,18 +271,18 @@ def _sweep(arguments: list[str]) -> None:
 
 def _list(arguments: list[str]) -> None:
     if arguments not in ([], ["pretrain"]):
-        _usage("list, or list pretrain", arguments)
+        _usage("list [pretrain]", arguments)
     kind: type[Training] = PretrainRecipe if arguments else Recipe
     names = recipes.shipped(kind)
     for name in names:
-        print(f"{name:{max(map(len, names))}}  {recipes.about(name, kind)}")
+        print(f"{name:{max(map(len, names))}}  {recipes.about(name, kind)}")  # in 80 columns
 
 
 def _show(arguments: list[str]) -> None:
     load: Callable[[str], Training] = recipes.load
     if arguments[:1] == ["pretrain"]:
         load, arguments = recipes.load_pretraining, arguments[1:]
-    print(recipes.dump(load(_only(arguments, "show RECIPE, or show pretrain RECIPE"))), end="")
+    print(recipes.dump(load(_only(arguments, "show [pretrain] RECIPE"))), end="")
 
 
 def _only(arguments: list[str], usage: str) -> str:
@@ -241,8 +292,8 @@ def _only(arguments: list[str], usage: str) -> str:
 
 
 def _usage(usage: str, arguments: list[str]) -> NoReturn:
-    """Print the usage of a command and exit: successfully if help was requested, else with an error."""
-    usage = f"usage: python -m finetune {usage}"
+    """Leave, saying how a command is used; successfully if that was asked."""
+    usage = f"usage: python -m finetune {usage}\n\n`python -m finetune --help` says what it does."
     if arguments in (["-h"], ["--help"]):
         print(usage)
         sys.exit()

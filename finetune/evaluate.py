@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from finetune.progress import progress
 from finetune.text import Blocks
 
 _LOGITS_AT_ONCE = 2**21
@@ -94,7 +94,7 @@ def measure_tokens(
     device = models[reference].device
     size = max(1, _LOGITS_AT_ONCE // (blocks.context * models[reference].config.vocab_size))
     measured: dict[str, dict[str, list[Tensor]]] = {name: {"loss": [], "kl": [], "jsd": []} for name in models}
-    for start in tqdm(range(0, len(blocks), size), desc="Measuring on held-out text", unit="batch", leave=False):
+    for start in progress(range(0, len(blocks), size), desc="Measuring on held-out text", unit="batch", leave=False):
         batch = range(start, min(start + size, len(blocks)))
         input_ids = torch.stack([blocks[i]["input_ids"] for i in batch]).to(device)
         for name, model in models.items():

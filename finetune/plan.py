@@ -251,7 +251,7 @@ def describe(plans: Mapping[str, Plan], tflops: float | None = None, mfu: float 
             parts["total"] = sum(parts.values())
             column = {"trained parameters": f"{plan.trained:,}"}
             column |= {f"{part}, GB": f"{size / 1e9:.3g}" for part, size in parts.items()}
-            column |= {"operations": f"{plan.flops:.3g}", "operations, control": f"{plan.control_flops:.3g}"}
+            column |= {"operations": f"{plan.flops:.3g}", "control operations": f"{plan.control_flops:.3g}"}
             if tflops is not None:
                 column["hours of training"] = f"{plan.hours(tflops, mfu):.3g}"
             columns[f"{name}, sharded" if shard else name] = column
@@ -259,10 +259,17 @@ def describe(plans: Mapping[str, Plan], tflops: float | None = None, mfu: float 
     table = table[~table.isin(["0", ""]).all(axis=1)]  # omits the original or the control if there is none
     processes = f"each of {first.processes} processes" if first.processes > 1 else "one process"
     lines = [
-        f"{first.recipe.model}: {first.tokens:,} tokens, products in {'bfloat16' if first.recipe.bf16 else 'float32'}. "
-        f"Memory is for {processes}, with micro-batches of {first.recipe.micro_batch} × {first.context:,} tokens.",
+        f"{first.recipe.model}: {first.tokens:,} tokens, matrix products in "
+        f"{'bfloat16' if first.recipe.bf16 else 'float32'}.",
+        f"Memory is that of {processes}, in micro-batches of {first.recipe.micro_batch} × {first.context:,} tokens.",
+        "",
         table.to_string(),
+        "",
     ]
-    if tflops is not None:
-        lines.append(f"Hours assume {mfu:.0%} of {tflops:g} TFLOP/s for {processes}.")
+    others = [plan.recipe.lora_rank for plan in plans.values() if plan is not first]
+    lines += [f"Rank {rank} is the same run with --lora-rank {rank}." for rank in others if rank is not None]
+    if tflops is None:
+        lines.append("For the hours of training, give the speed of a device: --tflops 989 for an H100.")
+    else:
+        lines.append(f"Hours are at {mfu:.0%} of {tflops:g} TFLOP/s of {processes}.")
     return "\n".join(lines)

@@ -39,7 +39,6 @@ import plotly.graph_objects as go
 import pydantic
 import torch
 from plotly.subplots import make_subplots
-from tqdm.auto import tqdm
 
 from finetune import evaluate, removal
 from finetune import recipe as recipes
@@ -47,6 +46,7 @@ from finetune.checkpoints import read_log
 from finetune.errors import NolnError
 from finetune.names import expanded
 from finetune.processes import decided
+from finetune.progress import progress
 from finetune.recipe import Recipe, RecipeError
 from finetune.resuming import resume
 from finetune.run_directory import directory_lock, write
@@ -148,7 +148,7 @@ def _run_jobs(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
         documents = documents[documents["run"].isin(done)]  # the process may have stopped before it wrote a run's row
     controls = {job.control_settings: job.directory / "control" for job in jobs if (job.directory / "control").is_dir()}
     to_do = [job for job in jobs if job.name not in done]
-    with tqdm(total=len(to_do), desc="sweep", unit="run", disable=not to_do) as bar:
+    with progress(total=len(to_do), desc="sweep", unit="run", disable=not to_do) as bar:
         for job, (row, measured) in _do_each(to_do, controls, processes):
             if (job.directory / "control").is_dir():  # for later runs
                 controls[job.control_settings] = job.directory / "control"
@@ -163,7 +163,7 @@ def _run_jobs(jobs: list[Job], out: Path, processes: int) -> pd.DataFrame:
     write(out / "results.csv", rows.to_csv(index=False))
     rows = rows[rows["run"].isin(order)]
     if not (complete := rows[rows["error"].isna()] if "error" in rows else rows).empty:
-        write(out / "figure.html", plot(complete).to_html())
+        write(out / "figure.html", plot(complete).to_html(config={"showSendToCloud": False}))
     return rows
 
 

@@ -48,6 +48,7 @@ from finetune.checkpoints import checkpoints, read_log, seal, step_of, to_disk
 from finetune.errors import NolnError
 from finetune.families import FAMILIES
 from finetune.processes import has_bf16
+from finetune.progress import progress
 from finetune.recipe import Training
 from finetune.text import Blocks, ReadAhead, StreamedBlocks
 
@@ -386,7 +387,7 @@ class Record(TrainerCallback):
 
     def __init__(self, trainer: RunTrainer, path: Path, name: str) -> None:
         self.trainer, self.path, self.name = trainer, path, name
-        self.bar = tqdm(disable=True)
+        self.bar: tqdm[Any] = progress(disable=True)
         self.grad_norm: Tensor
         self._losses: list[Tensor] = []
         self._on_host: list[Tensor] = []
@@ -438,7 +439,7 @@ class Record(TrainerCallback):
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
             partial.replace(self.path)
-        self.bar = tqdm(
+        self.bar = progress(
             total=state.max_steps,
             initial=state.global_step,
             desc=self.name,

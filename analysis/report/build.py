@@ -19,7 +19,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io
 import torch
-from tqdm.auto import tqdm
 
 from analysis import benchmarks, patching
 from analysis.loading import check_alike, load_trio
@@ -31,6 +30,7 @@ from analysis.texts import Sample, read_text
 from finetune.checkpoint import load_tokenizer
 from finetune.errors import NolnError
 from finetune.names import expanded
+from finetune.progress import progress
 from finetune.run_directory import control_of, recipe_of
 from finetune.text import LONGEST_CONTEXT, RANDOM_TOKENS
 
@@ -192,8 +192,8 @@ def _write(
         frames: dict[tuple[str, str], pd.DataFrame] = {}
         sections = []
         left_out: dict[str, str] = {}
-        for analysis in (progress := tqdm(analyses, unit="analysis")):
-            progress.set_description(analysis.title)
+        for analysis in (bar := progress(analyses, unit="analysis")):
+            bar.set_description(analysis.title)
             try:
                 measured = analysis.measure(inputs)
             except NolnError as error:  # the analysis does not suit these models or texts

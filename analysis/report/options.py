@@ -2,79 +2,82 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 
 @dataclass(frozen=True)
 class Options:
-    """Compare an original model, a control and an LN-free model, and write tables, figures and one HTML page."""
+    """Compare an original model, a control and an LN-free model on one HTML page."""
 
     original: str | None = None
-    """The model whose norms were removed: a short name, a directory, or a Hub id. None: that of the newest run."""
+    """The original model, with its norms: a bundled name, a directory, or a Hub id. None: that of the newest run."""
     ln_free: str | None = None
     """The LN-free model. None: that of the newest run."""
     control: str | None = None
-    """The model that was fine-tuned in the same way, but with its norms. None: that of the newest run, or no control if
-    the other models are given."""
+    """The control, fine-tuned in the same way with its norms. None: that of the newest run or, if the other models are
+    named, no control."""
     revision: str | None = None
     """The revision of an original on the Hub. None: that of the newest run."""
     text: tuple[str, ...] = ("books-report", "shifted-peps")
-    """Texts to compare the models on: bundled names, files, directories, or Hub data sets. Analyses of a single text
-    use the first, which should be like that of the fine-tuning. Random tokens are always added."""
+    """Texts to compare the models on: bundled names, files, directories, or Hub data sets. Analyses that use one text
+    use the first, which should be like the text of the fine-tuning. Random tokens are always added."""
     pairs: Path | None = None
     """A JSON file of prompt pairs for patching: a list of objects with the texts clean, corrupt, correct and wrong.
-    None: the bundled pairs or, if the tokenizer splits their answers, pairs that are created for it."""
+    None: pairs that come with the package or, if the tokenizer splits their words, pairs made for it."""
     tokens: int = 8_192
-    """The maximum number of tokens per text, in blocks that are spread evenly over it."""
+    """The largest number of tokens of each text, in blocks spread evenly over it."""
     context: int | None = None
-    """Tokens per block. None: the context of the newest run or, if models are given, that of the model, at most 1,024.
-    """
+    """Tokens per block. None: as in the newest run or, if models are named, as many as the models take, but at most
+    1,024."""
     prefix: str | None = None
-    """A token to prepend to each block and prompt, as `text.prefix` in a recipe: "bos", or the text of a token. None:
-    that of the newest run or, if models are given, no prefix."""
+    """A token to put before each block and prompt, as `text.prefix` in a recipe: "bos", or the text of a token. None:
+    that of the newest run or, if models are named, no token."""
     out: Path | None = None
-    """The directory to write. None: reports/TIME."""
-    only: tuple[str, ...] = ()
-    """The analyses to run, by module name. Empty: all."""
+    """The directory to write, which must not exist. None: reports/TIME."""
+    only: Annotated[tuple[str, ...], arg(help_behavior_hint="(default: all)")] = ()
+    """The analyses to run, by the names of their modules, such as loss or patching. A name that does not exist lists
+    them all."""
     batch_size: int = 8
-    """The maximum number of blocks per forward. No number depends on it."""
+    """The largest number of blocks in one forward pass. It changes no result."""
     png: bool = False
-    """Also write the figures as PNG. Requires the extra `png`, and Chrome or Chromium."""
-    benchmark: tuple[str, ...] = ()
-    """Tasks of EleutherAI's lm-evaluation-harness, such as hellaswag: NAME, with data from the Hub, or NAME=FILE.jsonl,
-    with data from a file that has the same fields. Requires the extra `eval`. Empty: none."""
+    """Also write the figures as PNG. Needs the extra `png`, and Chrome or Chromium."""
+    benchmark: Annotated[tuple[str, ...], arg(help_behavior_hint="(default: none)")] = ()
+    """Tasks of EleutherAI's lm-evaluation-harness: NAME, such as hellaswag, for its data on the Hub, or NAME=FILE.jsonl
+    for a file with the same fields. Needs the extra `eval`."""
 
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """Draw the circuit behind a logit after a prompt, check it by removing parts, and write a page and the graphs."""
+    """Draw the circuit behind a logit as a graph on an HTML page, and check it by ablation."""
 
-    prompt: Positional[str]
-    """The text. The logit is that of the next token."""
+    prompt: Annotated[str, arg(metavar="PROMPT"), Positional]
+    """The text after which the next token is predicted."""
     target: str | None = None
-    """The token whose logit is explained, such as " the". None: the original's most likely token."""
+    """The token whose logit is explained, such as " the" (with its space). None: the likeliest one by the original."""
     against: str | None = None
-    """Another token, whose logit is subtracted. None: subtract the mean over all tokens."""
+    """Explain the difference to the logit of this token instead. None: the difference to the mean logit of all
+    tokens."""
     original: str = "micro"
-    """The model whose norms were removed: a short name, a directory, or a Hub id."""
+    """The original model, with its norms: a bundled name, a directory, or a Hub id."""
     ln_free: str = "micro-ln-free"
     """The LN-free model."""
     control: str | None = None
-    """The model that was fine-tuned in the same way, but with its norms. None: no control."""
+    """The control, fine-tuned in the same way with its norms. None: no control."""
     revision: str | None = None
     """The revision of an original on the Hub."""
     share: float = 0.8
-    """The fraction of all influence that the shown nodes should have."""
+    """The share of all influence on the logit that the nodes of the graph should have."""
     most: int = 60
-    """The maximum number of nodes. The page gives the fraction of influence that they have."""
+    """The largest number of nodes. The page says what share of the influence they have."""
     neurons: int = 0
-    """The number of neurons, per MLP and position, that are separate nodes."""
+    """The number of neurons of each MLP, at each position, that are nodes of their own."""
     paths: int = 20
-    """How many of the largest paths from the tokens to the logit to list."""
+    """The number of paths to list, from the tokens to the logit, largest first."""
     components: int = 3
-    """The maximum number of heads and MLPs on these paths."""
+    """The largest number of heads and MLPs on such a path."""
     prefix: str | None = None
-    """A token to prepend to the prompt: "bos", or the text of a token. None: no prefix."""
+    """A token to put before the prompt: "bos", or the text of a token. None: no token."""
     out: Path | None = None
-    """The directory to write. None: graphs/TIME."""
+    """The directory to write, which must not exist. None: graphs/TIME."""

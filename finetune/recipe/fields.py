@@ -26,6 +26,9 @@ StdMean = Literal["arithmetic", "geometric", "harmonic"]
 LowRankTarget = Literal["readers", "writers", "embeddings"]
 """What can be trained, besides the norms, with lora_rank."""
 
+EMPTY = tyro.conf.arg(help_behavior_hint="(default: none)")
+"""For a flag that takes any number of values, and whose default is empty."""
+
 _COVER_KIND = re.compile(
     r"uniform|shuffled|renamed|repeated|runs|(unigram|corrupted)(-(?=[\d.]*[1-9])(\d+(\.\d+)?|\.\d+))?"
 )
@@ -75,33 +78,32 @@ class Text:
     """The text, and which part of it is held out."""
 
     source: Annotated[str, tyro.conf.arg(name="text", prefix_name=False)] = "books-train"
-    """A bundled name (books-train, books-validation, books-report, shifted-peps), a file (.txt, .jsonl, .parquet;
-    .gz and .xz too), a directory (of such files, a saved `datasets` directory, or nanoGPT's train.bin and val.bin),
-    or the name of a data set on the Hub."""
+    """The text to train on: a bundled name (books-train, books-validation, books-report, shifted-peps), a file (.txt,
+    .jsonl or .parquet, also compressed as .gz or .xz), a directory (of such files, saved by `datasets`, or with
+    nanoGPT's train.bin and val.bin), or a data set on the Hub."""
     held_out: str | None = None
-    """A second source, to measure the loss on. It is never trained on. None: the files of the source directory that are
-    named validation or test are held out or, if there are none, a part of `source`."""
+    """A second text to measure the loss on, which is never trained on. None: the files of a directory that are called
+    validation or test, or else a part of `source`."""
     held_out_fraction: float = 0.01
     """The fraction of the documents of `source` that is held out if nothing else is."""
     held_out_blocks: int = 240
-    """The maximum number of held-out blocks on which losses are measured."""
+    """The largest number of held-out blocks to measure the losses on."""
     train_blocks: int | None = None
-    """Train on this many blocks, spread evenly through the source, and repeat them as needed. None: all blocks."""
+    """Train on this many blocks, spread evenly over the source, over and over. None: on all of them."""
     column: str | None = None
-    """The column that contains the text. None: the column named text, or the only column of strings."""
+    """The column that holds the text. None: the column called text, or the only column of strings."""
     subset: str | None = None
     """The configuration of a Hub data set."""
     revision: str | None = None
     """The revision of a Hub data set. None: the newest or, if that is a loading script, which `datasets` no longer
-    runs, the Hub's Parquet version of it, refs/convert/parquet."""
+    runs, the Hub's conversion, refs/convert/parquet."""
     split: str = "train"
-    """The split of a Hub data set or of a saved `datasets` directory."""
+    """The split of a Hub data set or of a directory saved by `datasets`."""
     token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
-    """The type of the numbers in nanoGPT's .bin files. auto: uint16 for a vocabulary of up to 65,536 tokens, else
-    uint32."""
+    """The type of the numbers in nanoGPT's .bin files. auto: uint16 for vocabularies of at most 65,536 tokens."""
     prefix: str | None = None
-    """A token at the start of each block, in training, held-out text and analyses: "bos" for the tokenizer's
-    beginning-of-sequence token, or the text of a token. None: no such token."""
+    """A token to put before each block, in training, in held-out text and in analyses: "bos" for the tokenizer's
+    beginning-of-sequence token, or the text of a token. None: no token."""
     streaming: bool = False
     """Tokenise during training, for text that does not fit on the disk."""
 
@@ -120,22 +122,22 @@ class Text:
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Gaps(_ByPhase):
-    """Steps from an event to the next event of the same or the next phase. Fractions of a step accumulate."""
+    """Steps from one event of a phase to the next event, of the same phase or of the next one. Fractions add up."""
 
     mlp: float = 0.0
-    """Steps from the norm that one layer's MLP reads to that of the next layer."""
+    """From the norm that one layer's MLP reads to that of the next layer."""
     qk: float = 0.0
-    """Steps from one layer's QK path to that of the next layer."""
+    """From one layer's QK path to that of the next layer."""
     v: float = 0.0
-    """Steps from one layer's V path to that of the next layer. V paths are the fragile ones."""
+    """From one layer's V path, the most fragile kind of site, to that of the next layer."""
     attn_out: float = 0.0
-    """Steps from the norm of one layer's attention output to that of the next layer (only Gemma 2)."""
+    """From the norm of what one layer's attention writes to that of the next layer (Gemma 2 only)."""
     mlp_out: float = 0.0
-    """Steps from the norm of one layer's MLP output to that of the next layer (only Gemma 2)."""
+    """From the norm of what one layer's MLP writes to that of the next layer (Gemma 2 only)."""
     final: float = 0.0
     """Steps from the final norm to the next phase."""
     eot: float = 0.0
-    """Steps from merging the end-of-text class to the next phase."""
+    """From the merging of end-of-text tokens to the next phase."""
     position_0: float = 0.0
     """Steps from merging the position-0 class to the next phase."""
 
@@ -152,50 +154,52 @@ Direction = Literal["up", "down", "together"]
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Layers(_ByPhase):
-    """The order of layers in which the sites of each kind freeze: up, down or together."""
+    """The order in which the layers of each kind of site freeze."""
 
     mlp: Direction = "up"
-    """The order of layers for the norms that MLPs read."""
+    """Norms that MLPs read."""
     qk: Direction = "up"
-    """The order of layers for the QK paths."""
+    """QK paths."""
     v: Direction = "up"
-    """The order of layers for the V paths."""
+    """V paths."""
     attn_out: Direction = "up"
-    """The order of layers for the norms of attention outputs."""
+    """Norms of what attention writes."""
     mlp_out: Direction = "up"
-    """The order of layers for the norms of MLP outputs."""
+    """Norms of what MLPs write."""
 
 
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Schedule:
-    """When each LN is removed. It does not depend on the number of layers, so it applies to a model of any depth."""
+    """When the norms freeze, relative to the number of layers, so that it serves a model of any depth."""
 
     start: float
     """The step at which the first site freezes. The stds are measured before it."""
     gap: Gaps
     """Steps from one event to the next."""
     order: tuple[str, ...] = get_args(Phase)
-    """What happens, in order: kinds of site to freeze, layer by layer; single sites to freeze (`h.3.qk`); token classes
-    to merge. Kinds that a model lacks are skipped. A token class that is omitted has no constant of its own: its tokens
-    count as ordinary ones."""
+    """The phases, in order. A phase is a kind of site, which freezes layer by layer, a single site (`h.3.qk`), or a
+    class of token, which is merged with the ordinary tokens. Kinds that a model lacks are skipped. A class that is not
+    listed has no constant of its own: its tokens count as ordinary ones."""
     layers: Layers = Layers()
-    """The order of layers in which the sites of each kind freeze: up, down or together."""
+    """The order in which the layers of each kind of site freeze: up (from the first), down (from the last) or
+    together."""
     fade: int = 1
-    """Steps over which a site's divisor moves from the live std to the constant. 1: it jumps, as published."""
+    """Steps over which the divisor of a site moves from the live std to the constant. 1: at once, as published."""
     merge_fade: int | None = None
-    """Steps over which a token class is merged. None: as many as `fade`."""
+    """Steps over which a class of token is merged with the ordinary tokens. None: as many as `fade`."""
     tolerance: float | None = None
-    """Adaptive schedule: an event waits until the smoothed training loss is within this many nats/token of its value
-    before the previous event (Heimersheim 2024), and at least for `gap`. None: it waits exactly for `gap`."""
+    """Makes the schedule adaptive: an event waits until the smoothed training loss is back within this many nats/token
+    of its value before the previous event (Heimersheim 2024), and for at least `gap` steps. None: it waits for `gap`
+    steps."""
     max_gap: float = math.inf
-    """Adaptive schedule: the maximum number of steps that an event waits. An event never waits so long that the
-    remaining events no longer fit into the run."""
+    """If adaptive: the most steps that an event waits. No event waits so long that those left do not fit into the
+    run."""
     smoothing: float = 0.8
-    """Adaptive schedule: the fraction of the smoothed loss that is kept at each step."""
-    at: tuple[int, ...] = ()
-    """The step of each entry of `order`, instead of `start` and `gap`. Set to the steps that an adaptive schedule
-    chose, it replays them."""
+    """If adaptive: the fraction of the smoothed loss that is kept at each step."""
+    at: Annotated[tuple[int, ...], EMPTY] = ()
+    """The step of each entry of `order`, used instead of `start` and `gap`: the steps at which an adaptive schedule
+    acted."""
 
     @pydantic.field_validator("order", mode="before")
     @classmethod
@@ -245,16 +249,17 @@ class Training:
     """The fields that every kind of run needs. Steps are counted from 0."""
 
     name: Annotated[str, tyro.conf.Suppress]
-    """The run directory is named after it."""
+    """The name that the run directory begins with."""
     steps: Annotated[int, tyro.conf.Suppress]
     """Optimizer steps of the run."""
     batch: int
-    """Sequences per step, over all processes and micro-batches. `context` or `n_positions` is their length."""
+    """Sequences per optimizer step, over all processes and micro-batches. `context` or `n_positions` is their
+    length."""
     micro_batch: int | Literal["auto"]
-    """Sequences per forward of one process; gradients are accumulated over the batch. auto: as many as fit into memory,
-    found before the first step and written to the recipe in the run directory."""
+    """Sequences per forward pass of one process; gradients accumulate over the micro-batches of a batch. auto: as many
+    as fit into memory, found by trial before the first step and recorded in the recipe in the run directory."""
     lr: float
-    """The peak learning rate, reached after the warm-up."""
+    """The highest learning rate, reached after the warm-up."""
     min_lr: float
     """The learning rate to which it falls, on a cosine, at `lr_horizon`."""
     warmup: int
@@ -262,35 +267,34 @@ class Training:
     text: Annotated[Text, tyro.conf.arg(name="text")] = Text()
     """The text."""
     lr_horizon: int | None = None
-    """The step at which the learning rate reaches `min_lr`. None: the last step. If it is after the last step, the end
-    of the decay is cut off."""
+    """The step at which the learning rate reaches `min_lr`. None: the last step. A later step cuts off the end of its
+    fall."""
     weight_decay: float = 0.01
-    """AdamW's weight decay of matrices; vectors (biases, gains) are not decayed."""
+    """AdamW's weight decay of matrices. Vectors (biases, gains) have none."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     clip: float = 1.0
-    """The maximum norm of the gradient; a larger gradient is scaled down to it. 0: no limit."""
+    """The largest norm of the gradient; larger gradients are scaled down to it. 0: no limit."""
     max_rise: float = 3.0
-    """Stop the run when the loss exceeds the mean of its first ten steps by more than this, in nats/token, at three
-    steps in a row. For a model that is fitted to the original, the original's loss on the same tokens is subtracted, so
-    that difficult text does not stop the run. A single step may exceed the limit: one unusual token can cause this
-    while norms fade."""
+    """The run stops if the loss of three steps in a row exceeds the mean of the first ten by more than this, in
+    nats/token. A single step may exceed it: while norms fade, one unusual token can. If the model is fitted to the
+    original, the original's loss on the same tokens is subtracted first, so that difficult text does not count."""
     seed: int = 0
     """The seed of the order of the text and of everything else that is random."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train. auto: the accelerator, if there is one."""
+    """The device to train on. auto: an accelerator, if there is one."""
     bf16: bool | None = None
-    """Compute matrix products in bfloat16, with weights in float32. None: on CUDA devices that support it, and on CPUs
-    with AMX or AVX512-BF16; the recipe in the run directory records the choice. As flags, --bf16 and --no-bf16."""
+    """Compute matrix products in bfloat16, with weights in float32: --bf16 or --no-bf16. None: on CUDA devices that
+    support it, and on CPUs with AMX or AVX512-BF16; the recipe in the run directory records the choice."""
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, which takes less memory and a third more time."""
+    """Recompute activations in the backward pass, which takes less memory and is a third slower."""
     log_every: int = 10
     """Steps between records of the stds or signals, and between reports to `report_to`."""
     save_every: int = 50
     """Steps between checkpoints. The newest two are kept."""
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], EMPTY] = ()
     """Where to report the losses, in addition to the run's log."""
     push_to_hub: str | None = None
     """The Hub repository to push the finished model to."""
@@ -358,95 +362,91 @@ class Recipe(Training):
     """Everything that is needed for a run that removes LayerNorm."""
 
     schedule: Schedule = dataclasses.field(kw_only=True)
-    """When each LN is removed."""
+    """When the norms freeze."""
     context: int | None = None
-    """The length of a sequence, in tokens. None: the number of the model's positions, at most 1,024."""
+    """The length of a sequence, in tokens. None: as many as the model has positions, but at most 1,024."""
     model: str = "micro"
-    """The model to remove the LNs from: a bundled name (micro), a local directory, a GGUF file, or a name on the Hub.
-    """
+    """The model whose norms are removed: a bundled name (micro), a local directory, a GGUF file, or a name on the
+    Hub."""
     revision: str | None = None
     """The revision of a model on the Hub."""
     kl_weight: float = 0.0
-    """What the LN-free model is fitted to. 0: the text (cross-entropy); 1: the original's predictions (KL divergence);
-    between: (1 − kl_weight) · cross-entropy + kl_weight · KL. The control is always fitted to the text."""
+    """What the LN-free model is fitted to. 0: the text (cross-entropy). 1: the original's predictions (KL divergence).
+    Between: (1 − kl_weight) · cross-entropy + kl_weight · KL. The control is always fitted to the text."""
     match_weight: float = 0.0
-    """The weight of the distance between the residual streams of the LN-free model and the original, both as a
-    LayerNorm reads them, averaged over all blocks but the last. The weight decays with the learning rate, so that the
-    streams guide the beginning of training and the predictions its end."""
+    """The weight of the distance between the residual streams of the LN-free model and the original, both as LayerNorm
+    reads them, averaged over all blocks but the last. It falls with the learning rate: early on the streams guide
+    training, at the end the predictions do."""
     aux_weight: float = 0.0
-    """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at the final
-    norm."""
+    """The weight λ of the auxiliary loss of Baroni et al. 2025: λ · mean (σ_token − σ̂)² at the final norm."""
     cover: float = 0.0
-    """The fraction of the run's blocks that are cover. Cover is not text: it is tokens on which the LN-free model is
-    trained to match the original's predictions as well (`kl_weight`, `match_weight`). The control trains on text in
-    their place."""
+    """The share of the run's blocks that are cover: tokens that need not be text, on which the LN-free model is held to
+    the original's predictions (`kl_weight`, `match_weight`). The control is trained on text in their place."""
     cover_kinds: tuple[str, ...] = ("uniform",)
-    """The kinds of cover, which take turns. uniform: tokens drawn uniformly from the vocabulary. unigram-T: tokens
-    drawn by their frequency in the text, at temperature T (default 1). shuffled: a block of text in random order.
-    corrupted-P: a block of text in which a fraction P of the tokens (default: random for each block) is replaced by
-    uniform tokens. renamed: a block of text in which each token is replaced by another, the same one throughout.
-    repeated: 1 to 32 tokens of text, or uniform tokens, repeated. runs: short runs of text and of these kinds."""
+    """The kinds of cover, used in turn. uniform: tokens drawn uniformly from the vocabulary. unigram-T: drawn as often
+    as in the text, at temperature T (1 if omitted). shuffled: a block of text in random order. corrupted-P: a block of
+    text with a share P of its tokens replaced by uniform ones (if omitted, drawn for each block). renamed: a block of
+    text in which each token is replaced by another one throughout. repeated: 1 to 32 tokens of the text, or uniform
+    ones, over and over. runs: short runs of all of these."""
     cover_span: tuple[float, float] = (0.0, 1.0)
-    """The part of the run with cover, as fractions of the run. `cover` is the fraction of blocks within that part."""
+    """The fractions of the run between which there is cover. `cover` is its share there."""
     cover_stds: bool = True
-    """Whether the running means of the stds include cover."""
+    """Include cover in the running means of the stds."""
     spread_weight: float = 0.0
-    """The weight of the spread: the mean of |log live std − log constant|^spread_power over tokens and frozen sites."""
+    """The weight of the spread, the mean over frozen sites and tokens of |log live std − log constant|^spread_power."""
     spread_power: float = 2.0
-    """The higher the power, the more the spread depends on the tokens with the most unusual stds."""
+    """The exponent of the spread. The higher it is, the more the tokens with the most unusual stds count."""
     spread_live: bool = False
-    """Squeeze: the spread includes live sites, with the site's running mean as the constant, and the std of a token of
-    any class is pulled to that of ordinary tokens. The output of a live norm does not depend on the scale of its input,
-    so this can be learnt at little cost before the first site freezes, at `schedule.start`."""
+    """Squeeze: include live sites in the spread, with the running mean of a site as its constant, and pull the stds of
+    tokens of all classes towards that of ordinary tokens. A live norm ignores the scale of what it reads, so this costs
+    little before the first site freezes, at `schedule.start`."""
     spread_position_0: float = 1.0
-    """The weight of a token at position 0 in the spread, relative to other tokens."""
+    """How many tokens a token at position 0 counts as in the spread."""
     spread_on: Literal["all", "cover"] = "all"
     """The blocks that `spread_weight` acts on."""
     std_decay: float = 0.9
     """The fraction of the running means of the stds that is kept at each optimizer step."""
     std_mean: StdMean = "arithmetic"
-    """The kind of running mean: arithmetic (of σ), geometric (of log σ) or harmonic (of 1/σ)."""
-    also: tuple[str, ...] = ()
-    """More texts to measure the finished models on, named as in `text.source`. The held-out text and random tokens are
+    """The kind of running mean of the stds: of σ, log σ, or 1/σ."""
+    also: Annotated[tuple[str, ...], EMPTY] = ()
+    """More texts to measure the finished models on, named as in `text.source`. Held-out text and random tokens are
     always measured."""
     longest_write: float | None = None
     """Before training, scale down MLP neurons of the LN-free model that write massive activations, so that none writes
-    a vector with an RMS of more than this many times the stream's median (`finetune.massive_writes`). None: do not."""
+    a vector with an RMS above this many times the stream's median (`finetune.massive_writes`). None: scale none."""
     guard: float | None = None
-    """κ of the outlier guard: during training, the divisor of a token at a site is at least the live std divided by κ.
-    None: no guard. The finished LN-free model never has one."""
+    """κ of the outlier guard: during training, the divisor of a token at a site is at least the live std over κ. None:
+    no guard. The LN-free model has no guard."""
     guard_span: tuple[float, float] = (0.5, 0.9)
-    """The part of the run over which the guard is lifted, as fractions of the run: 1/κ falls linearly to 0."""
+    """The fractions of the run between which the guard is lifted: 1/κ falls linearly to 0."""
     live_gradients: bool = False
     """While the guard is on, backpropagate through a frozen site as through a live norm, without the part of the
     gradient along the divided vector, which grows from block to block. Requires a guard, and a spread_weight to hold
     stds together."""
     max_outlier: float = 1e6
-    """Stop the run when the live std of a token is this many times its divisor: the std has drifted from the constant.
-    """
+    """The run stops if the live std of a token is this many times its divisor, because the constant no longer fits."""
     shard: bool = False
-    """Shard the model, its gradients and moments, and the original over the processes, so that each process holds a
-    part instead of everything. For models that are too large for one device. Slower. `accelerate launch` with FSDP sets
-    it too."""
+    """Divide the model, its gradients and moments, and the original among the processes, each of which otherwise holds
+    all of them. For models that are too large for one device; slower. `accelerate launch` with FSDP does the same."""
     lora_rank: int | None = None
-    """Train at low rank (LoRA, Hu et al. 2021): each matrix W stays fixed, and a product of rank `lora_rank` that is
-    added to it is trained, together with the gains and biases of norms. Gradients and AdamW's moments take memory only
-    for trained parameters. The exported models are ordinary ones. 0: train only the gains and biases of norms. None:
-    train all weights. Requires the extra `lora`. A higher lr than for training all weights is usual."""
+    """Train at low rank (LoRA, Hu et al. 2021): each matrix W stays as it is, and a product of rank `lora_rank` that is
+    added to it trains, along with the gains and biases of norms. Gradients and AdamW's moments take memory only for
+    what trains, and the exported models are ordinary ones. 0: train only gains and biases of norms. None: train all
+    weights. Needs the extra `lora`, and usually a higher lr."""
     lora_alpha: float = 32.0
-    """At low rank, the product is multiplied by lora_alpha / lora_rank."""
+    """At low rank, the product is scaled by lora_alpha / lora_rank."""
     lora_targets: tuple[LowRankTarget, ...] = ("readers", "writers")
-    """At low rank, what is trained besides the norms. readers: the matrices that read the norms of blocks; writers: the
-    matrices through which attention and MLPs write to the residual stream; embeddings: the whole embeddings and
-    unembedding."""
+    """At low rank, what trains in addition to the norms. readers: the matrices that read the norms of blocks. writers:
+    the matrices through which attention and MLPs write to the residual stream. embeddings: the embeddings and the
+    unembedding, at full rank."""
     control: bool = True
-    """Also fine-tune a control that keeps LayerNorm, with cross-entropy only, to separate the effect of fine-tuning
-    from that of losing LayerNorm. With `kl_weight` or `match_weight`, a comparison with the original shows the latter
-    better."""
+    """Also fine-tune a control that keeps its norms, by cross-entropy alone, which shows what fine-tuning alone does.
+    With `kl_weight` or `match_weight`, the original is the better comparison."""
     control_from: str | None = None
     """The directory of a control from an earlier run, to use instead of training one."""
     export_format: Literal["b25", "h24"] = "b25"
-    """The format of the LN-free checkpoint: b25 keeps every LN's γ and β, h24 folds them into the next weights."""
+    """The format of the LN-free checkpoint: each norm keeps its γ and β (b25), or they are folded into the next weights
+    (h24)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -67,7 +67,9 @@ def _load(name_or_path: str | Path, kind: type[_Training]) -> _Training:
         other = PretrainRecipe if kind is Recipe else Recipe
         command = "pretrain" if kind is Recipe else "run"
         elsewhere = f" {name_or_path} is a recipe of `{command}`." if str(name_or_path) in shipped(other) else ""
-        raise RecipeError(f"No recipe is called {name_or_path}. Pass a file or one of {', '.join(names)}.{elsewhere}")
+        raise RecipeError(
+            f"There is no recipe {name_or_path}: name a YAML file or one of {', '.join(names)}.{elsewhere}"
+        )
     path = _FOLDERS[kind] / f"{name_or_path}.yaml" if str(name_or_path) in names else given
     content = {"name": path.stem, **read_yaml(path, "recipe")}
     content.pop("run", None)  # what `dump` records about a run: not part of the recipe

@@ -50,23 +50,26 @@ _NAMES_AND_VALUES = tyro.constructors.PrimitiveConstructorSpec(
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class PretrainRecipe(Training):
-    """Everything that is needed for a run from random weights. The defaults are 3 M tokens and the shape of `micro`."""
+    """Everything that a run needs that trains from random weights. The defaults train on 3 M tokens, in the shape of
+    `micro`.
+    """
 
     steps: Annotated[int, tyro.conf.Suppress] = 366
     """Optimizer steps of the run."""
     batch: int = 32
-    """Sequences per step, over all processes and micro-batches. A sequence is as long as the model's context."""
+    """Sequences per optimizer step, over all processes and micro-batches. A sequence is as long as the model's
+    context."""
     micro_batch: int | Literal["auto"] = 8
-    """Sequences per forward of one process; gradients are accumulated over the batch. auto: as many as fit into memory,
-    found before the first step and written to the recipe in the run directory."""
+    """Sequences per forward pass of one process; gradients accumulate over the micro-batches of a batch. auto: as many
+    as fit into memory, found by trial before the first step and recorded in the recipe in the run directory."""
     lr: float = 2e-3
-    """The peak learning rate, reached after the warm-up."""
+    """The highest learning rate, reached after the warm-up."""
     min_lr: float = 2e-4
     """The learning rate to which it falls, at `lr_horizon`."""
     warmup: int = 13
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = 0.1
-    """AdamW's weight decay of matrices; vectors (biases, gains) are not decayed."""
+    """AdamW's weight decay of matrices. Vectors (biases, gains) have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     text: Annotated[Text, tyro.conf.arg(name="text")] = Text(held_out="books-validation")
@@ -74,25 +77,26 @@ class PretrainRecipe(Training):
     lr_decay: Literal["cosine", "linear"] = "cosine"
     """The shape of the learning rate's decay."""
     block: Block = "pre-ln"
-    """The kind of block: see `finetune/blocks/`."""
+    """The blocks of the model, as `finetune.blocks` describes them."""
     family: str | None = None
-    """Train a model of this family of transformers instead, given by its `model_type` (gpt2, llama, gpt_neox, …). None:
-    a model of `finetune.blocks`."""
+    """Train one of transformers' own models instead, of the family with this `model_type` (gpt2, llama, gpt_neox, …).
+    None: train a model of `finetune.blocks`."""
     n_layer: int = 6
     """The number of blocks."""
     n_embd: int = 192
     """The width of the residual stream."""
     n_head: int = 6
-    """The number of heads per block."""
+    """The number of heads in a block."""
     n_positions: int = 256
-    """The context, in tokens: the length of a sequence."""
+    """The context: the length of a sequence, in tokens."""
     vocab_size: int | None = None
     """The size of the vocabulary, in tokens. None: that of the tokenizer."""
     knobs: Annotated[dict[str, bool | int | float | str | None], _NAMES_AND_VALUES] = dataclasses.field(
         default_factory=dict
     )
-    """Other fields of the model's config: those of `finetune.blocks.BlocksConfig`, which take precedence over `block`,
-    or those of the family. The flag adds to the recipe's knobs, and replaces those with the same name."""
+    """Other fields of the model's config: of `finetune.blocks.BlocksConfig`, where they override those of `block`, or
+    of the family's. Those given as a flag are added to those of the recipe, and replace them where the name is the
+    same."""
     tokenizer: str = "micro"
     """The model whose tokenizer is used: a bundled name (micro), a local directory, or a name on the Hub."""
 

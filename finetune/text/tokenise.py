@@ -16,12 +16,12 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets.utils import tqdm
 from filelock import FileLock
 from jaxtyping import Int, UInt
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
+from finetune.progress import progress
 from finetune.recipe import Text
 from finetune.text.bins import bin_files, read_bin
 from finetune.text.sources import Passage, Source, TextError, open_sources
@@ -84,7 +84,7 @@ def _tokenise_once(source: Source, tokenizer: PreTrainedTokenizerBase, fraction:
                 with TemporaryDirectory(dir=cache) as temporary:
                     unfinished = Path(temporary) / "tokens"
                     unfinished.mkdir()
-                    passages = tqdm(source.passages(), f"tokenising {source.name}", unit=" documents")
+                    passages = progress(source.passages(), f"Tokenising {source.name}", unit=" documents")
                     encoder = Encoder(tokenizer, source.name)
                     _write_tokens(encoder.encode(passages), unfinished, dtype, fraction)
                     (unfinished / "unknown.json").write_text(json.dumps(asdict(encoder.unknown)))

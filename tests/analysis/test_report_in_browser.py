@@ -20,6 +20,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 HOSTILE = "</script><img src=x onerror='window.harmed=1'><b>&amp;{{ 1 }}\u2028"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
+TIMEOUT = 120_000
+"""Milliseconds: a busy machine takes its time to draw all figures."""
+
 
 def hostile_models():
     """Small models with a tokenizer of hostile tokens."""
@@ -56,6 +59,7 @@ def page(browser, page_file, request):
     """The page, opened; whatever it complained of or asked for fails the test."""
     width, scheme = getattr(request, "param", (1280, "light"))
     page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    page.set_default_timeout(TIMEOUT)
     wrong = []
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -76,6 +80,28 @@ def test_every_figure_is_drawn(page):
     )
     assert len(drawn) == page.locator("script[data-figure]").count() >= 10
     assert all(drawn)
+
+
+def test_the_mode_bar_shows_on_hover_above_the_titles(page):
+    for plot in page.locator(".plot").all():
+        bar = plot.locator(".modebar-group").first
+        assert bar.evaluate("(bar) => getComputedStyle(bar).opacity") == "0"
+        plot.hover(position={"x": 5, "y": 5})
+        page.wait_for_timeout(400)
+        assert bar.evaluate("(bar) => getComputedStyle(bar).opacity") == "1"
+        bottom = plot.locator(".modebar").evaluate("(bar) => bar.getBoundingClientRect().bottom")
+        titles = plot.locator(".annotation-text").all()
+        assert all(bottom <= title.evaluate("(title) => title.getBoundingClientRect().top") for title in titles)
+    assert page.locator(".modebar-btn").count()
+    assert page.get_by_label("Share chart").count() == page.locator("[data-title^=Share]").count() == 0
+
+
+def test_there_is_no_mode_bar_where_nothing_can_hover(browser, page_file):
+    page = browser.new_page(has_touch=True, is_mobile=True)
+    page.set_default_timeout(TIMEOUT)
+    page.goto(page_file.absolute().as_uri())
+    assert page.locator(".plot .main-svg").count()
+    assert page.locator(".modebar").count() == 0
 
 
 @pytest.mark.parametrize("page", [(390, "light"), (1280, "light")], indirect=True)
@@ -145,6 +171,7 @@ def test_a_graph_by_keyboard(browser, tmp_path):
     graphs = graph.build_all(hostile_models(), torch.arange(1, 5), (3, 4))
     file = graph_page.write(graphs, tmp_path / "out", names={"original": HOSTILE, "ln_free": HOSTILE})
     page, wrong = browser.new_page(), []
+    page.set_default_timeout(TIMEOUT)
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(file.absolute().as_uri())
@@ -152,7 +179,7 @@ def test_a_graph_by_keyboard(browser, tmp_path):
     page.keyboard.press("ArrowDown")
     label = page.evaluate("document.activeElement.cells[0].textContent").split("@")[0]
     layer = page.locator("#graph-original .hoverlayer").filter(has_text=f"{label} at ")
-    layer.wait_for(state="attached", timeout=10_000)  # plotly moves a label some time later
+    layer.wait_for(state="attached")  # plotly moves a label some time later
     shown = "".join(layer.all_text_contents())
     assert "logits" in shown
     assert page.evaluate("window.harmed") is None

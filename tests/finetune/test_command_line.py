@@ -1,4 +1,6 @@
+import contextlib
 import importlib.metadata
+import itertools
 import json
 import re
 import resource
@@ -67,12 +69,31 @@ class TestWithoutTorch:
 
 
 class TestCommands:
-    def test_help(self, capsys: pytest.CaptureFixture):
-        call("--help")
+    @pytest.mark.parametrize("arguments", [[], ["--help"]])
+    def test_help(self, arguments: list[str], capsys: pytest.CaptureFixture):
+        call(*arguments)
 
         usage = capsys.readouterr().out
-        for command in ("[run] [RECIPE]", "resume RUN", "list", "show RECIPE"):
-            assert command in usage
+        for command in ("run [RECIPE]", "resume RUN", "list [pretrain]", "show [pretrain] RECIPE"):
+            assert f"  python -m finetune {command}" in usage
+        assert not Path("runs").exists()
+
+    @pytest.mark.parametrize("command", ["", "list", "list pretrain", "run --help", "pretrain --help", "sweep --help"])
+    def test_fits_into_80_columns(self, command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        with contextlib.suppress(SystemExit):
+            call(*command.split())
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+    def test_help_of_a_flag_is_one_paragraph(self, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+        """No line is broken before it is full."""
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit):
+            call("run", "--help")
+        lines = [line.replace("│", " ").rstrip() for line in capsys.readouterr().out.splitlines()]
+        pairs = [pair for pair in itertools.pairwise(lines) if all(re.match(" {8}[^ ]", line) for line in pair)]
+        assert len(pairs) > 50
+        assert all(len(line) + 1 + len(following.split()[0]) > 78 for line, following in pairs)
 
     def test_help_names_every_field(self, capsys: pytest.CaptureFixture):
         with pytest.raises(SystemExit):

@@ -266,7 +266,7 @@ def assert_same_numbers(out: Path, done: Path) -> None:
         ({"recipe": "micro", "runs": [{"steps": "many"}]}, "steps is 'many'"),
         ({"recipe": "micro", "runs": [{"steps": 61.5}]}, "steps is 61.5"),
         ({"recipe": "micro", "runs": [{"model.a.b": 1}]}, "model.a.b is not a field"),
-        ({"recipe": "micro", "runs": [{"recipe": 3}]}, "No recipe is called 3"),
+        ({"recipe": "micro", "runs": [{"recipe": 3}]}, "no recipe 3"),
     ],
 )
 def test_a_sweep_that_does_not_hold_is_refused_before_anything_is_run(content, said, tmp_path: Path):
