@@ -16,8 +16,8 @@ _LOGITS_ON_CPU = 2**21
 _LOGITS_ON_GPU = 2**28
 """The maximum number of logits per model and batch on a GPU: 1 GiB in float32."""
 _LOGITS_IN_A_PIECE = 2**17
-"""The maximum number of logits to process at once on a CPU: 512 KiB in float32. Temporaries of this size stay in a core's
-cache, and their memory is reused: mapping new memory for larger ones takes longer than the computation."""
+"""The maximum number of logits to process at once on a CPU: 512 KiB in float32. Temporaries of this size stay in a
+core's cache, and their memory is reused: mapping new memory for larger ones takes longer than the computation."""
 _LOGITS_IN_A_PIECE_ON_GPU = 2**22
 """The maximum number of logits to process at once on a GPU. A vocabulary may have 256,000 tokens, and a block 1,024."""
 
@@ -63,7 +63,7 @@ def forwards(
 
 
 def _unembedding(module: Any, float32: bool, unembed: bool) -> AbstractContextManager[Any]:
-    """Return a context in which `module`, of TransformerLens or plain, returns the logits that `forwards` is asked for."""
+    """Return a context in which an unembedding, TransformerLens's or plain, returns the logits asked of `forwards`."""
     if not unembed:
         return module.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :0],))
     if not float32:
@@ -89,7 +89,7 @@ def predictions(
 def predictions_of(
     batch: Int[Tensor, "batch pos"], outputs: Mapping[str, Forward]
 ) -> Iterator[tuple[Int[Tensor, " token"], dict[str, Float[Tensor, "token vocab"]]]]:
-    """Yield what `predictions` does for one batch that `forwards` returned, with `float32`."""
+    """Yield the `predictions` of one batch, from the output of `forwards` with `float32`."""
     vocabulary = next(iter(outputs.values())).logits.shape[-1]
     for i, block in enumerate(batch):
         for piece in pieces(len(block) - 1, vocabulary, batch.device):
@@ -100,10 +100,7 @@ def predictions_of(
 
 
 def pieces(count: int, vocabulary: int, device: str | torch.device = "cpu", most: int | None = None) -> Iterator[slice]:
-    """Yield consecutive slices of `count` tokens, each small enough to have at most `most` logits.
-
-    None: as many as `device` computes with fast.
-    """
+    """Yield consecutive slices of `count` tokens, each with at most `most` logits (None: what is fast on `device`)."""
     if most is None:
         most = _LOGITS_IN_A_PIECE if torch.device(device).type == "cpu" else _LOGITS_IN_A_PIECE_ON_GPU
     size = max(1, most // vocabulary)
