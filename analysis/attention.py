@@ -43,7 +43,7 @@ def measure_heads(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *
         total = torch.zeros(cfg.n_layers, 3, cfg.n_heads, dtype=torch.float64, device=cfg.device)
         hooks = [(f"blocks.{i}.attn.hook_pattern", partial(_add, total=total[i])) for i in range(cfg.n_layers)]
         with model.hooks(fwd_hooks=hooks):
-            for _ in forwards({name: model}, tokens, batch_size=batch_size, description=f"Attention of {name}"):
+            for _ in forwards({name: model}, tokens, (), batch_size, f"Attention of {name}", unembed=False):
                 pass
         layer, head = np.indices((cfg.n_layers, cfg.n_heads)).reshape(2, -1)
         sink_rate, attention_to_0, entropy = (total / (len(tokens) * queries)).movedim(1, 0).flatten(1).cpu().numpy()

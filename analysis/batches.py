@@ -15,8 +15,11 @@ _LOGITS_ON_CPU = 2**21
 """The maximum number of logits per model and batch on a CPU. They fit into its caches: this is a third faster."""
 _LOGITS_ON_GPU = 2**28
 """The maximum number of logits per model and batch on a GPU: 1 GiB in float32."""
-_LOGITS_IN_A_PIECE = 2**22
-"""The maximum number of logits to process at once. A vocabulary may have 256,000 tokens, and a block 1,024."""
+_LOGITS_IN_A_PIECE = 2**17
+"""The maximum number of logits to process at once on a CPU: 512 KiB in float32. Temporaries of this size stay in a
+core's cache, and their memory is reused: mapping new memory for larger ones takes longer than the computation."""
+_LOGITS_IN_A_PIECE_ON_GPU = 2**22
+"""The maximum number of logits to process at once on a GPU. A vocabulary may have 256,000 tokens, and a block 1,024."""
 
 
 class Forward(NamedTuple):
@@ -34,12 +37,14 @@ def forwards(
     batch_size: int = 8,
     description: str = "Measuring",
     float32: bool = False,
+    unembed: bool = True,
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], dict[str, Forward]]]:
     """Yield each batch of `tokens` with the output of every model for it. All models must be on the same device.
 
     `models` come from `load_trio` or `load_hooked_blocks`. Memory does not grow with the number of tokens, as long as
     the caller reduces each batch before it requests the next. Batches are smaller than `batch_size` if there would be
-    too many logits. Logits have the model's dtype or, if `float32`, at least float32.
+    too many logits. Logits have the model's dtype or, if `float32`, at least float32. Without `unembed`, which is a
+    fifth of the operations of a small model, logits are not computed, and `pos` is 0.
     """
     cfg = next(iter(models.values())).cfg
     device = cfg.device
@@ -51,17 +56,21 @@ def forwards(
         outputs = {}
         with torch.inference_mode():
             for name, model in models.items():
-                with _float32_logits(model.unembed) if float32 else nullcontext():
+                with _unembedding(model.unembed, float32, unembed):
                     outputs[name] = Forward(*model.run_with_cache(batch, names_filter=names, return_cache_object=False))
         yield batch, outputs
         outputs.clear()  # otherwise the caller keeps the logits of this batch while those of the next are computed
 
 
-def _float32_logits(unembed: Any) -> AbstractContextManager[None]:
-    """As `float32_logits`, for TransformerLens's unembeddings and for plain ones."""
-    if isinstance(unembed, nn.Linear):
-        return float32_logits(unembed, unembed.weight, unembed.bias)
-    return float32_logits(unembed, unembed.W_U.T, unembed.b_U)
+def _unembedding(module: Any, float32: bool, unembed: bool) -> AbstractContextManager[Any]:
+    """Return a context in which an unembedding, TransformerLens's or plain, returns the logits asked of `forwards`."""
+    if not unembed:
+        return module.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :0],))
+    if not float32:
+        return nullcontext()
+    if isinstance(module, nn.Linear):
+        return float32_logits(module, module.weight, module.bias)
+    return float32_logits(module, module.W_U.T, module.b_U)
 
 
 def predictions(
@@ -74,16 +83,26 @@ def predictions(
     """
     batches = forwards(models, tokens, batch_size=batch_size, description="Comparing predictions", float32=True)
     for batch, outputs in batches:
-        for i, block in enumerate(batch):
-            for piece in pieces(len(block) - 1, next(iter(models.values())).cfg.d_vocab):
-                yield (
-                    block[1:][piece],
-                    {name: output.logits[i, piece].float().log_softmax(-1) for name, output in outputs.items()},
-                )
+        yield from predictions_of(batch, outputs)
 
 
-def pieces(count: int, vocabulary: int, most: int = _LOGITS_IN_A_PIECE) -> Iterator[slice]:
-    """Yield consecutive slices of `count` tokens, each small enough to have at most `most` logits."""
+def predictions_of(
+    batch: Int[Tensor, "batch pos"], outputs: Mapping[str, Forward]
+) -> Iterator[tuple[Int[Tensor, " token"], dict[str, Float[Tensor, "token vocab"]]]]:
+    """Yield the `predictions` of one batch, from the output of `forwards` with `float32`."""
+    vocabulary = next(iter(outputs.values())).logits.shape[-1]
+    for i, block in enumerate(batch):
+        for piece in pieces(len(block) - 1, vocabulary, batch.device):
+            yield (
+                block[1:][piece],
+                {name: output.logits[i, piece].float().log_softmax(-1) for name, output in outputs.items()},
+            )
+
+
+def pieces(count: int, vocabulary: int, device: str | torch.device = "cpu", most: int | None = None) -> Iterator[slice]:
+    """Yield consecutive slices of `count` tokens, each with at most `most` logits (None: what is fast on `device`)."""
+    if most is None:
+        most = _LOGITS_IN_A_PIECE if torch.device(device).type == "cpu" else _LOGITS_IN_A_PIECE_ON_GPU
     size = max(1, most // vocabulary)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

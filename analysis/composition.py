@@ -404,7 +404,8 @@ def measure_edges(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *
         means = {} if stream.norm is None else _mean_divisors(stream, tokens[::2], batch_size, name)
         scored = tokens[1::2] if len(tokens) > 1 else tokens
         hooks = [*dict.fromkeys([*hook_names(model), *(side.point for side in sides)])]
-        for batch, outputs in forwards({name: model}, scored, hooks, batch_size, f"Fits of {name}"):
+        said = f"Fits of {name}"
+        for batch, outputs in forwards({name: model}, scored, hooks, batch_size, said, unembed=False):
             cache = outputs[name].cache
             flat = {hook: activation.flatten(0, 1) for hook, activation in cache.items()}
             written = {component: Written(stream, component, flat.__getitem__) for component in stream.components}
@@ -432,7 +433,8 @@ def measure_edges(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *
 def _mean_divisors(stream: Stream, tokens: Int[Tensor, "block pos"], batch_size: int, name: str) -> dict[str, float]:
     """Return the mean over tokens of the norms' divisor, at each point of the stream."""
     sums = dict.fromkeys(stream.points, 0.0)
-    for _, outputs in forwards({name: stream.model}, tokens, stream.points, batch_size, f"Divisors of {name}"):
+    said = f"Divisors of {name}"
+    for _, outputs in forwards({name: stream.model}, tokens, stream.points, batch_size, said, unembed=False):
         for point in sums:
             x = stream.centre(outputs[name].cache[point].double())
             sums[point] += float(stream.scale(x.square().sum(-1)).sum())

@@ -20,8 +20,9 @@ Baroni et al. 2025, arXiv 2507.02559, found that they have no effect without the
    directions with a small singular value does not reach the logits.
 """
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -36,6 +37,8 @@ from analysis.batches import forwards, pieces
 from analysis.stream import Stream
 from finetune.errors import NolnError
 
+_HELD = 2**24
+"""The maximum number of activations per model to hold until their means are known: 64 MiB in float32."""
 LARGE = 0.1
 """The fraction of neurons, those with the largest ‖w_out‖, from which candidates are chosen."""
 
@@ -91,15 +94,15 @@ def measure(
         NolnError: a model does not have one of the neurons, or a neuron is given twice.
     """
     neurons = list(neurons)
-    groups = [("alone", [neuron]) for neuron in neurons]
-    groups += [("together", neurons[: k + 1]) for k in range(len(neurons))]
+    alone, together = [[k] for k in range(len(neurons))], [[*range(k + 1)] for k in range(len(neurons))]
+    groups = [*alone, *together[1:]]  # the first alone is the first together
     rows = []
     for name, model in models.items():
         _check(name, model, neurons)
-        found = _ablate(name, model, tokens, [group for _, group in groups], batch_size).tolist()
-        for (ablation, group), values in zip(groups, found, strict=True):
-            which = {"model": name, "ablation": ablation, "neuron": group[-1], "ablated": len(group)}
-            for measure, (clean, total, direct) in zip(MEASURES, values, strict=True):
+        found = _ablate(name, model, tokens, neurons, groups, batch_size).tolist()
+        for ablation, group in [*(("alone", group) for group in alone), *(("together", group) for group in together)]:
+            which = {"model": name, "ablation": ablation, "neuron": neurons[group[-1]], "ablated": len(group)}
+            for measure, (clean, total, direct) in zip(MEASURES, found[groups.index(group)], strict=True):
                 changes = {"total": total - clean, "direct": direct - clean, "through_ln": total - direct}
                 rows.append({**which, "measure": measure, "clean": clean, **changes})
     return pd.DataFrame(rows)
@@ -182,7 +185,7 @@ def _moments(model: Any, unit: bool) -> tuple[Float[Tensor, "d_model d_model"], 
         torch.zeros(shape, dtype=torch.float64, device=model.W_U.device) for shape in ((d_model,) * 2, d_model)
     )
     count = 0
-    for piece in pieces(vocabulary, d_model):
+    for piece in pieces(vocabulary, d_model, model.W_U.device):
         columns = model.W_U[:, piece].detach().double()
         columns = columns[:, (length := columns.norm(dim=0)) > 0]
         if unit:
@@ -195,68 +198,96 @@ def _moments(model: Any, unit: bool) -> tuple[Float[Tensor, "d_model d_model"], 
 
 @torch.no_grad()
 def _ablate(
-    name: str, model: Any, tokens: Int[Tensor, "block pos"], groups: Sequence[Sequence[int]], batch_size: int
+    name: str,
+    model: Any,
+    tokens: Int[Tensor, "block pos"],
+    neurons: Sequence[int],
+    groups: Sequence[Sequence[int]],
+    batch_size: int,
 ) -> Float[Tensor, "group measure 3"]:
-    """Return each measure without ablation, with it, and with it at a frozen scale, as means over tokens."""
-    stream = Stream(model)
-    neurons = stream.neurons[-1]
-    mean = torch.zeros(model.cfg.d_mlp, dtype=torch.float64, device=model.cfg.device)
-    for _, outputs in forwards({name: model}, tokens, [neurons.hook], batch_size, f"Mean activations of {name}"):
-        mean += outputs[name].cache[neurons.hook].double().sum((0, 1)) / tokens.numel()
+    """Return each measure without ablation, with it, and with it at a frozen scale, as means over tokens.
 
-    unembedded = {i: stream.weight(neurons)[i] @ model.W_U for i in {i for group in groups for i in group}}
+    `groups` are indices into `neurons`. Means need all tokens before the first ablation. Final residual streams are held
+    until then, at most `_HELD`; for the remaining tokens the forwards run again.
+    """
+    stream = Stream(model)
+    hook = stream.neurons[-1].hook
+    mean = torch.zeros(len(neurons), dtype=torch.float64, device=model.cfg.device)
+    held, numbers = [], 0
+    for batch, state in _states(name, stream, tokens, neurons, batch_size, f"Mean activations of {name}"):
+        mean += state[hook].sum((0, 1), dtype=torch.float64) / tokens.numel()
+        numbers += sum(activation.numel() for activation in state.values())
+        if numbers <= _HELD:
+            held.append((batch, state))
+    rest = tokens[sum(len(batch) for batch, _ in held) :]
+    again = _states(name, stream, rest, neurons, batch_size, f"Ablating neurons of {name}") if len(rest) else ()
+
+    wide = torch.promote_types(model.W_U.dtype, torch.float32)
+    W_U, b_U, W_out = (weight.to(wide) for weight in (model.W_U, model.b_U, stream.weight(stream.neurons[-1])))
+    directions = [W_U if stream.neurons[-1].scale else W_out[neurons][group] @ W_U for group in groups]
     total = torch.zeros(len(groups), len(MEASURES), 3, dtype=torch.float64, device=model.cfg.device)
-    names = [*neurons.hooks, stream.final]
-    if neurons.scale:
-        names.append(neurons.scale.replace("hook_scale", "hook_normalized"))
-    for batch, outputs in forwards({name: model}, tokens, names, batch_size, f"Ablating neurons of {name}"):
+    for batch, state in itertools.chain(held, again):
+        changes = _changes(stream, state, mean, neurons, groups)
         for i, block in enumerate(batch):
-            # In pieces, because the logits are computed again for every group.
-            for piece in pieces(len(block) - 1, model.cfg.d_vocab):
-                cache = {name: activation[i : i + 1, piece] for name, activation in outputs[name].cache.items()}
-                logits = outputs[name].logits[i : i + 1, piece]
-                total += _ablate_piece(stream, block[1:][piece], logits, cache, mean, unembedded, groups)
+            logits = stream.unembed(state[stream.final][i : i + 1, :-1])[0]
+            for piece in pieces(len(logits), model.cfg.d_vocab, logits.device):
+                clean, targets = logits[piece].to(wide), block[1:][piece]
+                measured_clean = _entropy_and_loss(stream.cap(clean), targets)
+                for group, (change, ratio) in enumerate(changes):
+                    direct = torch.addmm(clean, change[i, piece].to(wide), directions[group])
+                    measured = measured_direct = _entropy_and_loss(stream.cap(direct), targets)
+                    if stream.norm is not None:
+                        scaled = torch.lerp(b_U, direct, ratio[i, piece].to(wide))
+                        measured = _entropy_and_loss(stream.cap(scaled), targets)
+                    total[group] += torch.stack([measured_clean, measured, measured_direct], dim=1)
     return total / tokens[:, 1:].numel()
 
 
-def _ablate_piece(
+def _states(
+    name: str,
     stream: Stream,
-    targets: Int[Tensor, " pos"],
-    logits: Float[Tensor, "1 pos vocab"],
-    cache: Mapping[str, Tensor],
-    mean: Float[Tensor, " neuron"],
-    unembedded: Mapping[int, Float[Tensor, " vocab"]],
-    groups: Sequence[Sequence[int]],
-) -> Float[Tensor, "group measure 3"]:
-    """Return the measures of `_ablate`, summed over the tokens of a piece of a block.
+    tokens: Int[Tensor, "block pos"],
+    neurons: Sequence[int],
+    batch_size: int,
+    description: str,
+) -> Iterator[tuple[Int[Tensor, "batch pos"], dict[str, Tensor]]]:
+    """Yield each batch with its final residual stream, the activations of `neurons`, and those of their post-norm."""
+    last = stream.neurons[-1]
+    names = [*last.hooks, stream.final]
+    if last.scale:
+        names.append(last.scale.replace("hook_scale", "hook_normalized"))
+    for batch, outputs in forwards({name: stream.model}, tokens, names, batch_size, description, unembed=False):
+        cache = outputs[name].cache
+        yield batch, {**cache, last.hook: cache[last.hook][..., neurons]}
 
-    `unembedded` maps each neuron to its W_out W_U.
+
+def _changes(
+    stream: Stream,
+    state: Mapping[str, Tensor],
+    mean: Float[Tensor, " neuron"],
+    neurons: Sequence[int],
+    groups: Sequence[Sequence[int]],
+) -> list[tuple[Float[Tensor, "batch pos direction"], Float[Tensor, "batch pos 1"]]]:
+    """Return, for each group, the change of the final norm's output at its clean scale s, and s / s'.
+
+    The change has one coefficient per neuron of the group, to be multiplied by w_out. With a post-norm, which is not
+    linear, it is the change itself.
     """
-    neurons, b_U = stream.neurons[-1], stream.model.b_U
-    W_out, activation, resid = stream.weight_before_norm(neurons), cache[neurons.hook], cache[stream.final]
-    clean, scale = _entropy_and_loss(logits, targets), stream.measured_scale(resid)
-    logits = stream.uncapped(logits, resid)
-    sums = []
+    last, resid = stream.neurons[-1], state[stream.final]
+    W_out, scale = stream.weight_before_norm(last)[neurons], stream.measured_scale(resid)
+    excess = (state[last.hook] - mean).to(resid)
+    changes = []
     for group in groups:
-        excess = (activation[..., group] - mean[group]).to(logits.dtype)
-        if neurons.scale:
-            change = _through_post_norm(stream, excess @ W_out[group], cache)
-            direct = logits + (change / scale).to(logits.dtype) @ stream.model.W_U
-        else:
-            change = -excess @ W_out[group]
-            directions = torch.stack([unembedded[i] for i in group])
-            direct = torch.baddbmm(logits, (excess / scale).to(logits.dtype), directions[None], alpha=-1)
+        written = excess[..., group] @ W_out[group]
+        change = _through_post_norm(stream, written, state) if last.scale else -written
         ratio = scale / stream.measured_scale(resid + change)
-        measured = direct_measured = _entropy_and_loss(stream.cap(direct), targets)
-        if (ratio != 1).any():
-            measured = _entropy_and_loss(stream.cap(b_U + (direct - b_U) * ratio), targets)
-        sums.append(torch.stack([clean, measured, direct_measured], dim=1))
-    return torch.stack(sums)
+        changes.append(((change if last.scale else -excess[..., group]) / scale, ratio))
+    return changes
 
 
 def _through_post_norm(
-    stream: Stream, excess: Float[Tensor, "1 pos d_model"], cache: Mapping[str, Tensor]
-) -> Float[Tensor, "1 pos d_model"]:
+    stream: Stream, excess: Float[Tensor, "batch pos d_model"], cache: Mapping[str, Tensor]
+) -> Float[Tensor, "batch pos d_model"]:
     """Return the change of the stream when `excess` is subtracted from the last MLP's output, before its post-norm.
 
     With m the output, s the norm's divisor, g its gain, n = m/s and e = excess/s, this is
@@ -269,12 +300,18 @@ def _through_post_norm(
     return (stream.gain(neurons) * (left / rms - normalised)).to(excess)
 
 
-def _entropy_and_loss(logits: Float[Tensor, "1 pos vocab"], targets: Int[Tensor, " pos"]) -> Float[Tensor, " measure"]:
-    """Return entropy and loss, each summed over tokens."""
-    log_probs = logits[0].float().log_softmax(-1)
-    entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
-    loss = -log_probs.gather(-1, targets[:, None])
-    return torch.stack([entropy.double().sum(), loss.double().sum()])
+def _entropy_and_loss(logits: Float[Tensor, "pos vocab"], targets: Int[Tensor, " pos"]) -> Float[Tensor, " measure"]:
+    """Return entropy and loss, each summed over tokens.
+
+    With x the logits minus the largest and p = exp(x) / Z, the entropy is log Z − Σ p x and the loss log Z − x[target].
+    The largest p is 1 / Z. This needs a single exponential per logit; the exp of log-probabilities would be a second.
+    """
+    logits = logits - logits.amax(-1, keepdim=True)
+    probabilities = logits.softmax(-1)
+    log_Z = -probabilities.amax(-1).log()
+    entropy = log_Z - torch.linalg.vecdot(probabilities, logits)
+    loss = log_Z - logits.gather(-1, targets[:, None])[:, 0]
+    return torch.stack([entropy, loss]).sum(1, dtype=torch.float64)
 
 
 @figures.of_text

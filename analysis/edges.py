@@ -77,7 +77,7 @@ class Reading:
         """Yield c·w and 1/σ(x − c) of a component's parts, one piece of the tokens at a time."""
         into = written.into(self._W)
         without = 1 / self._stream.scale(self._xx - 2 * written.dot(self._x) + written.square()).T.unsqueeze(-1)
-        for at in pieces(len(self._x), len(into) * len(self.b), _AT_ONCE):
+        for at in pieces(len(self._x), len(into) * len(self.b), most=_AT_ONCE):
             yield at, written.through(into, at), without[:, at]
 
     def effects(

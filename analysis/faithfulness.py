@@ -10,9 +10,11 @@
 4. MLP neurons: the correlation of their activations over tokens.
 
 CKA and correlations are computed from sums over tokens in float64, so memory does not grow with the number of tokens.
+`measure_all` computes all four from the same forwards.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,12 @@ import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
-from scipy.stats import pearsonr, rankdata
+from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn import functional as F
 
 from analysis import figures, palette
-from analysis.batches import forwards, predictions
+from analysis.batches import Forward, forwards, predictions_of
 from analysis.readout import Readout
 from analysis.stream import Stream
 from finetune.evaluate import js_divergence, kl_divergence
@@ -42,7 +44,24 @@ _POSITIONS = {"all": 0, "after 0": 1}
 """The first position of residual streams to compare. GPT-2's stream at position 0 is so long that it dominates CKA."""
 
 
-@torch.inference_mode()
+def measure_all(
+    models: Mapping[str, Any],
+    tokens: Int[Tensor, "block pos"],
+    *,
+    reference: str = "original",
+    batch_size: int = 8,
+) -> dict[str, pd.DataFrame]:
+    """Compare predictions, residual streams, heads and neurons, with one forward per model and batch instead of four.
+
+    Arguments and errors are those of `measure`. Returns the tables of `measure_tokens`, `measure_layers`,
+    `measure_heads` and `measure_neurons`, with the keys token, layer, head and neuron.
+    """
+    _check(models, reference)
+    kinds: list[Callable[..., _Comparison]] = [_Tokens, _Layers, _Heads, _Neurons]
+    frames = _compare([kind(models, tokens, reference) for kind in kinds], batch_size)
+    return dict(zip(("token", "layer", "head", "neuron"), frames, strict=True))
+
+
 def measure_tokens(
     models: Mapping[str, Any],
     tokens: Int[Tensor, "block pos"],
@@ -63,35 +82,8 @@ def measure_tokens(
     over the logits of the reference's top 50 tokens; entropy, in nats; confidence, the probability of the top token;
     correct, whether the top token is the predicted token.
     """
-    # Allocated in full: small arrays kept from each block would fragment the memory of the large ones.
-    values = {name: np.empty((tokens[:, 1:].numel(), len(_COLUMNS))) for name in models}
-    end = 0
-    for targets, log_probs in predictions(models, tokens, batch_size):
-        end += len(targets)
-        expected = log_probs[reference]
-        top = expected.topk(min(_TOP, expected.shape[-1])).indices
-        expected_ranks = rankdata(expected.gather(-1, top).cpu(), axis=-1)
-        for name, found in log_probs.items():
-            ranks = rankdata(found.gather(-1, top).cpu(), axis=-1)
-            log_prob, likeliest = found.max(-1)
-            columns = (
-                js_divergence(expected, found),
-                kl_divergence(expected, found),
-                top[:, 0] == likeliest,
-                torch.from_numpy(pearsonr(expected_ranks, ranks, axis=-1).statistic),
-                -(found.exp() * found).sum(-1),
-                log_prob.double().exp(),
-                likeliest == targets,
-            )
-            rows = slice(end - len(targets), end)
-            values[name][rows] = torch.stack([column.double().cpu() for column in columns], dim=1).numpy()
-    block, position = np.indices((len(tokens), tokens.shape[1] - 1)).reshape(2, -1)
-    frames = []
-    for name in models:
-        frame = pd.DataFrame({"model": name, "reference": reference, "block": block, "position": position + 1})
-        frame[list(_COLUMNS)] = values[name]
-        frames.append(frame)
-    return pd.concat(frames, ignore_index=True).astype({"agreement": bool, "correct": bool})
+    (frame,) = _compare([_Tokens(models, tokens, reference)], batch_size)
+    return frame
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
@@ -210,7 +202,6 @@ def plot_calibration(frame: pd.DataFrame) -> go.Figure:
     return figure.update_yaxes(title="Tokens<br>(share)", row=2, col=1)
 
 
-@torch.inference_mode()
 def measure_layers(
     models: Mapping[str, Any],
     tokens: Int[Tensor, "block pos"],
@@ -225,32 +216,8 @@ def measure_layers(
     averaged over tokens; cka, linear, over tokens, from 0 to 1. Both are dimensionless.
     """
     _check(models, reference)
-    points = Stream(models[reference]).between_blocks
-    keys = [(name, positions, layer) for name in models for positions in _POSITIONS for layer in range(len(points))]
-    cosine = dict.fromkeys(keys, 0.0)
-    cka = {key: _CKA() for key in keys}
-    for _, outputs in forwards(models, tokens, points, batch_size, "Comparing residual streams"):
-        for key in keys:
-            name, positions, layer = key
-            x, y = (
-                outputs[model].cache[points[layer]][:, _POSITIONS[positions] :].flatten(0, 1).double()
-                for model in (reference, name)
-            )
-            cosine[key] += F.cosine_similarity(x, y, dim=-1).sum().item()
-            cka[key].add(x, y)
-    return pd.DataFrame(
-        [
-            {
-                "model": name,
-                "reference": reference,
-                "positions": positions,
-                "layer": layer,
-                "cosine": cosine[name, positions, layer] / cka[name, positions, layer].count,
-                "cka": cka[name, positions, layer].value(),
-            }
-            for name, positions, layer in keys
-        ]
-    )
+    (frame,) = _compare([_Layers(models, tokens, reference)], batch_size)
+    return frame
 
 
 @figures.of_text
@@ -261,7 +228,6 @@ def plot_layers(frame: pd.DataFrame) -> go.Figure:
     return figures.lines(frame, "layer", quantities, column="positions").update_xaxes(title="Blocks before", row=2)
 
 
-@torch.inference_mode()
 def measure_heads(
     models: Mapping[str, Any],
     tokens: Int[Tensor, "block pos"],
@@ -277,36 +243,8 @@ def measure_heads(
     tokens of the direct logit attribution to the next token (W_U centred), NaN if a head's is constant.
     """
     _check(models, reference)
-    cfg = models[reference].cfg
-    queries = tokens.shape[1] - 1
-    batch_size = min(batch_size, max(1, _PATTERNS_AT_ONCE // (cfg.n_layers * cfg.n_heads * (queries + 1) ** 2)))
-    patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(cfg.n_layers)]
-    streams = {name: Stream(model) for name, model in models.items()}
-    written = dict.fromkeys(hook for stream in streams.values() for heads in stream.heads for hook in heads.hooks)
-    names = [*patterns, *written, streams[reference].final]
-    distance = {name: torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.float64) for name in models}
-    correlation = {name: _Correlation() for name in models}
-    for batch, outputs in forwards(models, tokens, names, batch_size, "Comparing heads"):
-        dla = {}
-        for name, (_, cache) in outputs.items():
-            readout = Readout(models[name], batch, cache)
-            effects = [readout.effects(heads).dla for heads in streams[name].heads]
-            dla[name] = torch.cat(effects, dim=-1).flatten(0, 1)
-        for name in models:
-            correlation[name].add(dla[reference], dla[name])
-            for layer, point in enumerate(patterns):
-                x, y = (outputs[model].cache[point][:, :, 1:] for model in (reference, name))
-                distance[name][layer] += (x - y).abs().sum((0, 2, 3), dtype=torch.float64).cpu() / 2
-    frames = []
-    for name in models:
-        frame = pd.MultiIndex.from_product([range(cfg.n_layers), range(cfg.n_heads)], names=["layer", "head"])
-        frame = frame.to_frame(index=False)
-        frame.insert(0, "model", name)
-        frame.insert(1, "reference", reference)
-        frame["attention_distance"] = distance[name].flatten().numpy() / (len(tokens) * queries)
-        frame["dla_correlation"] = correlation[name].value().cpu().numpy()
-        frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+    (frame,) = _compare([_Heads(models, tokens, reference)], batch_size)
+    return frame
 
 
 @figures.of_text
@@ -321,7 +259,6 @@ def plot_heads(frame: pd.DataFrame) -> go.Figure:
     )
 
 
-@torch.inference_mode()
 def measure_neurons(
     models: Mapping[str, Any],
     tokens: Int[Tensor, "block pos"],
@@ -335,17 +272,8 @@ def measure_neurons(
     correlation, Pearson's over tokens, NaN if a neuron is constant.
     """
     _check(models, reference)
-    points = [neurons.hook for neurons in Stream(models[reference]).neurons]
-    correlation = {(name, layer): _Correlation() for name in models for layer in range(len(points))}
-    for _, outputs in forwards(models, tokens, points, batch_size, "Comparing neurons"):
-        for (name, layer), pair in correlation.items():
-            pair.add(*(outputs[model].cache[points[layer]].flatten(0, 1) for model in (reference, name)))
-    frames = []
-    for (name, layer), pair in correlation.items():
-        values = pair.value().cpu().numpy()
-        row = {"model": name, "reference": reference, "layer": layer, "neuron": range(len(values))}
-        frames.append(pd.DataFrame({**row, "correlation": values}))
-    return pd.concat(frames, ignore_index=True)
+    (frame,) = _compare([_Neurons(models, tokens, reference)], batch_size)
+    return frame
 
 
 @figures.of_text
@@ -382,43 +310,208 @@ def _compared(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["model"] != frame["reference"]]
 
 
+class _Comparison(ABC):
+    """A comparison of models with a reference, computed batch by batch from the outputs of their forwards."""
+
+    hooks: Sequence[str] = ()
+    """The names of the activations that it needs."""
+
+    def __init__(self, models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], reference: str) -> None:
+        self.models, self.tokens, self.reference = models, tokens, reference
+
+    @abstractmethod
+    def add(self, batch: Int[Tensor, "batch pos"], outputs: Mapping[str, Forward]) -> None:
+        """Add the next batch."""
+
+    @abstractmethod
+    def of(self, name: str) -> pd.DataFrame:
+        """Return the rows of a model, after all batches were added."""
+
+
+@torch.inference_mode()
+def _compare(comparisons: Sequence[_Comparison], batch_size: int) -> list[pd.DataFrame]:
+    """Return the table of each comparison, from the same forwards. All have the same models and tokens."""
+    models, tokens, reference = comparisons[0].models, comparisons[0].tokens, comparisons[0].reference
+    hooks = list(dict.fromkeys(hook for comparison in comparisons for hook in comparison.hooks))
+    if patterns := sum(hook.endswith("hook_pattern") for hook in hooks):
+        numbers = patterns * models[reference].cfg.n_heads * tokens.shape[1] ** 2
+        batch_size = min(batch_size, max(1, _PATTERNS_AT_ONCE // numbers))
+    unembed = any(isinstance(comparison, _Tokens) for comparison in comparisons)
+    batches = forwards(models, tokens, hooks, batch_size, "Comparing models", float32=True, unembed=unembed)
+    for batch, outputs in batches:
+        for comparison in comparisons:
+            comparison.add(batch, outputs)
+    return [_frame(comparison) for comparison in comparisons]
+
+
+def _frame(comparison: _Comparison) -> pd.DataFrame:
+    frames = []
+    for name in comparison.models:
+        frame = comparison.of(name)
+        frame.insert(0, "model", name)
+        frame.insert(1, "reference", comparison.reference)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+class _Tokens(_Comparison):
+    """The comparison of `measure_tokens`."""
+
+    def __init__(self, models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], reference: str) -> None:
+        super().__init__(models, tokens, reference)
+        # Allocated in full: small arrays kept from each block would fragment the memory of the large ones.
+        self._values = {name: np.empty((tokens[:, 1:].numel(), len(_COLUMNS))) for name in models}
+        self._end = 0
+
+    def add(self, batch: Int[Tensor, "batch pos"], outputs: Mapping[str, Forward]) -> None:
+        for targets, log_probs in predictions_of(batch, outputs):
+            rows = slice(self._end, self._end + len(targets))
+            self._end = rows.stop
+            expected = log_probs[self.reference]
+            top = expected.topk(min(_TOP, expected.shape[-1])).indices
+            expected_ranks = _centred_ranks(expected.gather(-1, top))
+            for name, found in log_probs.items():
+                ranks = _centred_ranks(found.gather(-1, top))
+                log_prob, likeliest = found.max(-1)
+                columns = (
+                    js_divergence(expected, found),
+                    kl_divergence(expected, found),
+                    top[:, 0] == likeliest,
+                    torch.linalg.vecdot(expected_ranks, ranks) / (expected_ranks.norm(dim=-1) * ranks.norm(dim=-1)),
+                    -(found.exp() * found).sum(-1),
+                    log_prob.double().exp(),
+                    likeliest == targets,
+                )
+                self._values[name][rows] = torch.stack([column.double().cpu() for column in columns], dim=1).numpy()
+
+    def of(self, name: str) -> pd.DataFrame:
+        block, position = np.indices((len(self.tokens), self.tokens.shape[1] - 1)).reshape(2, -1)
+        frame = pd.DataFrame({"block": block, "position": position + 1})
+        frame[list(_COLUMNS)] = self._values[name]
+        return frame.astype({"agreement": bool, "correct": bool})
+
+
+def _centred_ranks(values: Float[Tensor, "token top"]) -> Float[Tensor, "token top"]:
+    ranks = torch.from_numpy(rankdata(values.cpu(), axis=-1))
+    return ranks - ranks.mean(-1, keepdim=True)
+
+
+class _Layers(_Comparison):
+    """The comparison of `measure_layers`. Linear CKA is ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), with X and Y centred over tokens."""
+
+    def __init__(self, models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], reference: str) -> None:
+        super().__init__(models, tokens, reference)
+        self.hooks = Stream(models[reference]).between_blocks
+        shape = len(self.hooks), 2  # for each layer, position 0 and the positions after it
+        width, device = models[reference].cfg.d_model, models[reference].cfg.device
+
+        def zeros(*shape: int) -> dict[str, Tensor]:
+            return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name in models}
+
+        self._cosine, self._sum = zeros(*shape), zeros(*shape, width)
+        self._square, self._product = zeros(*shape, width, width), zeros(*shape, width, width)
+
+    def add(self, batch: Int[Tensor, "batch pos"], outputs: Mapping[str, Forward]) -> None:
+        for layer, point in enumerate(self.hooks):
+            for part, positions in enumerate((slice(1), slice(1, None))):
+                at = layer, part
+                vectors = {
+                    name: output.cache[point][:, positions].flatten(0, 1).double() for name, output in outputs.items()
+                }
+                x = vectors[self.reference]
+                for name, y in vectors.items():
+                    square = y.T @ y
+                    self._cosine[name][at] += F.cosine_similarity(x, y, dim=-1).sum()
+                    self._sum[name][at] += y.sum(0)
+                    self._square[name][at] += square
+                    self._product[name][at] += square if y is x else x.T @ y
+
+    def of(self, name: str) -> pd.DataFrame:
+        frames = []
+        for positions, start in _POSITIONS.items():
+            count = len(self.tokens) * (self.tokens.shape[1] - start)
+            sums = (self._cosine[name], self._sum[self.reference], self._sum[name])
+            products = (self._square[self.reference], self._product[name], self._square[name])
+            cosine, x, y, xx, xy, yy = (parts[:, start:].sum(1) for parts in (*sums, *products))
+            xx, xy, yy = (
+                (product - a.unsqueeze(2) * b.unsqueeze(1) / count).flatten(1).norm(dim=1)
+                for product, a, b in ((xx, x, x), (xy, x, y), (yy, y, y))
+            )
+            found = {"cosine": (cosine / count).cpu(), "cka": (xy**2 / (xx * yy)).cpu()}
+            frames.append(pd.DataFrame({"positions": positions, "layer": range(len(self.hooks)), **found}))
+        return pd.concat(frames)
+
+
+class _Heads(_Comparison):
+    """The comparison of `measure_heads`."""
+
+    def __init__(self, models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], reference: str) -> None:
+        super().__init__(models, tokens, reference)
+        cfg = models[reference].cfg
+        self._streams = {name: Stream(model) for name, model in models.items()}
+        self._patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(cfg.n_layers)]
+        written = [hook for stream in self._streams.values() for heads in stream.heads for hook in heads.hooks]
+        self.hooks = [*self._patterns, *dict.fromkeys(written), self._streams[reference].final]
+        self._distance = {name: torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.float64) for name in models}
+        self._correlation = _Correlation(reference)
+
+    def add(self, batch: Int[Tensor, "batch pos"], outputs: Mapping[str, Forward]) -> None:
+        dla = {}
+        for name, (_, cache) in outputs.items():
+            readout = Readout(self.models[name], batch, cache)
+            dla[name] = torch.cat([readout.dla(heads) for heads in self._streams[name].heads], dim=-1).flatten(0, 1)
+            for layer, point in enumerate(self._patterns):
+                difference = outputs[self.reference].cache[point][:, :, 1:] - cache[point][:, :, 1:]
+                distance = torch.linalg.vector_norm(difference, 1, (0, 2, 3), dtype=torch.float64) / 2
+                self._distance[name][layer] += distance.cpu()
+        self._correlation.add(dla)
+
+    def of(self, name: str) -> pd.DataFrame:
+        layer, head = np.indices(self._distance[name].shape).reshape(2, -1)
+        distance = self._distance[name].flatten() / self.tokens[:, 1:].numel()
+        correlation = self._correlation.value(name).cpu()
+        return pd.DataFrame(
+            {"layer": layer, "head": head, "attention_distance": distance, "dla_correlation": correlation}
+        )
+
+
+class _Neurons(_Comparison):
+    """The comparison of `measure_neurons`."""
+
+    def __init__(self, models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], reference: str) -> None:
+        super().__init__(models, tokens, reference)
+        self.hooks = [neurons.hook for neurons in Stream(models[reference]).neurons]
+        self._correlations = [_Correlation(reference) for _ in self.hooks]
+
+    def add(self, batch: Int[Tensor, "batch pos"], outputs: Mapping[str, Forward]) -> None:
+        for hook, correlation in zip(self.hooks, self._correlations, strict=True):
+            correlation.add({name: output.cache[hook].flatten(0, 1) for name, output in outputs.items()})
+
+    def of(self, name: str) -> pd.DataFrame:
+        values = torch.stack([correlation.value(name) for correlation in self._correlations]).cpu().numpy()
+        layer, neuron = np.indices(values.shape).reshape(2, -1)
+        return pd.DataFrame({"layer": layer, "neuron": neuron, "correlation": values.ravel()})
+
+
 class _Correlation:
-    """Pearson correlations of two sets of series over tokens, computed batch by batch."""
+    """Pearson correlations over tokens of the series of models with those of a reference, computed batch by batch."""
 
-    def __init__(self) -> None:
-        self._count = 0
-        self._sums: Any = 0
+    def __init__(self, reference: str) -> None:
+        self._reference, self._count = reference, 0
+        self._sums: dict[str, Any] = {}
 
-    def add(self, x: Float[Tensor, "token series"], y: Float[Tensor, "token series"]) -> None:
-        x, y = x.double(), y.double()
+    def add(self, series: Mapping[str, Float[Tensor, "token series"]]) -> None:
+        x = series[self._reference].double()
         self._count += len(x)
-        self._sums = self._sums + torch.stack([series.sum(0) for series in (x, y, x * x, y * y, x * y)])
+        for name, y in series.items():
+            y = x if name == self._reference else y.double()
+            sums = torch.stack([y.sum(0), (y * y).sum(0), (x * y).sum(0)])
+            self._sums[name] = self._sums.get(name, 0) + sums
 
-    def value(self) -> Float[Tensor, " series"]:
+    def value(self, name: str) -> Float[Tensor, " series"]:
         """Return the correlations. NaN if a series is constant, that is, if its variance is only due to rounding."""
-        x, y, xx, yy, xy = self._sums / self._count
+        (x, xx, _), (y, yy, xy) = (self._sums[each] / self._count for each in (self._reference, name))
         variances = [
             torch.where(v > 1e-12 * square, v, torch.nan) for v, square in ((xx - x * x, xx), (yy - y * y, yy))
         ]
         return (xy - x * y) / (variances[0] * variances[1]).sqrt()
-
-
-class _CKA:
-    """Linear CKA of two sets of vectors over tokens, computed batch by batch: ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), centred."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._sums: Any = (0, 0)
-        self._products: Any = (0, 0, 0)
-
-    def add(self, x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"]) -> None:
-        self.count += len(x)
-        self._sums = [total + vectors.sum(0) for total, vectors in zip(self._sums, (x, y), strict=True)]
-        pairs = zip(self._products, (x, x, y), (x, y, y), strict=True)
-        self._products = [total + a.T @ b for total, a, b in pairs]
-
-    def value(self) -> float:
-        x, y = self._sums
-        pairs = zip(self._products, (x, x, y), (x, y, y), strict=True)
-        xx, xy, yy = ((product - a.outer(b) / self.count).norm() for product, a, b in pairs)
-        return (xy**2 / (xx * yy)).item()

@@ -313,7 +313,7 @@ def _predict(
 ) -> tuple[Float[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
     """Return the loss and the top token of the logits of vectors that have passed the final norm."""
     losses, likeliest, flat = [], [], normalised.flatten(0, 1).to(model.W_U)
-    for piece in pieces(len(flat), model.cfg.d_vocab):
+    for piece in pieces(len(flat), model.cfg.d_vocab, flat.device):
         logits = Stream(model).cap(flat[piece] @ model.W_U + model.b_U)
         losses.append(F.cross_entropy(logits.float(), targets.flatten()[piece], reduction="none"))
         likeliest.append(logits.argmax(-1))

@@ -57,7 +57,7 @@ def measure_tokens(
             logits, targets = outputs[name].logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
             values = [
                 F.cross_entropy(logits[piece].float(), targets[piece], reduction="none")
-                for piece in pieces(len(targets), model.cfg.d_vocab)
+                for piece in pieces(len(targets), model.cfg.d_vocab, targets.device)
             ]
             loss[name][end - len(batch) : end] = torch.cat(values).view(len(batch), -1).double().cpu().numpy()
     if documents is None:

@@ -59,7 +59,7 @@ def measure_tokens(
     values: dict[str, list[np.ndarray]] = {name: [] for name in models}
     for batch, outputs in forwards(models, tokens, points, batch_size, f"Comparing on {text}", float32=True):
         for i, block in enumerate(batch):
-            for piece in pieces(len(block) - 1, models[reference].cfg.d_vocab):
+            for piece in pieces(len(block) - 1, models[reference].cfg.d_vocab, block.device):
                 log_probs = {name: output.logits[i, piece].float().log_softmax(-1) for name, output in outputs.items()}
                 for name, found in log_probs.items():
                     columns = [

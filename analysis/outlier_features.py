@@ -45,7 +45,8 @@ def measure(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batc
         points = Stream(model).points
         first: dict[str, FeatureSums] = {}
         rest: dict[str, FeatureSums] = {}
-        for _, outputs in forwards({name: model}, tokens, points, batch_size, f"Outlier features of {name}"):
+        said = f"Outlier features of {name}"
+        for _, outputs in forwards({name: model}, tokens, points, batch_size, said, unembed=False):
             for point in points:
                 x = outputs[name].cache[point]
                 for sums, part in ((first, x[:, :1]), (rest, x[:, 1:])):

@@ -155,6 +155,10 @@ class Readout:
         without = (self._rw - cw) / self._stream.scale(self._rr - 2 * cr + cc)
         return Effects(cw / scale, self._rw / scale - without)
 
+    def dla(self, component: Component) -> Float[Tensor, "batch pos component"]:
+        """Return the DLA of `effects`, without computing the direct effect."""
+        return Written(self._stream, component, self.cached).dot(self.w) / self._stream.scale(self._rr)
+
     def effects(self, component: Component) -> Effects:
         """Return the effects of a component, separately for each head or neuron.
 
@@ -195,7 +199,7 @@ def target_base(
         return torch.zeros_like(by_token[..., 0], dtype=torch.float64)
     rows = by_token.flatten(0, -2) if by_token.ndim > 1 else by_token[None]
     # On a CPU, mean copies its whole input to float64.
-    means = [rows[piece].mean(-1, dtype=torch.float64) for piece in pieces(len(rows), rows.shape[-1])]
+    means = [rows[piece].mean(-1, dtype=torch.float64) for piece in pieces(len(rows), rows.shape[-1], rows.device)]
     return torch.cat(means).view(by_token.shape[:-1])
 
 

@@ -69,7 +69,8 @@ def _measure(
         eot_token_id = getattr(model.tokenizer, "eos_token_id", None)
     points = list(Stream(model).points)
     summaries = {token_class: _Summary() for token_class in CLASSES}
-    for batch, outputs in forwards({name: model}, tokens, points, batch_size, f"Residual norms of {name}"):
+    said = f"Residual norms of {name}"
+    for batch, outputs in forwards({name: model}, tokens, points, batch_size, said, unembed=False):
         values = _per_token([outputs[name].cache[point] for point in points])
         classes = torch.zeros_like(batch)
         if eot_token_id is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -34,6 +34,7 @@ FIT_TOKENS = 512
 """The number of tokens for virtual weights, in whole blocks (at least one). Half of them are predicted."""
 WORST = 6
 """The number of worst tokens to show per model and text."""
+_Measured = TypeVar("_Measured")
 
 
 class Inputs(NamedTuple):
@@ -48,8 +49,8 @@ class Inputs(NamedTuple):
     prefix: str | None = None
     """The token that is prepended to each prompt, and to each block of the texts."""
 
-    def on_first_text(self, measure: Callable[..., pd.DataFrame], **options: Any) -> pd.DataFrame:
-        """Return the table of `measure` for the models and the first text."""
+    def on_first_text(self, measure: Callable[..., _Measured], **options: Any) -> _Measured:
+        """Return what `measure` returns for the models and the first text."""
         tokens = next(iter(self.samples.values())).tokens
         return measure(self.models, tokens, batch_size=self.batch_size, **options)
 
@@ -168,16 +169,15 @@ def _composition(inputs: Inputs) -> dict[str, pd.DataFrame]:
 
 
 def _faithfulness(inputs: Inputs) -> dict[str, pd.DataFrame]:
-    token = inputs.on_first_text(faithfulness.measure_tokens)
+    measured = inputs.on_first_text(faithfulness.measure_all)
+    token = measured.pop("token")
     model = faithfulness.summarise(token)
     is_tail = model.columns.str.startswith(("jsd_", "kl_"))
     return {
         "model": model.loc[:, ~is_tail],
         "tail": model.loc[:, is_tail | model.columns.isin(["model", "reference", "tokens"])],
         "calibration": faithfulness.calibrate(token),
-        "layer": inputs.on_first_text(faithfulness.measure_layers),
-        "head": inputs.on_first_text(faithfulness.measure_heads),
-        "neuron": inputs.on_first_text(faithfulness.measure_neurons),
+        **measured,
     }
 
 

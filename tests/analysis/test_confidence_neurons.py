@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from contract import EOT, TL4, TOKENS, TOOLS, assert_keeps_contract, assert_plots_by_model, assert_same, trio
+from contract import EOT, TL4, TOKENS, TOOLS, Peak, assert_keeps_contract, assert_plots_by_model, assert_same, trio
 from scipy.stats import entropy
 
 from analysis import confidence_neurons, load_bridge, load_trio
@@ -109,6 +109,22 @@ def test_ablation_against_a_forward_by_hand(make_gpt2, tool):
         assert row.direct == pytest.approx(direct - clean[row.measure], abs=1e-6)
         assert row.through_ln == pytest.approx(total - direct, abs=1e-6)
     assert frame[["total", "direct", "through_ln"]].abs().min().min() > 1e-5
+
+
+def test_numbers_and_memory_do_not_depend_on_what_is_held(make_gpt2, monkeypatch):
+    models, tokens = {"m": load_bridge(make_gpt2(seed=1))}, TOKENS.repeat(8, 1)
+    frame = confidence_neurons.measure(models, TOKENS, NEURONS)
+    peaks = {}
+    for held in (0, 500, 10**6):  # nothing, some blocks, all
+        monkeypatch.setattr(confidence_neurons, "_HELD", held)
+        assert_same(confidence_neurons.measure(models, TOKENS, NEURONS, batch_size=2), frame)
+        for blocks in (7, 56):
+            with Peak() as peak:
+                confidence_neurons.measure(models, tokens[:blocks], NEURONS, batch_size=1)
+            peaks[held, blocks] = peak.bytes
+    assert peaks[0, 56] < 1.02 * peaks[0, 7]
+    assert peaks[500, 56] < 1.02 * peaks[500, 7]
+    assert peaks[10**6, 56] > 2 * peaks[10**6, 7], "this can see memory grow"
 
 
 def test_nothing_goes_through_the_ln_of_an_ln_free_model(make_gpt2):

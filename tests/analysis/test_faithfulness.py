@@ -174,7 +174,21 @@ def test_calibration_of_a_single_model(models):
     assert_same(alone, together[together["model"] == "ln_free"])
 
 
-@pytest.mark.parametrize("measure", [faithfulness.measure, *BY_LAYER])
+def test_all_is_what_one_by_one_is_from_fewer_forwards(models):
+    batches = []
+    seen = {
+        name: model.register_forward_hook(lambda *_, name=name: batches.append(name)) for name, model in models.items()
+    }
+    found = faithfulness.measure_all(models, TOKENS, reference="control", batch_size=3)
+    for handle in seen.values():
+        handle.remove()
+    assert batches == list(models) * 3
+    for key, measure in zip(found, (faithfulness.measure_tokens, *BY_LAYER), strict=True):
+        assert f"measure_{key}s" == measure.__name__
+        pd.testing.assert_frame_equal(found[key], measure(models, TOKENS, reference="control", batch_size=3))
+
+
+@pytest.mark.parametrize("measure", [faithfulness.measure, faithfulness.measure_all, *BY_LAYER])
 def test_nothing_to_compare_with(measure, models):
     with pytest.raises(ValueError, match="'nobody' and at least one other model"):
         measure(models, TOKENS, reference="nobody")

@@ -54,6 +54,7 @@ class Constant:
 
     cfg = SimpleNamespace(n_layers=1, d_vocab=1, device="cpu")
     hook_dict = frozenset({"blocks.0.hook_resid_pre", "blocks.0.hook_resid_mid", "blocks.0.hook_resid_post"})
+    unembed = torch.nn.Identity()
 
     def __init__(self, x: torch.Tensor):
         self.x = x

@@ -110,8 +110,10 @@ class Clock:
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
         self.marks: list[Any] = []
+        self.used: list[float] = []
 
     def mark(self) -> None:
+        self.used.append(time.process_time())
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -125,6 +127,10 @@ class Clock:
             return [end - begin for begin, end in zip(self.marks, self.marks[1:], strict=False)]
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) / 1000 for begin, end in zip(self.marks, self.marks[1:], strict=False)]
+
+    def cpu_seconds(self) -> list[float]:
+        """Return the seconds that this process's threads computed between marks, however busy the machine is."""
+        return [end - begin for begin, end in zip(self.used, self.used[1:], strict=False)]
 
 
 def flops_per_token(config: GPT2Config, passes: int = 3) -> float:

@@ -13,8 +13,11 @@ called after a family are models of it of micro's size, of random weights. Token
     frozen     every site frozen, position 0 not merged yet
     constant   everything frozen and merged: the norms are constants
     kl         constant, with the recipe micro's objective: a teacher, its predictions and its residual stream
+    low-rank   constant, with adapters of rank 16 that train in place of matrices: the recipe's `lora_rank`
 
-MFU is the seconds that the step's products take alone over the seconds of the step; `kl` counts its teacher's forward.
+CPU seconds are those that the process's threads computed, which can be compared where other processes use the cores as
+well. MFU is the seconds that the step's products take alone over the seconds of the step; `kl` counts its teacher's
+forward. `low-rank` takes fewer products, which are not counted.
 On a card that `machine.PEAKS` has, "of peak" is the same of the rate that its maker publishes.
 
 `--summary` is what a README needs, in at most eight minutes: on CUDA GPT-2 small, compiled, and XL, eager. What would
@@ -49,15 +52,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from finetune import checkpoint, objective, recipe, schedule, training
+from finetune import checkpoint, low_rank, objective, recipe, schedule, training
 from finetune.families import FAMILIES
 from finetune.removal_trainer import RemovalTrainer
 from finetune.sites import Sites
 from finetune.text import Blocks
 
-VARIANTS = ("products", "plain", "bare", "published", "live", "frozen", "constant", "kl")
+VARIANTS = ("products", "plain", "bare", "published", "live", "frozen", "constant", "kl", "low-rank")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 6
+RANK = 16
 SUMMARY = {
     "cuda": {
         ("small", "compiled"): ("plain", "constant", "kl", "live", "bare", "products"),
@@ -227,7 +231,7 @@ def make_events(variant: str, n_layer: int, steps: int, family: str = "gpt2") ->
     events = schedule.resolve(begin, FAMILIES[family].sites_of(n_layer), steps)
     if variant == "frozen":
         return [*events[:-1], dataclasses.replace(events[-1], step=steps)]
-    return events if variant in ("constant", "kl") else []
+    return events if variant in ("constant", "kl", "low-rank") else []
 
 
 def make_trainer(variant: str, size: Size, settings: recipe.Recipe, directory: Path) -> Trainer:
@@ -248,8 +252,11 @@ def make_trainer(variant: str, size: Size, settings: recipe.Recipe, directory: P
     else:
         events = make_events(variant, model.config.num_hidden_layers, settings.steps, size.family)
         teacher = make_model(size) if variant == "kl" else None
-        log = directory / "log.jsonl"
-        train = RemovalTrainer(Sites(model, 0), settings, events, text, directory, log, variant, teacher)
+        sites, log = Sites(model, 0), directory / "log.jsonl"
+        if variant == "low-rank":
+            settings = dataclasses.replace(settings, lora_rank=RANK)
+            low_rank.adapt(sites, settings)
+        train = RemovalTrainer(sites, settings, events, text, directory, log, variant, teacher)
     train.args.save_strategy = SaveStrategy.NO
     return train
 
@@ -298,6 +305,7 @@ def _measure(variant: str, size: Size, compile: bool) -> dict[str, float]:
             train.train()
     return {
         "seconds a step": statistics.median(clock.seconds()[WARM_UP - 1 :]),
+        "CPU seconds": statistics.median(clock.cpu_seconds()[WARM_UP - 1 :]),
         "peak MiB": machine.peak(DEVICE),
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
     }
@@ -341,8 +349,11 @@ def _compare(rounds: pd.DataFrame, size: Size) -> pd.DataFrame:
     found = pd.DataFrame({"seconds a step": seconds})
     for other in ("plain", "bare"):
         found[f"over {other}"] = seconds / seconds.get(other, math.nan)
+    if DEVICE == "cpu" and "CPU seconds" in table:
+        found["CPU seconds"] = table["CPU seconds"]
+        found["over plain, CPU"] = found["CPU seconds"] / found["CPU seconds"].get("plain", math.nan)
     found["tokens a second"] = tokens / seconds
-    passes = pd.Series(3.0, found.index).where(found.index != "kl", 4.0)
+    passes = pd.Series(3.0, found.index).where(found.index != "kl", 4.0).mask(found.index == "low-rank")
     if size.family == "gpt2":
         found["GFLOP/s"] = passes * machine.flops_per_token(size.config, passes=1) * tokens / seconds / 1e9
     if "products" in table.index:
