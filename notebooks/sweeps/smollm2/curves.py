@@ -11,6 +11,17 @@ grad_norm             the median gradient norm before clipping
 frozen                the number of sites that have begun to freeze
 position_0            RMS at position 0 over that of other tokens, where it is largest, from `std` in the log
 over_constant         the largest ratio of a token's RMS to its divisor, at any site
+
+It also writes results.csv. It has one row per run, with the columns
+
+run, seed             the name of the run directory, and its seed
+command               the command that made it
+tokens, seconds       the tokens it trained on, and how long that took
+frozen                the number of sites, of 91, that have begun to freeze
+kl, kl_max            as above, over the last 50 steps
+exported              whether the run left an LN-free model; the others diverged or were stopped
+loss_TEXT, jsd_TEXT   of that model on a text: its loss minus the original's, and JSD to the original, in nats/token
+loss_max_TEXT         its largest loss of a token minus the original's largest, in nats
 """
 
 import sys
@@ -22,6 +33,7 @@ from typing import Any
 import pandas as pd
 
 from finetune.checkpoints import read_log
+from finetune.recipe import load
 
 STEPS = 10
 
@@ -52,6 +64,32 @@ def rows(run: Path) -> Iterator[dict[str, Any]]:
         }
 
 
+def result(run: Path) -> dict[str, Any]:
+    """Return the row of a run in results.csv."""
+    log = [line for line in read_log(run / "log.jsonl") if line["model"] == "ln_free"]
+    last = [line["kl"] for line in log[-50:]]
+    row: dict[str, Any] = {
+        "run": run.name,
+        "seed": load(run / "recipe.yaml").seed,
+        "command": f"python -m finetune run notebooks/sweeps/smollm2/{run.name}.yaml --out runs/{run.name}",
+        "tokens": log[-1]["tokens"],
+        "seconds": log[-1]["seconds"],
+        "frozen": len({name for line in log for name in line["frozen"] if not name.startswith("merge")}),
+        "kl": mean(last),
+        "kl_max": max(last),
+        "exported": (run / "results.csv").exists(),
+    }
+    if row["exported"]:
+        measured = pd.read_csv(run / "results.csv").set_index(["text", "model"])
+        for text in measured.index.unique("text"):
+            ours, theirs = measured.loc[text, "ln_free"], measured.loc[text, "original"]
+            row[f"loss_{text}"], row[f"jsd_{text}"] = ours["loss"] - theirs["loss"], ours["jsd"]
+            row[f"loss_max_{text}"] = ours["loss_max"] - theirs["loss_max"]
+    return row
+
+
 if __name__ == "__main__":
-    table = pd.DataFrame(row for run in sys.argv[1:] for row in rows(Path(run)))
-    table.round(5).to_csv(Path(__file__).with_name("curves.csv"), index=False)
+    runs = [Path(run) for run in sys.argv[1:]]
+    curves = pd.DataFrame(row for run in runs for row in rows(run))
+    for name, table in {"curves": curves, "results": pd.DataFrame(map(result, runs))}.items():
+        table.round(5).to_csv(Path(__file__).with_name(f"{name}.csv"), index=False)

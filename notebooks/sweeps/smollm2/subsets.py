@@ -2,10 +2,11 @@
 
 `python notebooks/sweeps/smollm2/subsets.py RUN CHECKPOINT…` adds to subsets.csv beside it, for each checkpoint of the
 run, one row per set of sites and text. Sites of the set divide by constants: their own, if they had begun to freeze,
-otherwise the running mean of their RMS. All others are live, and there is no outlier guard. The columns are
+otherwise the running mean of their RMS. All others are live. The columns are
 
 run, step            the run directory's name and the checkpoint's step
 constant             the set, a key of SETS
+guard                κ of the outlier guard; empty: no guard, as in an exported model
 text                 what the model is measured on: the held-out part of each kind
 loss                 cross-entropy above the original's, nats/token, a mean over tokens; NaN if any is not finite
 jsd                  Jensen-Shannon divergence to the original, nats/token, a mean over tokens
@@ -28,8 +29,10 @@ from finetune.sites import Sites
 from finetune.text import Text, load_blocks
 
 TABLE = Path(__file__).with_name("subsets.csv")
-BLOCKS = 8
+BLOCKS = 6
 """Of each text."""
+GUARDS = (None, 1.2, 1.5, 2.0, 4.0)
+"""What is tried where all sites divide by constants."""
 
 
 def kind(site: str) -> str:
@@ -72,23 +75,27 @@ def rows(run: Path, path: Path) -> Iterator[dict[str, Any]]:
         for name, is_constant in SETS.items():
             for site in sites:
                 sites[site].alpha.fill_(float(is_constant(site)))
-            found = evaluate.measure_tokens({"original": original, "model": model}, blocks)
-            ours, theirs = found["model"], found["original"]
-            yield {
-                "run": run.name,
-                "step": int(path.name.rpartition("-")[2]),
-                "constant": name,
-                "text": Path(source).stem,
-                "loss": ours["loss"].mean() - theirs["loss"].mean(),
-                "jsd": ours["jsd"].mean(),
-                "loss_max": ours["loss"].max() - theirs["loss"].max(),
-                "not_finite": (~np.isfinite(ours["loss"])).mean(),
-            }
+            for guard in GUARDS if name == "all" else GUARDS[:1]:
+                sites.guard(0.0 if guard is None else 1 / guard)
+                found = evaluate.measure_tokens({"original": original, "model": model}, blocks)
+                ours, theirs = found["model"], found["original"]
+                yield {
+                    "run": run.name,
+                    "step": int(path.name.rpartition("-")[2]),
+                    "constant": name,
+                    "guard": guard,
+                    "text": Path(source).stem,
+                    "loss": ours["loss"].mean() - theirs["loss"].mean(),
+                    "jsd": ours["jsd"].mean(),
+                    "loss_max": ours["loss"].max() - theirs["loss"].max(),
+                    "not_finite": (~np.isfinite(ours["loss"])).mean(),
+                }
 
 
 if __name__ == "__main__":
     directory, *checkpoints = map(Path, sys.argv[1:])
     found = pd.DataFrame(row for path in checkpoints for row in rows(directory, path)).round(5)
     if TABLE.exists():
-        found = pd.concat([pd.read_csv(TABLE), found]).drop_duplicates(["run", "step", "constant", "text"], keep="last")
+        found = pd.concat([pd.read_csv(TABLE), found])
+    found = found.drop_duplicates(["run", "step", "constant", "guard", "text"], keep="last")
     found.to_csv(TABLE, index=False)
