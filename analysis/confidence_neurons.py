@@ -207,8 +207,8 @@ def _ablate(
 ) -> Float[Tensor, "group measure 3"]:
     """Return each measure without ablation, with it, and with it at a frozen scale, as means over tokens.
 
-    `groups` are indices into `neurons`. Means need all tokens before the first ablation. Final residual streams are held
-    until then, at most `_HELD`; for the remaining tokens the forwards run again.
+    `groups` are indices into `neurons`. Ablation needs the means over all tokens. Until they are known, activations of
+    at most `_HELD` numbers are held; for the remaining tokens the forwards run again.
     """
     stream = Stream(model)
     hook = stream.neurons[-1].hook

@@ -396,34 +396,39 @@ def test_confidence_neurons_against_a_forward_of_plain_transformers(name, frozen
     assert (both["through_ln"] == 0) == frozen
 
 
-@pytest.mark.skipif(TL4, reason="a bridge divides by no scale that a hook could hold")
 @torch.no_grad()
+@pytest.mark.parametrize("tool", TOOLS)
 @each_state
 @each_family
-def test_confidence_neurons_against_a_forward_for_each(name, frozen):
-    """One with a group of neurons at their means, and one more in which the final norm still divides as it did."""
-    model, neurons = loaded(name, "hooked", frozen=frozen), [2, 5, 0]
-    post, scale = "blocks.1.mlp.hook_post", "ln_final.hook_scale"
-    means = model.run_with_cache(TOKENS)[1][post].mean((0, 1))
-    scales = []
+def test_confidence_neurons_against_a_forward_for_each(name, frozen, tool):
+    """A forward with a group of neurons at their means, and its final stream at the scale of the forward without."""
+    model, neurons = loaded(name, tool, frozen=frozen), [2, 5, 0]
+    stream, post = Stream(model), "blocks.1.mlp.hook_post"
+    _, cache = model.run_with_cache(TOKENS, return_cache_object=False)
+    scale = stream.scale(stream.centre(cache[stream.final]).square().sum(-1, keepdim=True))
 
-    def measured(hooks: list[Any]) -> dict[str, float]:
-        log_probs = model.run_with_hooks(TOKENS, fwd_hooks=hooks)[:, :-1].double().log_softmax(-1)
+    def measured(logits: Tensor) -> dict[str, float]:
+        log_probs = logits[:, :-1].double().log_softmax(-1)
         of_next = log_probs.gather(-1, TOKENS[:, 1:, None])
         return {"entropy": float(-(log_probs.exp() * log_probs).sum(-1).mean()), "loss": float(-of_next.mean())}
 
     def ablate(activation: Tensor, hook: Any, group: list[int]) -> Tensor:
-        activation[..., group] = means[group]
+        activation = activation.clone()
+        activation[..., group] = cache[post][..., group].mean((0, 1))
         return activation
 
-    live = [] if frozen else [scale]
-    clean = measured([(hook, lambda value, **_: scales.append(value)) for hook in live])
+    def ablated(group: list[int]) -> tuple[dict[str, float], dict[str, float]]:
+        hooks, seen = [(post, functools.partial(ablate, group=group))], []
+        keep = (stream.final, lambda resid, hook: seen.append(resid))
+        total = measured(model.run_with_hooks(TOKENS, fwd_hooks=[*hooks, keep]))
+        (resid,) = seen
+        return total, measured(stream.cap(stream.centre(resid) / scale @ model.W_U + model.b_U))
+
+    clean = measured(model(TOKENS))
     frame = confidence_neurons.measure({"m": model}, TOKENS, neurons)
     assert len(frame) == 12
     for row in frame.itertuples():
-        group = neurons[: row.ablated] if row.ablation == "together" else [row.neuron]
-        edit = (post, functools.partial(ablate, group=group))
-        total, direct = measured([edit]), measured([edit, *((hook, lambda *_, **__: scales[0]) for hook in live)])
+        total, direct = ablated(neurons[: row.ablated] if row.ablation == "together" else [row.neuron])
         assert row.clean == pytest.approx(clean[row.measure], abs=1e-5)
         assert row.total == pytest.approx(total[row.measure] - clean[row.measure], abs=1e-5)
         assert row.direct == pytest.approx(direct[row.measure] - clean[row.measure], abs=1e-5)
