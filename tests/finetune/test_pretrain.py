@@ -444,9 +444,7 @@ class TestCommandLine:
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines] == SHIPPED
         assert all(line.endswith(".") for line in lines)
-        assert lines[SHIPPED.index("pre-ln")].endswith(
-            "  GPT-2's block, the one of micro: what the other blocks are compared with."
-        )
+        assert lines[SHIPPED.index("pre-ln")].endswith("  GPT-2's block, which the others are compared with.")
         main(["show", "pretrain", "skipless"])
         assert yaml.safe_load(capsys.readouterr().out)["block"] == "skipless"
 
@@ -465,7 +463,7 @@ class TestCommandLine:
             (["removal.yaml"], "finetune run"),
             (["tiny.yaml", "--n-head", "3"], "n_head"),
             (["tiny.yaml", "--block", "skipless-nonorm", "--knobs", "norm", "ln"], "knobs.norm"),
-            (["tiny.yaml", "--knobs", "norms", "ln"], "no knobs norms"),
+            (["tiny.yaml", "--knobs", "norms", "ln"], "do not have the knobs norms"),
             (["tiny.yaml", "--knobs", "norm", "batch"], "norm"),
             (["tiny.yaml", "--knobs", "n_layer", "3"], "knobs contains n_layer"),
             (["tiny.yaml", "--knobs", "norm"], "alternate"),

@@ -256,7 +256,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_counts_once(make_gpt2):
 def test_evaluation_leaves_every_buffer_as_it_was(make_gpt2):
     sites = frozen(make_gpt2(), merged=False)
     before = copy.deepcopy(dict(sites.model.named_buffers()))
-    assert len(before) == 6 * len(list(sites))
+    assert len(before) == 7 * len(list(sites))
     logits(sites.model, OTHER_TOKENS)
     sites.model.generate(TOKENS, max_new_tokens=2, do_sample=False, pad_token_id=1)
     for name, buffer in sites.model.named_buffers():
