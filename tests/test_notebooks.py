@@ -39,6 +39,7 @@ def test_there_are_nine_and_those_of_the_sweeps():
         "order",
         "pace",
         "removed_vs_never",
+        "smollm2",
     }
 
 

@@ -31,7 +31,7 @@ from finetune.text import Text, load_blocks
 TABLE = Path(__file__).with_name("subsets.csv")
 BLOCKS = 6
 """Of each text."""
-GUARDS = (None, 1.2, 1.5, 2.0, 4.0)
+GUARDS = (None, 1.2, 2.0)
 """What is tried where all sites divide by constants."""
 
 
@@ -40,20 +40,12 @@ def kind(site: str) -> str:
     return site.rpartition(".")[2]
 
 
-def layer(site: str) -> int:
-    """Return the block of a site; that of the final norm comes last."""
-    return int(site.split(".")[1]) if site != "final" else sys.maxsize
-
-
 SETS: dict[str, Callable[[str], bool]] = {
     "none": lambda site: False,
     "MLP": lambda site: kind(site) == "mlp",
-    "MLP from block 4": lambda site: kind(site) == "mlp" and layer(site) >= 4,
     "QK": lambda site: kind(site) == "qk",
     "V": lambda site: kind(site) == "v",
     "MLP, QK": lambda site: kind(site) in ("mlp", "qk"),
-    "MLP, V": lambda site: kind(site) in ("mlp", "v"),
-    "final": lambda site: site == "final",
     "all but final": lambda site: site != "final",
     "all": lambda site: True,
 }
