@@ -623,8 +623,8 @@ def describe(frame: pd.DataFrame) -> str:
         name = model if divisor == "none" else f"{model}, {DIVISORS[divisor]}"
         parts.append(f"{name}: {contribution:.3f} and {effect:.3f}")
     return (
-        "R² of the contribution and of the direct effect, median edge of each kind, mean over edges from heads and "
-        f"MLPs: {'; '.join(parts)}. A token's own divisor makes the contribution 1 by definition."
+        "R² of the contribution and of the direct effect, for the median edge of each kind, averaged over edges from "
+        f"heads and MLPs: {'; '.join(parts)}. With a token's own divisor, that of the contribution is 1 by definition."
     )
 
 
@@ -638,8 +638,9 @@ def describe_ranking(frame: pd.DataFrame) -> str:
         own, random = (np.average(group[column], weights=group["edges"]) for column in _PRECISIONS)
         parts.append(f"{model}, {SCORES[score]}: {own:.2f} against {random:.2f}")
     return (
-        "Average precision between heads, mean over edges to queries, keys and values, against that of random weights: "
-        f"{'; '.join(parts)}. Where nothing divides, the strength does not know how long the stream is."
+        "Average precision (1 where the largest edges have the highest scores) for edges between heads, averaged over "
+        f"queries, keys and values, against that of random weights: {'; '.join(parts)}. Without norms, W_V holds what "
+        "its layer divides by, so that strengths cannot be compared between layers."
     )
 
 
@@ -661,7 +662,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=col,
             )
-    figure.update_yaxes(title="R², median edge", col=1)
+    figure.update_yaxes(title="R² (median edge)", col=1)
     return _by_kind(figure)
 
 
@@ -674,9 +675,9 @@ def plot_distances(frame: pd.DataFrame) -> go.Figure:
     heads = heads.sort_values("kind", key=lambda kinds: kinds.map([*KINDS].index), kind="stable")
     heads = heads.assign(kind=heads["kind"].map(KINDS), divisor=heads["divisor"].replace(_ONE))
     figure = figures.lines(
-        heads, "distance", {"r2_effect": "R² of direct effects,<br>median edge"}, column="kind", dash="divisor"
+        heads, "distance", {"r2_effect": "R² of direct effects<br>(median edge)"}, column="kind", dash="divisor"
     )
-    return figure.update_xaxes(title="Distance in layers").update_layout(height=360)
+    return figure.update_xaxes(title="Layers from writer to reader").update_layout(height=360)
 
 
 @figures.of_text
@@ -702,7 +703,8 @@ def plot_ranking(frame: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=1 + list(SCORES).index(score),
             )
-    figure.update_yaxes(title=f"Average precision of the<br>largest {100 * TOP:.0f} % of edges", col=1, range=[0, 1])
+    figure.update_layout(title="Of the model’s weights (●) and of random weights (○, with std over draws)")
+    figure.update_yaxes(title=f"Average precision for the<br>largest {100 * TOP:.0f} % of edges", col=1, range=[0, 1])
     return _by_kind(figure)
 
 

@@ -108,7 +108,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot for each prompt of `measure` how many tokens agree, and the loss of the text under the reference."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.08)
     quantities = {
-        "agreed": "Agrees with the reference<br>(tokens, from the first)",
+        "agreed": "Agreement with the reference<br>(tokens, from the first)",
         "reference_loss": "Loss under the reference<br>(nats/token)",
     }
     for row, (quantity, title) in enumerate(quantities.items(), start=1):
