@@ -79,8 +79,8 @@ def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot the table of `measure`: fractions on the left, entropy on the right."""
     shares = {
         "sink_rate": "Sink rate",
-        "sink_rate_code": "Sink rate with<br>query 0 counted",
-        "attention_to_0": "Attention to<br>position 0",
+        "sink_rate_code": "Sink rate,<br>counting query 0",
+        "attention_to_0": "Mean attention<br>to position 0",
     }
     figure = make_subplots(1, 2, column_widths=[0.75, 0.25], horizontal_spacing=0.12)
     for row in frame.itertuples():
@@ -101,7 +101,7 @@ def plot_heads(frame: pd.DataFrame) -> go.Figure:
         frame,
         {
             "sink_rate": ("Sink rate<br>(share)", {"cmin": 0, "cmax": 1}),
-            "attention_to_0": ("Attention to<br>position 0<br>(share)", {"cmin": 0, "cmax": 1}),
+            "attention_to_0": ("Mean attention<br>to position 0<br>(share)", {"cmin": 0, "cmax": 1}),
             "entropy": ("Entropy<br>(nats)", entropy),
         },
     )

@@ -303,7 +303,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
             mode="markers",
             marker={"color": palette.colour(model), "size": 9},
             customdata=group[["difference", "difference_error", "examples"]],
-            hovertemplate="%{x}: %{y:.4f}, minus the reference %{customdata[0]:.4f} ± %{customdata[1]:.4f}, "
+            hovertemplate="%{x}: %{y:.4f}, minus the reference’s %{customdata[0]:.4f} ± %{customdata[1]:.4f}, "
             "%{customdata[2]} examples",
             row=metrics.index(metric) + 1,
             col=1,

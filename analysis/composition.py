@@ -648,8 +648,9 @@ def describe_ranking(frame: pd.DataFrame) -> str:
         own, random = (np.average(group[column], weights=group["edges"]) for column in _PRECISIONS)
         parts.append(f"{model}, {SCORES[score]}: {own:.2f} against {random:.2f}")
     return (
-        "Average precision for edges between heads, averaged over edges to queries, keys and values, against that of "
-        f"random weights: {'; '.join(parts)}. Without norms, the strength does not account for the stream's length."
+        "Average precision (1 where the largest edges have the highest scores) for edges between heads, averaged over "
+        f"queries, keys and values, against that of random weights: {'; '.join(parts)}. Without norms, W_V holds what "
+        "its layer divides by, so that strengths cannot be compared between layers."
     )
 
 
@@ -671,7 +672,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=col,
             )
-    figure.update_yaxes(title="R², median edge", col=1)
+    figure.update_yaxes(title="R² (median edge)", col=1)
     return _by_kind(figure)
 
 
@@ -684,9 +685,9 @@ def plot_distances(frame: pd.DataFrame) -> go.Figure:
     heads = heads.sort_values("kind", key=lambda kinds: kinds.map([*KINDS].index), kind="stable")
     heads = heads.assign(kind=heads["kind"].map(KINDS), divisor=heads["divisor"].replace(_ONE))
     figure = figures.lines(
-        heads, "distance", {"r2_effect": "R² of direct effects,<br>median edge"}, column="kind", dash="divisor"
+        heads, "distance", {"r2_effect": "R² of direct effects<br>(median edge)"}, column="kind", dash="divisor"
     )
-    return figure.update_xaxes(title="Distance in layers").update_layout(height=360)
+    return figure.update_xaxes(title="Layers from writer to reader").update_layout(height=360)
 
 
 @figures.of_text
@@ -712,7 +713,8 @@ def plot_ranking(frame: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=1 + list(SCORES).index(score),
             )
-    figure.update_yaxes(title=f"Average precision of the<br>largest {100 * TOP:.0f} % of edges", col=1, range=[0, 1])
+    figure.update_layout(title="Of the model’s weights (●) and of random weights (○, with std over draws)")
+    figure.update_yaxes(title=f"Average precision for the<br>largest {100 * TOP:.0f} % of edges", col=1, range=[0, 1])
     return _by_kind(figure)
 
 

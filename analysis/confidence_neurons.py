@@ -43,9 +43,9 @@ LARGE = 0.1
 """The fraction of neurons, those with the largest ‖w_out‖, from which candidates are chosen."""
 
 PARTS = {
-    "total": "In all",
-    "direct": "With the final norm's<br>scale frozen",
-    "through_ln": "Through the final<br>norm's scale",
+    "total": "Total change",
+    "direct": "With the final norm’s<br>scale held",
+    "through_ln": "Through the final<br>norm’s scale",
 }
 MEASURES = {"entropy": "entropy", "loss": "CE"}
 
@@ -115,7 +115,10 @@ def describe(frame: pd.DataFrame) -> str:
     for model, rows in frame.groupby("model", sort=False):
         change, clean = rows["through_ln"].abs().max(), rows["clean"].iloc[0]
         found.append(f"{model}: {change:.2g} of {clean:.3g} ({100 * change / clean:.2g} %)")
-    return f"Largest change of entropy by one neuron that goes through the final norm, nats/token: {'; '.join(found)}."
+    return (
+        "Largest change of entropy by one neuron that goes through the final norm, nats/token, of the entropy without "
+        f"ablation: {'; '.join(found)}."
+    )
 
 
 def measure_spectrum(models: Mapping[str, Any], neurons: Sequence[int]) -> pd.DataFrame:
@@ -338,7 +341,7 @@ def plot_neurons(frame: pd.DataFrame) -> go.Figure:
             row=1,
             col=models.index(model) + 1,
         )
-    figure.update_yaxes(type="log").update_xaxes(title="‖w_out‖ (units of<br>the stream)")
+    figure.update_yaxes(type="log").update_xaxes(title="Norm of the output<br>weights, ‖w_out‖")
     return figure.update_yaxes(title="LogitVar (no unit)", col=1)
 
 
@@ -353,7 +356,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 def plot_cumulative(frame: pd.DataFrame) -> go.Figure:
     """Plot the changes by several neurons together in the table of `measure`, against their number."""
     figure = _plot_changes(frame[frame["ablation"] == "together"], "ablated", go.Scatter)
-    return figure.update_xaxes(title="Neurons ablated", row=len(MEASURES))
+    return figure.update_xaxes(title="Number of neurons ablated", row=len(MEASURES))
 
 
 def _plot_changes(frame: pd.DataFrame, x: str, trace: type[go.Bar] | type[go.Scatter]) -> go.Figure:
@@ -390,5 +393,5 @@ def plot_spectrum(frame: pd.DataFrame) -> go.Figure:
             figure.add_scatter(y=values, name=model, showlegend=False, **style, row=1, col=1)
         figure.add_scatter(y=group["cumulative"], name=f"{model}, {neurons}", **style, row=2, col=1)
     figure.update_yaxes(title="Singular value of W_U<br>(logits per unit read)", type="log", row=1)
-    figure.update_yaxes(title="Cumulative share<br>of ‖w_out‖²", row=2)
-    return figure.update_xaxes(title="Singular direction, from the largest (number)", row=2)
+    figure.update_yaxes(title="Share of ‖w_out‖² up to<br>this direction", row=2)
+    return figure.update_xaxes(title="Singular direction of W_U, from the largest", row=2)

@@ -162,7 +162,10 @@ def describe(frame: pd.DataFrame) -> str:
         f"{row.Index}: {row.residue_relative:.2g} by contribution, {row.effect_residue_relative:.2g} by direct effect"
         for row in most.itertuples()
     ]
-    return f"Largest |sum over components − reader|, as a fraction of the largest |reader|: {'; '.join(residues)}."
+    return (
+        "How far the sum over all components is from the value that is read, at the most, as a share of the largest "
+        f"such value: {'; '.join(residues)}."
+    )
 
 
 @figures.of_text
@@ -179,8 +182,8 @@ def plot(frame: pd.DataFrame) -> go.Figure:
             texttemplate="%{y:.3g}",
             textposition="outside",
         )
-    figure.update_xaxes(title="Kind of reader")
-    return figure.update_yaxes(title="NMAE of contributions (%)")
+    figure.update_xaxes(title="What reads the output of heads")
+    return figure.update_yaxes(title="Error of contributions (NMAE, %)")
 
 
 @figures.of_text
@@ -199,8 +202,8 @@ def plot_layers(frame: pd.DataFrame) -> go.Figure:
             row=1,
             col=kinds.index(kind) + 1,
         )
-    figure.update_xaxes(title="Layer", dtick=max(1, int(frame["reader_layer"].max()) // 6))
-    return figure.update_yaxes(title="NMAE of contributions,<br>all components (%)", col=1)
+    figure.update_xaxes(title="Layer of the reader", dtick=max(1, int(frame["reader_layer"].max()) // 6))
+    return figure.update_yaxes(title="Error of contributions of<br>all components (NMAE, %)", col=1)
 
 
 @torch.inference_mode()

@@ -148,12 +148,12 @@ def measure(
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot the table of `measure`, one panel per quantity."""
     titles = {
-        "jsd": "JSD to the<br>reference (nats)",
-        "kl": "KL from the<br>reference (nats)",
-        "agreement": "Same top<br>token (share)",
-        "rank_correlation": f"Rank correlation<br>of the top {_TOP}",
-        "entropy": "Entropy (nats)",
-        "ece": "ECE (probability)",
+        "jsd": "JSD to the reference<br>(nats/token)",
+        "kl": "KL from the reference<br>(nats/token)",
+        "agreement": "Same top token as<br>the reference (share)",
+        "rank_correlation": f"Rank correlation of the<br>reference’s top {_TOP}",
+        "entropy": "Entropy of predictions<br>(nats/token)",
+        "ece": "Calibration error<br>(ECE, probability)",
     }
     figure = make_subplots(2, 3, horizontal_spacing=0.12, vertical_spacing=0.25, subplot_titles=list(titles.values()))
     colours = [palette.colour(name) for name in frame["model"]]
@@ -198,7 +198,7 @@ def plot_calibration(frame: pd.DataFrame) -> go.Figure:
         middle = (bins["bin_start"] + bins["bin_end"]) / 2
         figure.add_bar(x=middle, y=share, marker=line, showlegend=False, **style, row=2, col=1)
     figure.update_xaxes(title="Probability of the top token", row=2, col=1)
-    figure.update_yaxes(title="Accuracy of the top token<br>(share)", row=1, col=1)
+    figure.update_yaxes(title="How often the top token<br>is right (share)", row=1, col=1)
     return figure.update_yaxes(title="Tokens<br>(share)", row=2, col=1)
 
 
@@ -222,10 +222,14 @@ def measure_layers(
 
 @figures.of_text
 def plot_layers(frame: pd.DataFrame) -> go.Figure:
-    """Plot the table of `measure_layers`, one column per choice of positions."""
-    frame = _compared(frame).replace({"positions": {name: f"positions: {name}" for name in _POSITIONS}})
-    quantities = {"cosine": "Cosine similarity<br>(no unit)", "cka": "Linear CKA<br>(no unit)"}
-    return figures.lines(frame, "layer", quantities, column="positions").update_xaxes(title="Blocks before", row=2)
+    """Plot what `measure_layers` returns, one column per choice of positions."""
+    frame = _compared(frame).replace(
+        {"positions": dict(zip(_POSITIONS, ("All positions", "Positions after 0"), strict=True))}
+    )
+    quantities = {"cosine": "Mean cosine similarity<br>(no unit)", "cka": "Linear CKA<br>(no unit)"}
+    return figures.lines(frame, "layer", quantities, column="positions").update_xaxes(
+        title="Number of blocks before", row=2
+    )
 
 
 def measure_heads(
@@ -253,7 +257,7 @@ def plot_heads(frame: pd.DataFrame) -> go.Figure:
     return figures.heat_maps(
         _compared(frame),
         {
-            "attention_distance": ("Distance of<br>attention<br>(0 to 1)", {"cmin": 0}),
+            "attention_distance": ("Total variation<br>distance of<br>attention (0 to 1)", {"cmin": 0}),
             "dla_correlation": ("Correlation<br>of DLA<br>(no unit)", {"cmax": 1}),
         },
     )
@@ -293,9 +297,9 @@ def plot_neurons(frame: pd.DataFrame) -> go.Figure:
             upperfence=quantiles[0.95],
             marker_color=palette.colour(name),
         )
-    figure.update_layout(boxmode="group", title="5, 25, 50, 75 and 95 % of a layer’s neurons")
+    figure.update_layout(boxmode="group", title="Median, quartiles, and 5th and 95th percentiles over neurons")
     figure.update_xaxes(title="Layer", dtick=1)
-    return figure.update_yaxes(title="Correlation of activations<br>(no unit)")
+    return figure.update_yaxes(title="Correlation of activations<br>with the reference’s")
 
 
 def _check(models: Mapping[str, Any], reference: str) -> None:

@@ -12,8 +12,9 @@ from plotly.subplots import make_subplots
 from analysis import palette
 
 TAIL = {"median": 50, "percentile_95": 95, "percentile_99_9": 99.9, "max": 100}
-"""Percentiles, by their names in tables."""
-TAIL_TITLE = "Median (●), 95 % (▲), 99.9 % (◆), maximum (✖)"
+"""Percentiles by the names that they have in tables."""
+TAIL_TITLE = "Median (●), 95th percentile (▲), 99.9th percentile (◆) and maximum (✖) over tokens"
+_TAIL_NAMES = dict(zip(TAIL, ("median", "95th percentile", "99.9th percentile", "maximum"), strict=True))
 _SYMBOLS = ("circle", "triangle-up", "diamond", "x")
 
 
@@ -52,7 +53,7 @@ def add_tail(
             offsetgroup=model,
             mode="markers",
             marker={"color": palette.colour(model), "size": 9, "symbol": symbol},
-            hovertemplate=f"%{{x}}: {name} %{{y:.3g}}",
+            hovertemplate=f"%{{x}}: {_TAIL_NAMES[name]} %{{y:.3g}}",
             showlegend=legend and name == "median",
             row=row,
             col=col,

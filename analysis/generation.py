@@ -109,7 +109,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot the table of `measure`: for each prompt, how many tokens agree, and the loss under the reference."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.08)
     quantities = {
-        "agreed": "Agrees with the reference<br>(tokens, from the first)",
+        "agreed": "Agreement with the reference<br>(tokens, from the first)",
         "reference_loss": "Loss under the reference<br>(nats/token)",
     }
     for row, (quantity, title) in enumerate(quantities.items(), start=1):

@@ -88,7 +88,9 @@ def describe_residue(frame: pd.DataFrame) -> str:
         f"{row.model}: {row.residue:.2g} by DLA, {row.effect_residue:.2g} by direct effect"
         for row in frame.itertuples()
     ]
-    return f"Largest |sum over components − logit| of a token, in logits: {'; '.join(residues)}."
+    return (
+        f"How far the sum over all components is from the logit, at the worst token, in logits: {'; '.join(residues)}."
+    )
 
 
 @figures.of_text
@@ -99,7 +101,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
             go.Bar(
                 name=row["model"],
                 legendgroup=row["model"],
-                x=["Mean over heads", "Pooled over heads"],
+                x=["Mean of the heads’ NMAE", "NMAE of all heads together"],
                 y=[row["nmae"], row["nmae_pooled"]],
                 marker_color=palette.colour(row["model"]),
                 texttemplate="%{y:.3g}",
@@ -108,7 +110,7 @@ def plot(frame: pd.DataFrame) -> go.Figure:
             for row in frame.to_dict("records")
         ]
     )
-    figure.update_yaxes(title=f"NMAE of DLA (%), W_U {frame['unembedding'].iloc[0]}")
+    figure.update_yaxes(title=f"Error of DLA (NMAE, %),<br>W_U {frame['unembedding'].iloc[0]}")
     return figure
 
 
@@ -186,7 +188,7 @@ def plot_components(frame: pd.DataFrame) -> go.Figure:
             hovertemplate="%{text}: direct effect %{x:.3g} logits, NMAE %{y:.3g} %",
         )
     figure.update_xaxes(title="Mean |direct effect| (logits)", type="log")
-    figure.update_yaxes(title=f"NMAE of DLA (%), W_U {frame['unembedding'].iloc[0]}")
+    figure.update_yaxes(title=f"Error of DLA (NMAE, %),<br>W_U {frame['unembedding'].iloc[0]}")
     return figure
 
 
@@ -194,7 +196,9 @@ def plot_components(frame: pd.DataFrame) -> go.Figure:
 def plot_heads(frame: pd.DataFrame) -> go.Figure:
     """Plot the NMAE of the heads in the table of `measure_components`: one map of layer and head per model."""
     heads = frame[frame["component"] == "head"]
-    return figures.heat_maps(heads, {"nmae": (f"NMAE (%),<br>W_U {heads['unembedding'].iloc[0]}", {"cmin": 0})})
+    return figures.heat_maps(
+        heads, {"nmae": (f"Error of DLA<br>(NMAE, %),<br>W_U {heads['unembedding'].iloc[0]}", {"cmin": 0})}
+    )
 
 
 @torch.inference_mode()
@@ -262,8 +266,8 @@ def plot_prompt(frame: pd.DataFrame) -> go.Figure:
             marker_color=palette.colour(name),
         )
     text = last[["token", "target"]].iloc[0]
-    figure.update_xaxes(title=f"Component (the {len(largest)} largest), after {text['token']}", tickangle=-90)
-    figure.update_yaxes(title=f"DLA of {text['target']} (logits), W_U {last['unembedding'].iloc[0]}")
+    figure.update_xaxes(title=f"The logit, and the {len(largest)} components with the largest DLA", tickangle=-90)
+    figure.update_yaxes(title=f"DLA to the logit of {text['target']}<br>(logits), W_U {last['unembedding'].iloc[0]}")
     return figure
 
 
@@ -325,10 +329,10 @@ def plot_lens(frame: pd.DataFrame) -> go.Figure:
     """Plot the table of `measure_lens` by layer."""
     quantities = {
         "loss": "CE<br>(nats/token)",
-        "agreement": "Final top<br>token (share)",
-        "logit": f"Logit of target,<br>W_U {frame['unembedding'].iloc[0]}",
+        "agreement": "Same top token<br>as at the end (share)",
+        "logit": f"Logit of the target,<br>W_U {frame['unembedding'].iloc[0]}",
     }
-    return figures.lines(frame, "layer", quantities).update_xaxes(title="Blocks before", row=len(quantities))
+    return figures.lines(frame, "layer", quantities).update_xaxes(title="Number of blocks before", row=len(quantities))
 
 
 def token_text(model: Any, token: int | Tensor) -> str:

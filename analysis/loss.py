@@ -171,8 +171,8 @@ def worst_tokens(
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot the table of `measure`: means with standard errors, and the tail."""
-    titles = "Mean, with standard error", figures.TAIL_TITLE
+    """Plot what `measure` returns: means with standard errors, and the tail."""
+    titles = "Mean over tokens, with its standard error over documents", figures.TAIL_TITLE
     figure = make_subplots(2, 1, subplot_titles=titles, vertical_spacing=0.15)
     for model, group in frame.groupby("model", sort=False):
         figure.add_scatter(
@@ -208,11 +208,11 @@ def plot_positions(frame: pd.DataFrame) -> go.Figure:
             mode="lines",
             line={"color": palette.colour(model), "width": 1.5},
             customdata=group["loss_error"],
-            hovertemplate="position %{x}: %{y:.3f} ± %{customdata:.3f}",
+            hovertemplate="position %{x}: %{y:.3f} ± %{customdata:.3f} nats/token",
             row=texts.index(text) + 1,
             col=1,
         )
-    figure.update_xaxes(type="log", dtick="D2").update_xaxes(title="Position (tokens)", row=len(texts))
+    figure.update_xaxes(type="log", dtick="D2").update_xaxes(title="Position in the block (tokens)", row=len(texts))
     return figure.update_yaxes(title="Mean CE (nats/token)")
 
 
@@ -237,8 +237,8 @@ def plot_tokens(frame: pd.DataFrame, reference: str = "original") -> go.Figure:
             row=texts.index(text) + 1,
             col=1,
         )
-    figure.update_xaxes(title=f"CE minus that of {reference} (nats)", row=len(texts))
-    return figure.update_yaxes(title="Tokens", type="log")
+    figure.update_xaxes(title=f"CE of a token minus that of {reference} (nats)", row=len(texts))
+    return figure.update_yaxes(title="Number of tokens", type="log")
 
 
 def _panels(texts: list[str]) -> go.Figure:

@@ -151,7 +151,7 @@ def measure_stds(
 
 @figures.of_text
 def plot(frame: pd.DataFrame) -> go.Figure:
-    """Plot the table of `measure`: means by text, and the maximum over tokens (✖)."""
+    """Plot what `measure` returns: means by text, and the largest of a token (✖)."""
     titles = {"difference": "Loss minus the original's<br>(nats/token)", "jsd": "JSD to the original<br>(nats/token)"}
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.08)
     for model, group in frame[frame["jsd_max"] > 0].groupby("model", sort=False):
@@ -167,14 +167,14 @@ def plot(frame: pd.DataFrame) -> go.Figure:
                     mode="markers",
                     cliponaxis=False,
                     marker={"color": palette.colour(str(model)), "size": 9, "symbol": symbol},
-                    hovertemplate=f"%{{x}}: {name} %{{y:.3g}}",
+                    hovertemplate=f"%{{x}}: {'worst token' if symbol == 'x' else 'mean'} %{{y:.3g}} nats",
                     row=row,
                     col=1,
                 )
     for row, title in enumerate(titles.values(), start=1):
         figure.update_yaxes(title=title, row=row, col=1)
     figure.update_yaxes(type="log", row=2).update_xaxes(title="Text", row=2)
-    return figure.update_layout(scattermode="group", title="Mean (●) and largest token (✖)", height=600)
+    return figure.update_layout(scattermode="group", title="Mean over tokens (●) and worst token (✖)", height=600)
 
 
 @figures.of_text
@@ -198,12 +198,13 @@ def plot_stds(frame: pd.DataFrame) -> go.Figure:
             mode="lines+markers",
             line={"color": colours[point], "width": 1.5},
             marker={"size": np.clip(2 + np.log2(line["tokens"].to_numpy(float)), 3, 10)},
-            hovertemplate="%{x:.2f} × the constant: mean %{y:.3f}, worst %{customdata[0]:.2f}, %{customdata[1]} tokens",
+            hovertemplate="%{x:.2f} × the constant: mean %{y:.3f} nats, worst token %{customdata[0]:.2f} nats, "
+            "%{customdata[1]} tokens",
             row=texts.index(text) + 1,
             col=1,
         )
     figure.update_xaxes(type="log", tickvals=[2.0**power for power in range(-6, 7)])
-    figure.update_xaxes(title="Std of a token over the constant (no unit)", row=len(texts))
-    figure.update_yaxes(title="Excess loss<br>(nats/token)")
-    figure.update_layout(legend={"title": "Point<br>(layer, place)", "tracegroupgap": 0})
-    return figure.update_layout(title="Larger dots: more tokens", height=150 + 280 * max(1, len(texts)))
+    figure.update_xaxes(title="Std of a token over the constant (no unit; larger dots: more tokens)", row=len(texts))
+    figure.update_yaxes(title="Loss minus the<br>original's (nats/token)")
+    figure.update_layout(legend={"title": "Point<br>(block, resid_…)", "tracegroupgap": 0})
+    return figure.update_layout(height=150 + 280 * max(1, len(texts)))

@@ -63,11 +63,11 @@ def measure(models: Mapping[str, Any], tokens: Int[Tensor, "block pos"], *, batc
 def plot(frame: pd.DataFrame) -> go.Figure:
     """Plot the table of `measure` by point. Dotted lines are without position 0."""
     quantities = {
-        "kurtosis": "Kurtosis<br>(no unit, 1 to width)",
-        "max_median_ratio": "Max-median ratio<br>(no unit)",
-        "feature_correlation_rms": "Feature correlation<br>(RMS, no unit)",
-        "input_correlation": "Input correlation<br>(mean, no unit)",
+        "kurtosis": "Kurtosis<br>(1 to width)",
+        "max_median_ratio": "Max-median ratio",
+        "feature_correlation_rms": "Correlation of<br>features (RMS)",
+        "input_correlation": "Correlation of<br>tokens (mean)",
     }
     figure = figures.lines(frame.assign(point=frame["point"].map(label)), "point", quantities, dash="token_class")
     figure.update_yaxes(type="log", dtick="D2", row=1).update_yaxes(type="log", row=2)
-    return figure.update_xaxes(title="Point of the residual stream (layer, place)", row=4)
+    return figure.update_xaxes(title="Point of the residual stream (block, resid_pre, mid or post)", row=4)

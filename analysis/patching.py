@@ -226,8 +226,9 @@ told_apart = solved_by_all  # the old name
 def describe_pairs(frame: pd.DataFrame) -> str:
     """Describe how many of the pairs in the table of `measure_pairs` every model solves."""
     return (
-        f"{len(solved_by_all(frame))} of {frame['pair'].nunique()} pairs are patched: those that every model solves, "
-        "with a difference above 0 for the clean prompt and below 0 for the corrupt one."
+        f"{len(solved_by_all(frame))} of {frame['pair'].nunique()} pairs are patched: those for which every model "
+        "prefers the right answer to both prompts, so that the difference is above 0 for the clean prompt and below 0 "
+        "for the corrupt one."
     )
 
 
@@ -274,6 +275,7 @@ def plot_effects(frame: pd.DataFrame) -> go.Figure:
             mode="markers",
             marker={"color": palette.colour(model), "size": 4, "opacity": 0.5},
             name=model,
+            hovertemplate="activation patching %{x:.3f}, attribution patching %{y:.3f}",
             row=1,
             col=col,
         )
@@ -297,4 +299,4 @@ def plot_pairs(frame: pd.DataFrame) -> go.Figure:
                 legendgroup=model,
             )
     figure.update_layout(scattermode="group", xaxis={"title": "Pair (number)", "type": "category"})
-    return figure.update_yaxes(title="Logit of the clean prompt’s answer<br>minus the other’s (logits)")
+    return figure.update_yaxes(title="Logit of the clean prompt’s answer minus<br>that of the corrupt prompt’s answer")

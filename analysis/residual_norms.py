@@ -29,7 +29,8 @@ from analysis.batches import forwards
 from analysis.stream import Stream, label
 
 CLASSES = ("ordinary", "position 0", "end-of-text")
-"""The token classes. Position 0 takes precedence over end-of-text."""
+"""The classes of token; position 0 wins over end-of-text."""
+_TITLES = {"ordinary": "Ordinary tokens", "position 0": "Position 0", "end-of-text": "End-of-text tokens"}
 
 
 def residual_points(model: Any) -> list[str]:
@@ -181,9 +182,11 @@ def plot(frame: pd.DataFrame) -> go.Figure:
                 col=col,
             )
     for row, token_class in enumerate(classes, start=1):
-        figure.update_yaxes(title=token_class, row=row, col=1)
-    figure.update_layout(title="Mean, spread and maximum (—) over tokens", height=150 + 250 * len(classes))
-    figure.update_xaxes(title="Point of the residual stream<br>(layer, place)", row=len(classes))
+        figure.update_yaxes(title=_TITLES[token_class], row=row, col=1)
+    figure.update_layout(
+        title="Mean over tokens, with std over tokens (bars) and maximum (—)", height=150 + 250 * len(classes)
+    )
+    figure.update_xaxes(title="Point of the residual stream<br>(block, resid_pre, mid or post)", row=len(classes))
     return figure.update_yaxes(type="log", dtick="D2")
 
 
@@ -191,6 +194,10 @@ def plot(frame: pd.DataFrame) -> go.Figure:
 def plot_steps(frame: pd.DataFrame) -> go.Figure:
     """Plot the table of `measure`: growth and cosine from each point to the next, one column per token class."""
     steps = frame[frame["growth"].notna()].assign(point=lambda rows: rows["point"].map(label))
-    quantities = {"growth": "Growth of the L2 norm<br>(ratio)", "cosine": "Cosine to the point<br>before (no unit)"}
+    steps = steps.replace({"token_class": _TITLES})
+    quantities = {
+        "growth": "L2 norm over that at<br>the point before",
+        "cosine": "Cosine similarity<br>with the point before",
+    }
     figure = figures.lines(steps, "point", quantities, column="token_class").update_yaxes(type="log", dtick="D2", row=1)
-    return figure.update_xaxes(title="Point (layer, place)", row=2)
+    return figure.update_xaxes(title="Point (block, resid_…)", row=2)

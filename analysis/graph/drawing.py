@@ -84,7 +84,7 @@ def plot(graph: Graph) -> go.Figure:
         2 * layer + 2: f"MLP {layer}" for layer in range(layers)
     }
     figure.update_yaxes(tickvals=sorted(rows), ticktext=[rows[key] for key in sorted(rows)], zeroline=False)
-    title = f"{graph.model}: the circuit behind the logit of {graph.target}, {graph.held.logit:.3g}"
+    title = f"{graph.model}: what makes up the logit of {graph.target}, {graph.held.logit:.3g}"
     return figure.update_layout(
         title=html.escape(title, quote=False), showlegend=False, height=200 + 36 * len(rows), hovermode="closest"
     )
@@ -97,8 +97,8 @@ def _colour(value: float) -> str:
 def _node_texts(graph: Graph) -> list[str]:
     """Describe each node: its value, and the fraction of what flows into it that is shown."""
     return [
-        html.escape(f"{node.label} at {node.position}, {node.token}: {node.value:+.4g} logits", quote=False)
-        + ("" if math.isnan(node.completeness) else f"; shown {100 * node.completeness:.0f} % of what flows in")
+        html.escape(f"{node.label} at position {node.position}, {node.token}: {node.value:+.4g} logits", quote=False)
+        + ("" if math.isnan(node.completeness) else f"; {100 * node.completeness:.0f} % of its inflow is shown")
         for node in graph.nodes.itertuples()
     ]
 

@@ -233,5 +233,5 @@ def plot_interventions(frame: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=col,
             )
-    figure.update_xaxes(title="Predicted fall of the logit<br>(◇: the largest together)")
-    return figure.update_yaxes(title="Fall of the logit (logits)", col=1)
+    figure.update_xaxes(title="Predicted fall of the logit<br>(◇: several removed together)")
+    return figure.update_yaxes(title="Actual fall of the logit", col=1)

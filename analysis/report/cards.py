@@ -90,23 +90,23 @@ def loss_here(text: str, baseline: str, costs: Mapping[str, Cost]) -> Card:
     """Answer from the loss of the LN-free model on a text minus that of `baseline`, one of the models in `costs`."""
     cost = costs[baseline]
     if not cost.differs_from():
-        sentence = f"On {text} no difference to the {baseline} can be told from chance."
+        sentence = f"On {text}, the LN-free model’s loss differs from the {baseline}’s by no more than chance."
     elif cost.mean < 0:
         sentence = f"Nothing: the LN-free model predicts {text} better than the {baseline} does."
     elif cost.mean < 0.01:
-        sentence = f"Little: the LN-free model predicts {text} hardly worse than the {baseline} does."
+        sentence = f"Little: the LN-free model predicts {text} only slightly worse than the {baseline} does."
     else:
         sentence = f"The LN-free model predicts {text} worse than the {baseline} does."
     if others := [model for model in costs if model != baseline]:
-        sentence += f" The difference to the {others[0]}, which predicts it less well, is {costs[others[0]]}."
+        sentence += f" The difference from the {others[0]}, which predicts it less well, is {costs[others[0]]}."
     else:
-        sentence += " Without a control, what fine-tuning did and what losing the norms did cannot be told apart."
+        sentence += " Without a control, the effect of fine-tuning cannot be told from that of losing the norms."
     return Card(
         "What does losing the norms cost?",
         str(cost),
-        f"nats/token above the {baseline}, standard error over documents",
+        f"nats/token more loss than the {baseline}, ± standard error over documents",
         sentence,
-        f"+0.067 nats/token, 3.080 against the control’s 3.013 on OpenWebText ({_B25}).",
+        f"+0.067 nats/token on OpenWebText, 3.080 against the control’s 3.013 ({_B25}).",
     )
 
 
@@ -120,24 +120,27 @@ def loss_elsewhere(baseline: str, costs: Mapping[str, Cost], jsd: pd.Series | No
     text, there = max(others, key=lambda other: (other[1].differs_from(at_home), other[1].mean))
     both = f"{there} against {at_home}"
     if not there.differs_from(at_home):
-        sentence = f"On {text} no other cost than on {home} can be told from chance: {both}."
+        sentence = f"The cost on {text} differs from that on {home} by no more than chance: {both}."
     elif there.mean < at_home.mean:
-        sentence = f"No more: it costs less on {text} than on {home}, {both}."
+        sentence = f"No more: it costs less on {text} than on {home}: {both}."
     elif there.mean < 0:
-        sentence = f"It gains less on {text} than on {home}: {both}."
+        sentence = f"The LN-free model gains less on {text} than on {home}: {both}."
     else:
         sentence = f"It costs more on {text} than on {home}: {both}."
     rest = [f"{name} {cost}" for name, cost in others if name != text]
-    sentence += f" On others: {', '.join(rest)}." if rest else ""
+    sentence += f" On other texts: {', '.join(rest)}." if rest else ""
     if jsd is not None:
         order = (text, *(name for name, _ in others if name != text), home)
-        sentence += f" JSD to the original, nats/token: {', '.join(f'{jsd[name]:.4f} on {name}' for name in order)}."
+        sentence += (
+            " How far its predictions are from the original’s (mean Jensen–Shannon divergence, JSD, nats/token): "
+            f"{', '.join(f'{jsd[name]:.4f} on {name}' for name in order)}."
+        )
     return Card(
-        "And on other text?",
+        "What does it cost on other text?",
         str(there),
-        f"nats/token on {text} above the {baseline}, standard error over documents",
+        f"nats/token more loss than the {baseline} on {text}, ± standard error over documents",
         sentence,
-        f"+0.034 nats/token on The Pile, 2.885 against the control’s 2.851, next to +0.067 on OpenWebText ({_B25}).",
+        f"+0.034 nats/token on The Pile, 2.885 against the control’s 2.851, and +0.067 on OpenWebText ({_B25}).",
     )
 
 
@@ -155,28 +158,30 @@ def _costs(frame: pd.DataFrame, baseline: str) -> dict[str, Cost]:
 def position_0(before: float, at_before: str, after: float, at_after: str) -> Card:
     """Answer from the norm at position 0 divided by that at other positions, before and after, each at its maximum."""
     if max(before, after) < 1.5:
-        sentence = "There is nothing to lose: in both models its norm is like that of other positions."
+        sentence = "Nothing: in both models residual vectors at position 0 are about as long as elsewhere."
     elif before < 1.5:
         sentence = (
-            f"It stands out in the LN-free model alone: {after:.1f} times the norm of other positions {at_after}."
+            f"It stands out only in the LN-free model, where its residual vectors are up to {after:.1f} times as long "
+            f"as others, {at_after}."
         )
     elif before < 4:
         sentence = (
-            f"It stands out weakly in the original: at most, {at_before}, its norm is {before:.1f} times that of other "
-            f"positions; in the LN-free model, {at_after}, {after:.1f} times."
+            f"It stands out weakly. In the original its residual vectors are up to {before:.1f} times as long as "
+            f"others, {at_before}; in the LN-free model, {after:.1f} times, {at_after}."
         )
     else:
         change = "falls to" if after < 0.9 * before else "rises to" if after > 1.1 * before else "stays at"
         sentence = (
-            f"At most, {at_before}, its norm is {before:.1f} times that of other positions; it {change} {after:.1f} "
-            f"times, {at_after}."
+            f"In the original its residual vectors are up to {before:.1f} times as long as others, {at_before}. In the "
+            f"LN-free model this {change} {after:.1f} times, {at_after}."
         )
     return Card(
         "What becomes of position 0?",
         f"{before:.1f} → {after:.1f}",
-        "× the norm of other positions, where it is most",
+        "times the residual norm of other positions, at its maximum, original → LN-free",
         sentence,
-        f"42 times before, std 92.7 against 2.22 after block 2 ({_H24}); norm up to about 3100 ({_B25}).",
+        f"42 times in the original, a std of 92.7 against 2.22 after block 2 ({_H24}); a norm of up to about 3100 "
+        f"({_B25}).",
     )
 
 
@@ -193,16 +198,16 @@ def _position_0(frame: pd.DataFrame) -> Card:
 def attention_sinks(before: float, after: float) -> Card:
     """Answer from the sink rates of the original and of the LN-free model, as fractions."""
     if max(before, after) < 0.05:
-        sentence = "No, in neither model: hardly a head ever attends much to position 0."
+        sentence = "No, in neither model: heads hardly ever attend much to position 0."
     elif before < 0.05:
-        sentence = "Not in the original, but in the LN-free model there are."
+        sentence = "Not in the original, but in the LN-free model."
     else:
-        change = "fewer of them" if after < 0.9 * before else "more of them" if after > 1.1 * before else "as many"
-        sentence = f"Yes, and in the LN-free model there are {change}."
+        change = "fewer" if after < 0.9 * before else "more" if after > 1.1 * before else "about as many"
+        sentence = f"Yes, and {change} in the LN-free model."
     return Card(
         "Are there attention sinks?",
         f"{100 * before:.1f} → {100 * after:.1f}",
-        "% of queries, over all heads, attend to position 0 with more than 0.3",
+        "% of queries, over all heads, with more than 0.3 of their attention on position 0, original → LN-free",
         sentence,
         f"55.3 % → 45.3 % ({_B25}).",
         "GPT-2 medium",
@@ -217,19 +222,20 @@ def exact_attribution(before: float, after: float, residue: float) -> Card:
     up.
     """
     if after > 0.1 or not residue < 0.01:
-        sentence = "It is not in the LN-free model, where it should be: the norms of this model are not entirely gone."
+        sentence = "Not in the LN-free model, where it should be: its norms are not entirely gone."
     elif before < 1:
-        sentence = "Yes, but it nearly was before: the original’s attributions are hardly off."
+        sentence = "Yes, but the original’s attributions were nearly exact already."
     elif before < 10:
-        sentence = (
-            "Yes. In the original it was off by a little: what the final norm hides from it is a weak effect here."
-        )
+        sentence = "Yes. The original’s attributions were only slightly off: its final norm changes little here."
     else:
-        sentence = "Yes. In the original it misses the effect that removing a head really has by this much on average."
+        sentence = (
+            f"Yes. In the original, what a head is said to add to a logit is off by {before:.0f} % of what removing "
+            "the head takes from it, on average."
+        )
     return Card(
         "Is direct logit attribution exact?",
         f"{before:.2f} → {after:.2f}",
-        "% NMAE, mean over heads",
+        "% error of the attribution to a head (NMAE), mean over heads, original → LN-free",
         sentence,
         f"49.07 % → 0.00 %; control 57.85 % ({_B25}).",
     )
@@ -244,19 +250,20 @@ def exact_edges(before: pd.Series, after: pd.Series, residue: float) -> Card:
     if after.max() > 0.1 or not residue < 0.01:
         sentence = "Not in the LN-free model, where each should be: its norms are not entirely gone."
     elif before.max() < 1:
-        sentence = "Yes, but they nearly were before: what the original’s parts read of each other is hardly off."
+        sentence = "Yes, but the original’s edges were nearly exact already."
     else:
         worst, best = (_READERS[kind] for kind in (before.idxmax(), before.idxmin()))
         sentence = (
-            f"Yes: taken out, a head changes what reads it by what it contributes. In the original norms are in the "
-            f"way, of {worst} the most and of {best} the least."
+            "Yes: removing a head changes what reads it by exactly what the head contributes. In the original the "
+            f"norms in between interfere, most for {worst} and least for {best}."
         )
     return Card(
-        "Is every edge exact?",
+        "Is every edge from a head exact?",
         f"{before.min():.0f}–{before.max():.0f} → {after.max():.2f}",
-        "% NMAE, mean over heads, from the best to the worst kind of reader",
+        "% error of what a head contributes to logits, queries, keys, values and MLPs (NMAE, mean over heads, from the "
+        "best of these to the worst), original → LN-free",
         sentence,
-        f"of the logit alone: 49.07 % → 0.00 %; control 57.85 % ({_B25}).",
+        f"For the logit alone, 49.07 % → 0.00 %; control 57.85 % ({_B25}).",
     )
 
 
@@ -264,16 +271,17 @@ def same_model(ln_free: float, control: float | None) -> Card:
     """Answer from the mean JSD to the original of the LN-free model and of the control, in nats/token."""
     if not control:
         number = f"{ln_free:.4f}"
-        without = "without a control" if control is None else "with a control that is the original itself"
-        sentence = f"This far from the original’s predictions; {without}, what of it is fine-tuning’s is unknown."
+        without = "Without a control" if control is None else "With a control that is the original itself"
+        sentence = f"{without}, it is unknown how much of this distance is due to fine-tuning."
     else:
         number = f"{ln_free:.4f} / {control:.4f}"
         if ln_free <= control:
             sentence = (
-                "No farther from the original’s predictions than those of the control, which was fitted to the text."
+                "Its predictions are no farther from the original’s than those of the control, which was fitted to the "
+                "text."
             )
         elif ln_free < 1.25 * control:
-            sentence = "Its predictions are hardly farther from the original’s than those of the control."
+            sentence = "Its predictions are only slightly farther from the original’s than those of the control."
         else:
             sentence = (
                 f"Its predictions are {ln_free / control:.1f} times as far from the original’s as those of the control."
@@ -281,9 +289,10 @@ def same_model(ln_free: float, control: float | None) -> Card:
     return Card(
         "Is it still the same model?",
         number,
-        "nats JSD to original, LN-free" + ("" if control is None else " / control"),
+        "nats/token of Jensen–Shannon divergence (JSD) to the original’s predictions, LN-free"
+        + ("" if control is None else " / control"),
         sentence,
-        f"0.0393 / 0.0202 nats, LN-free / control ({_B25}).",
+        f"0.0393 / 0.0202 nats/token, LN-free / control ({_B25}).",
     )
 
 

@@ -139,18 +139,17 @@ def _facts(model: Any, samples: Mapping[str, Sample], prefix: str | None) -> dic
     return {
         "Text": "; ".join(sample.description for sample in samples.values()),
         "Packing": (
-            "as in training: documents one after another, each ended by the end-of-text token, cut in blocks of "
-            f"{next(iter(samples.values())).tokens.shape[1]} tokens, "
+            "as in training: documents follow one another, each ended by the end-of-text token, and are cut into "
+            f"blocks of {next(iter(samples.values())).tokens.shape[1]} tokens, with "
             f"{'nothing' if prefix is None else repr(prefix)} prepended; the blocks are spread evenly over the text, "
-            "of a Hub data set the first ones"
+            "or are the first ones of a Hub data set"
         ),
         "Models": (
-            "norms folded into the weights that read them; "
+            "the weights and biases of norms are folded into the weights that read them; "
             + (
-                "the mean over the width of what is written to the residual stream, which RMSNorm reads, left in"
+                "weights that write to the residual stream are not centred, because RMSNorm reads its mean"
                 if Stream(model).norm == "RMS"
-                else "the mean over the width of what is written to the residual stream, on which no prediction "
-                "depends, taken out"
+                else "weights that write to the residual stream are centred, which changes no prediction"
             )
         ),
         "Made": time.strftime("%Y-%m-%d %H:%M %Z"),

@@ -215,21 +215,21 @@ ANALYSES = (
     Analysis(
         loss,
         "Loss",
-        "The cross-entropy of every next token, and what it is in the LN-free model and in the control less what it is "
-        "in the original; of a mean that a few tokens make, the percentiles tell.",
+        "The cross-entropy (CE) of each model on every next token, and how far it is from the original’s. The "
+        "percentiles show whether a mean comes from a few very bad tokens.",
         _loss,
         (
             Table("model", "By model and text", loss.plot, "loss.measure(models, tokens, documents)"),
             Table("position", "By position", loss.plot_positions, "loss.measure_positions(models, tokens)"),
             Table(
                 "token",
-                "Difference to the original by token",
+                "Difference from the original, token by token",
                 loss.plot_tokens,
                 "loss.measure_tokens(models, tokens, documents)",
             ),
             Table(
                 "worst",
-                "The worst tokens",
+                "Tokens with the largest loss",
                 None,
                 f"loss.worst_tokens(frame, tokens, models['original'].tokenizer, {WORST})",
             ),
@@ -238,51 +238,65 @@ ANALYSES = (
     Analysis(
         other_text,
         "Other text",
-        "Whether the LN-free model is near the original on text unlike that of its fine-tuning, and on tokens drawn at "
-        "random, with the token that fares worst; then why not: its excess loss where the std of a token (under "
-        "RMSNorm its RMS) is not the constant, taken as the mean on the first text, that stands in for the norm.",
+        "Whether the LN-free model stays close to the original on text unlike that of its fine-tuning and on random "
+        "tokens, on average and at the worst token. The second figure shows why it may not: it divides every token by "
+        "the same constant, so a token whose std (under RMSNorm, its RMS) is not that constant is read too large or "
+        "too small. The constant is taken to be the mean std on the first text.",
         _other_text,
         (
             Table("text", "By text", other_text.plot, "other_text.measure(models, tokens)"),
-            Table("std", "By std over the constant", other_text.plot_stds, "other_text.measure_stds(models, tokens)"),
+            Table(
+                "std",
+                "By the std of a token, over the constant",
+                other_text.plot_stds,
+                "other_text.measure_stds(models, tokens)",
+            ),
         ),
     ),
     Analysis(
         residual_norms,
         "Residual norms",
-        "The L2 norm and std of the residual stream at each of its points, at position 0, at end-of-text tokens and "
-        "at the others; bars are the spread over tokens, dashes the largest. LayerNorm divides by the std; RMSNorm, "
-        "which does not centre, by the L2 norm over the root of the width. Then how it grows and turns on the way.",
+        "How long residual vectors are at each point of the stream, for position 0, end-of-text tokens and all other "
+        "(ordinary) tokens: their L2 norm, and their std over the width, which is what LayerNorm divides by. (RMSNorm "
+        "divides by the L2 norm over the square root of the width.) Then how much they grow and turn from each point "
+        "to the next.",
         _residual_norms,
         (
-            Table("point", "By point of the stream", residual_norms.plot, "residual_norms.measure(models, tokens)"),
-            Table("step", "From point to point", residual_norms.plot_steps, "residual_norms.measure(models, tokens)"),
+            Table("point", "Length, point by point", residual_norms.plot, "residual_norms.measure(models, tokens)"),
+            Table(
+                "step",
+                "Growth and turning, from point to point",
+                residual_norms.plot_steps,
+                "residual_norms.measure(models, tokens)",
+            ),
         ),
     ),
     Analysis(
         logit_attribution,
         "Logit attribution",
-        "How well the direct logit attribution (DLA) of a head, an MLP or the embeddings to the next token tells what "
-        "its removal does to the logit (direct effect); the unembedding is centred. NMAE is the error over the effect. "
-        "Where a model soft-caps its logits, it is the logit before.",
+        "Direct logit attribution (DLA) is what a head, an MLP or the embeddings add to the logit of the next token, "
+        "at the scale of the final norm. The direct effect is what the logit loses when the component is removed from "
+        "the final residual stream and the norm is applied again. DLA is wrong by the difference: NMAE is the mean "
+        "|DLA − direct effect| over tokens as a percentage of the mean |direct effect|. Logits are taken less their "
+        "mean over the vocabulary (W_U is centred), and before soft-capping where a model does that.",
         _logit_attribution,
         (
             Table(
                 "model",
-                "NMAE by model",
+                "Error of DLA by model",
                 logit_attribution.plot,
                 "logit_attribution.measure(models, tokens)",
                 note=logit_attribution.describe_residue,
             ),
             Table(
                 "component",
-                "DLA against direct effect",
+                "Error of DLA by component",
                 logit_attribution.plot_components,
                 "logit_attribution.measure_components(models, tokens)",
             ),
             Table(
                 "head",
-                "NMAE by head",
+                "Error of DLA by head",
                 logit_attribution.plot_heads,
                 "logit_attribution.measure_components(models, tokens)",
             ),
@@ -300,14 +314,15 @@ ANALYSES = (
     Analysis(
         edges,
         "Inside the model",
-        "The logit is not all that is read off the residual stream: so are queries, keys, values and what MLPs "
-        "activate. How well the contribution of each component to each of these tells by how much it changes when the "
-        "component is taken out of the stream in front of it. Without norms contributions are exact, for any prompt, "
-        "whatever else is taken out.",
+        "Not only logits are read off the residual stream, but also queries, keys, values and the pre-activations of "
+        "MLPs. The contribution of a component to one of these readers is its part of the sum that is read, at the "
+        "scale of the norm in front; its direct effect is what the reader loses when the component is removed from the "
+        "stream and the norm is applied again. Without norms the two are equal, for any prompt and whatever else is "
+        "removed. NMAE is the mean |contribution − direct effect| as a percentage of the mean |direct effect|.",
         _edges,
         (
-            Table("model", "NMAE by kind of reader", edges.plot, "edges.measure(models, some)", note=edges.describe),
-            Table("layer", "NMAE by layer of the reader", edges.plot_layers, "edges.measure_layers(models, some)"),
+            Table("model", "Error by kind of reader", edges.plot, "edges.measure(models, some)", note=edges.describe),
+            Table("layer", "Error by layer of the reader", edges.plot_layers, "edges.measure_layers(models, some)"),
             Table("edge", "All edges", None, "edges.measure_edges(models, some)"),
         ),
         (f"some = tokens[: max(1, {EDGE_TOKENS} // tokens.shape[1])]",),
@@ -315,10 +330,14 @@ ANALYSES = (
     Analysis(
         composition,
         "From weights alone",
-        "Between any two components lie weights that no prompt changes. How much of what one does to the other do they "
-        "tell, times what the first is active with, where norms divide by one mean, measured on other blocks, or by "
-        "what each token has? And without any prompt: do the edges that composition scores call strong have the "
-        "largest effects, more so than by the scores of random weights with the same singular values?",
+        "Between any two components lie virtual weights, those with which the first writes times those with which the "
+        "second reads, and no prompt changes them. First, how well do they predict what the one does to the other, "
+        "given the activations of the first? In a model with norms the prediction is divided by one mean for all "
+        "tokens, measured on other blocks (mean divisor), or by what each token has (own divisors). Second, without "
+        "any prompt: do the edges with high scores have the largest effects, more so than by the scores of random "
+        "weights with the same singular values? The composition score is ‖W_OV W‖ / (‖W_OV‖ ‖W‖), with W what the "
+        "reader makes of the stream, and the strength ‖W_OV W‖ / ‖W‖; the Projection Kernel compares only the spaces "
+        "that are written to and read from.",
         _composition,
         (
             Table(
@@ -330,7 +349,7 @@ ANALYSES = (
             ),
             Table(
                 "distance",
-                "From heads, by distance in layers",
+                "What virtual weights predict of heads, by distance",
                 composition.plot_distances,
                 "composition.measure_distances(models, few)",
             ),
@@ -346,6 +365,11 @@ ANALYSES = (
                 "What heads do with tokens",
                 composition.plot_circuits,
                 "composition.measure_circuits(models)",
+                note=lambda _: (
+                    "Copying is near 1 in a head that raises the logits of the tokens that it looks at, and matching "
+                    "is near 1 in one whose tokens look at tokens like themselves (eigenvalues of its OV and QK "
+                    "circuits)."
+                ),
             ),
         ),
         (f"few = tokens[: max(1, {FIT_TOKENS} // tokens.shape[1])]",),
@@ -353,29 +377,48 @@ ANALYSES = (
     Analysis(
         faithfulness,
         "Faithfulness",
-        "Whether a model still does what the original does: its predictions, and inside, layer by layer, its residual "
-        "stream, attention patterns, heads and neurons. What the control shows, fine-tuning did.",
+        "Whether each model still computes what the original (the reference) does: its predictions and, layer by "
+        "layer, its residual stream, attention patterns, heads and neurons. JSD is the Jensen–Shannon divergence "
+        "between two predictions: 0 where they are the same, at most ln 2 = 0.69 nats. The control shows how much "
+        "fine-tuning alone changes.",
         _faithfulness,
         (
             Table("model", "Predictions", faithfulness.plot, "faithfulness.measure(models, tokens)"),
-            Table("tail", "The tail of tokens", faithfulness.plot_tails, "faithfulness.measure(models, tokens)"),
+            Table(
+                "tail", "The tokens that differ most", faithfulness.plot_tails, "faithfulness.measure(models, tokens)"
+            ),
             Table(
                 "calibration",
                 "Calibration",
                 faithfulness.plot_calibration,
                 "faithfulness.measure_calibration(models, tokens)",
             ),
-            Table("layer", "By layer", faithfulness.plot_layers, "faithfulness.measure_layers(models, tokens)"),
-            Table("head", "By head", faithfulness.plot_heads, "faithfulness.measure_heads(models, tokens)"),
-            Table("neuron", "By neuron", faithfulness.plot_neurons, "faithfulness.measure_neurons(models, tokens)"),
+            Table(
+                "layer",
+                "Residual stream by layer",
+                faithfulness.plot_layers,
+                "faithfulness.measure_layers(models, tokens)",
+            ),
+            Table(
+                "head",
+                "Attention and DLA by head",
+                faithfulness.plot_heads,
+                "faithfulness.measure_heads(models, tokens)",
+            ),
+            Table(
+                "neuron",
+                "MLP activations by layer",
+                faithfulness.plot_neurons,
+                "faithfulness.measure_neurons(models, tokens)",
+            ),
         ),
     ),
     Analysis(
         generation,
         "Generation",
-        "What the models write from the same prompts, the most probable token at a time. Two continuations part for "
-        "good at the first token that differs, so that this is for reading, and no measure of faithfulness; the loss "
-        "under the original tells whether that might have written so, too.",
+        "What the models write after the same prompts, always choosing the most probable token. Two texts have little "
+        "in common after the first token that differs, so this is for reading, and not a measure of faithfulness. The "
+        "loss under the original (the reference) tells how likely that was to write the same.",
         _generation,
         (
             Table("prompt", "By prompt", generation.plot, "generation.measure(models, tokens{prefix})"),
@@ -385,8 +428,9 @@ ANALYSES = (
     Analysis(
         attention,
         "Attention",
-        "How much heads attend to position 0, the attention sink, and how spread their patterns are. Without a prefix "
-        "position 0 is any token of the text; with one it is that token, the same in all blocks.",
+        "How much heads attend to position 0, the attention sink, and how spread out their patterns are. The sink rate "
+        "is the share of queries with more than 0.3 of their attention on position 0. Without a prefix, position 0 is "
+        "an arbitrary token of the text; with one it is that token, the same in all blocks.",
         _attention,
         (
             Table("model", "By model", attention.plot, "attention.measure(models, tokens)"),
@@ -396,13 +440,16 @@ ANALYSES = (
     Analysis(
         confidence_neurons,
         "Confidence neurons",
-        "What neurons of the last MLP do that write much and yet hardly in directions that the logits see: the change "
-        "of entropy and loss when their activation is set to its mean, and what of it goes through the final norm.",
+        "Some neurons of the last MLP have large output weights that hardly change the logits directly. They act "
+        "through the scale of the final norm, and set how confident the model is. Candidates have a large norm ‖w_out‖ "
+        "and a small LogitVar, the variance over the vocabulary of the cosine between w_out and the unembedding of a "
+        "token. Ablation sets a neuron to its mean activation: how much do entropy and loss change, and how much of "
+        "that goes through the final norm?",
         _confidence_neurons,
         (
             Table(
                 "neuron",
-                "LogitVar against norm",
+                "Candidates among all neurons",
                 confidence_neurons.plot_neurons,
                 "confidence_neurons.measure_neurons(models, neurons)",
             ),
@@ -421,9 +468,13 @@ ANALYSES = (
             ),
             Table(
                 "spectrum",
-                "Spectrum of the unembedding",
+                "Where in the spectrum of the unembedding neurons write",
                 confidence_neurons.plot_spectrum,
                 "confidence_neurons.measure_spectrum(models, neurons)",
+                note=lambda _: (
+                    "What neurons write in the directions of small singular values, on the right, hardly reaches the "
+                    "logits."
+                ),
             ),
         ),
         ("neurons = confidence_neurons.candidates(models['original'])",),
@@ -431,8 +482,10 @@ ANALYSES = (
     Analysis(
         patching,
         "Patching",
-        "How well attribution patching, one backward pass, estimates activation patching, a forward for each place, on "
-        "pairs of prompts that every model here can tell apart.",
+        "How well attribution patching, from one backward pass, estimates activation patching, which takes a forward "
+        "pass for each place, on pairs of prompts that every model here answers correctly. A place is a hook point of "
+        "a layer, at a position and in a head. Effects, and the error |attribution − activation|, are shares of the "
+        "difference in logits between the two prompts.",
         _patching,
         (
             Table(
@@ -443,7 +496,7 @@ ANALYSES = (
                 note=patching.describe_pairs,
             ),
             Table("layer", "Error by layer", patching.plot, _PATCH, "place"),
-            Table("place", "By place", patching.plot_effects, _PATCH),
+            Table("place", "By place: attribution against activation patching", patching.plot_effects, _PATCH),
         ),
         (
             "tokenizer = models['original'].tokenizer",
@@ -453,8 +506,9 @@ ANALYSES = (
     Analysis(
         outlier_features,
         "Outlier features",
-        "Whether a few features carry most of the residual stream: kurtosis is 1 where all are alike and grows with "
-        "outliers; max-median ratio and the correlations of features and of tokens tell of the same.",
+        "Whether a few features (coordinates) carry most of the residual stream. Kurtosis is 1 where all features are "
+        "equally large, and grows with outliers. The max-median ratio is that of the largest to the median feature of "
+        "a token. Correlations between features, and between tokens, show whether they carry the same.",
         lambda inputs: {"point": inputs.on_first_text(outlier_features.measure)},
         (Table("point", "By point of the stream", outlier_features.plot, "outlier_features.measure(models, tokens)"),),
     ),
@@ -467,7 +521,7 @@ def benchmark_section(tasks: Sequence[str]) -> Analysis:
     return Analysis(
         benchmarks,
         "Benchmarks",
-        "How well the models do on tasks of EleutherAI's lm-evaluation-harness; the difference to the original is "
+        "How well the models do on tasks of EleutherAI’s lm-evaluation-harness. Differences from the original are "
         "taken example by example.",
         lambda inputs: {
             "task": benchmarks.measure(inputs.models, tasks, batch_size=inputs.batch_size, prefix=inputs.prefix)

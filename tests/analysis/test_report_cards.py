@@ -21,7 +21,7 @@ def test_loss(cost, said, baseline):
     card = cards.loss_here("books", baseline, losses)
     assert said in card.sentence
     assert f"the {baseline}" in card.sentence
-    assert f"The difference to the {other}, which predicts it less well, is −0.500 ± 0.100" in card.sentence
+    assert f"The difference from the {other}, which predicts it less well, is −0.500 ± 0.100" in card.sentence
     assert baseline in card.unit
     assert "OpenWebText" in card.published
 
@@ -45,7 +45,7 @@ def test_loss_from_the_table(of_control, baseline):
     card, elsewhere = cards.make({("loss", "token"): pd.concat(frames)})
     cost = 0.2 - min(of_control, 0)
     assert card.number == f"+{cost:.3f} ± 0.000"
-    assert card.unit.startswith(f"nats/token above the {baseline}")
+    assert card.unit.startswith(f"nats/token more loss than the {baseline}")
     assert f"less well, is +{0.2 - max(of_control, 0):.3f} ± 0.000." in card.sentence
     assert elsewhere.number == f"+{2 * cost:.3f} ± 0.000"
     assert elsewhere.sentence.startswith(f"It costs more on peps than on books: +{2 * cost:.3f} ± 0.000 against")
@@ -75,7 +75,7 @@ def test_loss_elsewhere(there, said):
     card = cards.loss_elsewhere("control", {"books": cards.Cost(0.07, 0.01, 9), "peps": there, "notes": notes})
     assert said in card.sentence
     assert card.number == str(there)
-    assert card.sentence.endswith("On others: notes −0.100 ± 0.200.")
+    assert card.sentence.endswith("On other texts: notes −0.100 ± 0.200.")
     assert "The Pile" in card.published
 
 
@@ -99,17 +99,17 @@ def test_other_text_says_the_jsd_too():
     )
     jsd = pd.DataFrame({"text": ["books", "peps", "random-tokens"], "model": "ln_free", "jsd": [0.005, 0.04, 0.03]})
     card = cards.make({("loss", "token"): loss, ("other_text", "text"): jsd})[1]
-    assert card.question == "And on other text?"
+    assert card.question == "What does it cost on other text?"
     assert card.sentence.endswith(
-        " JSD to the original, nats/token: 0.0400 on peps, 0.0300 on random-tokens, 0.0050 on books."
+        " (mean Jensen–Shannon divergence, JSD, nats/token): 0.0400 on peps, 0.0300 on random-tokens, 0.0050 on books."
     )
 
 
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        (1.2, 1.1, "nothing to lose"),
-        (1.2, 8.0, "LN-free model alone: 8.0 times"),
+        (1.2, 1.1, "Nothing: in both models"),
+        (1.2, 8.0, "only in the LN-free model, where its residual vectors are up to 8.0 times"),
         (2.0, 1.0, "weakly"),
         (14, 1.2, "falls to 1.2"),
         (14, 13, "stays at"),
@@ -142,7 +142,7 @@ def test_position_0(before, after, said):
         (0.01, 0.2, "Not in the original"),
         (0.5, 0.4, "fewer"),
         (0.5, 0.52, "as many"),
-        (0.5, 0.6, "more of"),
+        (0.5, 0.6, "more"),
     ],
 )
 def test_attention_sinks(before, after, said):
@@ -156,9 +156,9 @@ def test_attention_sinks(before, after, said):
 @pytest.mark.parametrize(
     ("before", "after", "residue", "said"),
     [
-        (49, 0.0, 1e-6, "misses"),
-        (5, 0, 1e-6, "a little"),
-        (0.3, 0, 1e-6, "nearly was"),
+        (49, 0.0, 1e-6, "off by 49 %"),
+        (5, 0, 1e-6, "only slightly off"),
+        (0.3, 0, 1e-6, "were nearly exact"),
         (49, 3, 1e-6, "not entirely gone"),
         (49, 0, 1.4, "not entirely gone"),
         (49, 0, math.nan, "not entirely gone"),
@@ -176,8 +176,8 @@ def test_attribution(before, after, residue, said):
 @pytest.mark.parametrize(
     ("before", "after", "residue", "said"),
     [
-        (49, 0.0, 1e-6, "of the logit the most and of queries the least"),
-        (0.9, 0, 1e-6, "nearly were"),
+        (49, 0.0, 1e-6, "most for the logit and least for queries"),
+        (0.9, 0, 1e-6, "were nearly exact"),
         (49, 3, 1e-6, "not entirely gone"),
         (49, 0, 1.4, "not entirely gone"),
         (49, 0, math.nan, "not entirely gone"),
@@ -199,7 +199,7 @@ def test_edges(before, after, residue, said):
 
 @pytest.mark.parametrize(
     ("ln_free", "control", "said"),
-    [(0.04, 0.02, "2.0 times"), (0.022, 0.02, "hardly"), (0.01, 0.02, "No farther"), (0.04, None, "unknown")],
+    [(0.04, 0.02, "2.0 times"), (0.022, 0.02, "only slightly"), (0.01, 0.02, "no farther"), (0.04, None, "unknown")],
 )
 def test_jsd(ln_free, control, said):
     models = {"original": 0.0, "ln_free": ln_free} | ({} if control is None else {"control": control})

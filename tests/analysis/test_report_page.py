@@ -26,7 +26,7 @@ def test_the_page_is_whole_and_small(made):
     assert "nothing prepended" in whole
     assert "transformers " in whole
     assert whole.count('<article class="card">') == 7
-    assert "Largest |sum over components − logit| of a token" in whole
+    assert "How far the sum over all components is from the logit" in whole
     assert "The prompt, token by token: " in whole
     assert "Largest change of entropy by one neuron" in whole
     assert "0 of 2 pairs are patched" in whole

@@ -518,7 +518,7 @@ def test_the_whole_report(name, tmp_path):
     )
     samples = {"books-report": read_text("books-report", models["original"], 32, prefix="<|endoftext|>")}
     page = report.write(models, samples, tmp_path / "report", prefix="<|endoftext|>").read_text()
-    removed, kept = ("LayerNorm", "taken out") if FAMILIES[name].style.centred else ("RMSNorm", "left in")
+    removed, kept = ("LayerNorm", "are centred") if FAMILIES[name].style.centred else ("RMSNorm", "are not centred")
     assert f"What removing {removed} changed" in page
     assert kept in page
-    assert "32 tokens, &#39;&lt;|endoftext|&gt;&#39; prepended" in page
+    assert "32 tokens, with &#39;&lt;|endoftext|&gt;&#39; prepended" in page
