@@ -218,10 +218,20 @@ def plot_positions(frame: pd.DataFrame) -> go.Figure:
 
 @figures.of_text
 def plot_tokens(frame: pd.DataFrame, reference: str = "original") -> go.Figure:
-    """Plot the distribution of the differences to `reference` in the table of `measure_tokens`, one panel per text."""
+    """Plot the distribution of the differences to `reference` in the table of `measure_tokens`, one panel per text.
+
+    Tokens at which a model overflows have no place on the axis. The title of the panel gives their number.
+    """
     frame = frame[frame["model"] != reference]
     texts = list(frame["text"].unique())
-    figure = _panels(texts)
+    finite = np.isfinite(frame["difference"])
+    lost = frame[~finite].groupby(["text", "model"], sort=False).size()
+    notes = {
+        text: "".join(f"; {model} overflows at {n} tokens" for (of, model), n in lost.items() if of == text)
+        for text in texts
+    }
+    figure = _panels([text + notes[text] for text in texts])
+    frame = frame[finite]
     edges = np.histogram_bin_edges(frame["difference"], bins=200)
     for (model, text), group in frame.groupby(["model", "text"], sort=False):
         counts, _ = np.histogram(group["difference"], edges)

@@ -122,3 +122,13 @@ def test_plots(make_gpt2):
     figure = loss.plot_tokens(frame)
     assert_plots_by_model(figure, ["control", "ln_free"])
     assert sorted(np.nansum(trace.y) for trace in figure.data) == [30, 30, 40, 40]  # no tail is cut
+
+
+def test_tokens_at_which_a_model_overflows_are_counted(make_gpt2):
+    frame = loss.measure_tokens(trio(make_gpt2), TOKENS, text="a")
+    lost = (frame["model"] == "ln_free") & (frame["block"] == 0)
+    frame.loc[lost, ["loss", "difference"]] = float("nan")
+    figure = loss.plot_tokens(frame)
+    assert figure.layout.annotations[0].text == f"a; ln_free overflows at {lost.sum()} tokens"
+    counts = {trace.name: np.nansum(trace.y) for trace in figure.data}
+    assert counts == {"control": 70, "ln_free": 60}

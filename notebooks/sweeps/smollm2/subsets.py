@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import checkpoint, evaluate
 from finetune.recipe.files import load
@@ -51,13 +52,21 @@ SETS: dict[str, Callable[[str], bool]] = {
 }
 
 
-def rows(run: Path, path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a checkpoint."""
+def load_sites(run: Path, path: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, Sites]:
+    """Return the tokenizer of a run, its original, and the sites of the model in the checkpoint `path`."""
     recipe = load(run / "recipe.yaml")
     tokenizer = checkpoint.load_tokenizer(recipe.model)
     original, model = (checkpoint.load(recipe.model).float() for _ in range(2))
     sites = Sites(model, tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
     model.load_state_dict(load_file(path / "model.safetensors"), strict=False)  # tied weights are there once
+    return tokenizer, original, sites
+
+
+def rows(run: Path, path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a checkpoint."""
+    recipe = load(run / "recipe.yaml")
+    tokenizer, original, sites = load_sites(run, path)
+    model = sites.model
     for site in sites:
         if not sites[site].alpha:
             sites[site].freeze()
