@@ -60,7 +60,7 @@ def take_in(file: Path | None, directory: Path) -> Path | None:
 
 
 def of_file(recipe: Kind, file: Path | None) -> Kind:
-    """Return `recipe` with the file of `in_file` as its text, or unchanged if there is no file."""
+    """Return `recipe` with the file of `in_file` as its text, or as it is without a file."""
     if file is None:
         return recipe
     text = dataclasses.replace(with_text(recipe, file).text, streaming=False)
