@@ -271,7 +271,7 @@ class TestBadInput:
         monkeypatch.setattr(benchmarks, "_manager_of_all", lambda: hellaswag)  # which takes ten seconds
         message = self.fail(["hellaswagg"])
         assert "no task hellaswagg" in message
-        assert "it has hellaswag" in message
+        assert "It has hellaswag" in message
 
     def test_the_hub_without_a_network(self):
         message = self.fail("hellaswag")

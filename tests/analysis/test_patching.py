@@ -313,7 +313,7 @@ def test_pairs_are_chosen_for_the_tokenizer(micro_tokenizer, tmp_path):
 
 
 def test_no_indirect_objects_without_names():
-    with pytest.raises(PairError, match="has 1 of"):
+    with pytest.raises(PairError, match="Only 1 of"):
         prompts.indirect_object_pairs(word_level("When Mary and"))
 
 

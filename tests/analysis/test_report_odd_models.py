@@ -101,7 +101,7 @@ def test_the_shorter_context_is_used(tmp_path):
     page = report.run(**named, out=tmp_path / "r")
     assert pd.read_csv(page.parent / "loss-position.csv")["position"].max() == 8
     assert ", context=9)" in page.read_text().replace("&#39;", "'")
-    with pytest.raises(report.ReportError, match="context is 12, but one of the models takes 9"):
+    with pytest.raises(report.ReportError, match="context is 12, but one of the models takes at most 9"):
         report.run(**named, context=12, out=tmp_path / "r2")
 
 

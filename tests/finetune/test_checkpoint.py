@@ -156,7 +156,7 @@ def test_what_is_not_recognised_is_refused():
     for dtype in (torch.float32, torch.bfloat16):
         corrupt = gpt2(frozen=False).to(dtype)
         corrupt.transformer.wte.weight.data[3, 2] = torch.nan
-        with pytest.raises(CheckpointError, match=r"wte\.weight holds"):
+        with pytest.raises(CheckpointError, match=r"wte\.weight contains"):
             norm_state(corrupt)
 
     other = gpt2(frozen=False)

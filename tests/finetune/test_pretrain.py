@@ -465,7 +465,7 @@ class TestCommandLine:
             (["removal.yaml"], "finetune run"),
             (["tiny.yaml", "--n-head", "3"], "n_head"),
             (["tiny.yaml", "--block", "skipless-nonorm", "--knobs", "norm", "ln"], "knobs.norm"),
-            (["tiny.yaml", "--knobs", "norms", "ln"], "no knobs norms"),
+            (["tiny.yaml", "--knobs", "norms", "ln"], "do not have the knobs norms"),
             (["tiny.yaml", "--knobs", "norm", "batch"], "norm"),
             (["tiny.yaml", "--knobs", "n_layer", "3"], "knobs contains n_layer"),
             (["tiny.yaml", "--knobs", "norm"], "alternate"),
