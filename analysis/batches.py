@@ -63,7 +63,7 @@ def forwards(
 
 
 def _unembedding(module: Any, float32: bool, unembed: bool) -> AbstractContextManager[Any]:
-    """Return a context in which an unembedding, TransformerLens's or plain, returns the logits asked of `forwards`."""
+    """Return a context in which an unembedding, TransformerLens's or plain, returns the logits of `forwards`."""
     if not unembed:
         return module.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :0],))
     if not float32:

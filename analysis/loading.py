@@ -64,13 +64,13 @@ def load_bridge(
 ) -> TransformerBridge:
     """Load `model` as a `TransformerBridge` of TransformerLens 3 or 4.
 
-    Without norms where the model is LN-free (`cfg.normalization_type` None), with "LNPre" or "RMSPre" where it is
-    ordinary. Nothing is centred but what the weights read under LayerNorm, and value biases are not folded.
+    An LN-free model is loaded without norms (`cfg.normalization_type` None), an ordinary one with "LNPre" or "RMSPre".
+    Only the weights that read a LayerNorm are centred. Value biases are not folded.
 
-    It has the hook names of `HookedTransformer` but `attn.hook_result`: use `attn.hook_z` and `W_O`. Biases that a
-    family lacks are None there, `hook_pos_embed` is missing for rotary positions, and `hook_resid_mid` for blocks
-    whose attention and MLP read the same stream. Do not call a single block of a family other than GPT-2: without
-    what the whole forward hands to it, rotary positions are silently lost.
+    The hook names are those of `HookedTransformer`, except that `attn.hook_result` is missing: use `attn.hook_z` and
+    `W_O`. Biases that a family lacks are None. `hook_pos_embed` is missing for rotary positions, and `hook_resid_mid`
+    for blocks whose attention and MLP read the same stream. Do not call a single block of a family other than GPT-2:
+    it would silently lose rotary positions, which the whole forward passes to it.
 
     Args:
         model: a short name (`PUBLISHED`, or a bundled one), a directory, a GGUF file, a Hub id, or a model in memory.
@@ -97,10 +97,11 @@ def load_hooked(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Any:
-    """Load `model` as a `HookedTransformer`, which TransformerLens 3 has and 4 does not, otherwise like `load_bridge`.
+    """Load `model` as a `HookedTransformer`, which TransformerLens 3 has and TransformerLens 4 does not.
 
-    `pip install "transformer-lens<4"` installs TransformerLens 3. With rotary positions the model takes 2,048 tokens at
-    most, because TransformerLens keeps a mask of positions² in each layer: `load_bridge` takes as many as the model.
+    Arguments and errors are those of `load_bridge`. `pip install "transformer-lens<4"` installs TransformerLens 3. With
+    rotary positions, the loaded model takes at most 2,048 tokens, because TransformerLens keeps a mask of positions² in
+    each layer. What `load_bridge` returns takes as many tokens as the model itself.
 
     Raises:
         ImportError: TransformerLens 4 is installed.
@@ -173,7 +174,7 @@ def load_nnsight(
 ) -> LanguageModel | NNsight:
     """Load `model` as an nnsight `LanguageModel` over what `load_transformers` returns, with its module paths.
 
-    Where `hooked`, as what `load_hooked` returns wrapped in `NNsight`, with the module paths of TransformerLens 3.
+    If `hooked`, return what `load_hooked` returns, wrapped in `NNsight`, with the module paths of TransformerLens 3.
     Other arguments and errors are those of `load_bridge` and `load_hooked`.
 
     Raises:
@@ -208,12 +209,13 @@ def load_trio(
 
     In a family with LayerNorm, the weights that write to the residual stream are centred in all models, so that its
     mean is zero. No logits depend on it. For RMSNorm, which reads the mean, nothing is centred. `revision` is
-    that of the original. Of vocabularies that differ in length, such as a padded one, the shared ids are kept. `tool`
-    says whether to load them as `load_bridge` or as `load_hooked` does; other arguments and errors are theirs.
+    that of the original. If the vocabularies differ in size, for example because one is padded, only the shared ids are
+    kept. `tool` says whether to load them as `load_bridge` or as `load_hooked` does; other arguments and errors are
+    theirs.
 
     Raises:
         CheckpointError: `ln_free` has live norms, or another model has none; families, sizes or tokenizers differ;
-            or what `load_bridge` raises, with which model it is.
+            or an error of `load_bridge`, with the name of the model.
     """
     models = {"original": original, "control": control, "ln_free": ln_free}
     sources: dict[str, tuple[PreTrainedModel, NormState]] = {}

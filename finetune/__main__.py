@@ -61,7 +61,7 @@ SITES = """
   (final). A site is live as long as it divides by each token's own std, and
   freezes when a constant takes its place.
 """
-"""What the help of a recipe's flags takes for known. Each line is indented, or tyro would join them."""
+"""The terms that the help of a recipe's flags uses. Each line is indented, or tyro would join them."""
 
 Asked = TypeVar("Asked")
 Trains = TypeVar("Trains", bound=Training)
@@ -69,7 +69,7 @@ Trains = TypeVar("Trains", bound=Training)
 
 @dataclass(frozen=True)
 class Options(Generic[Trains]):
-    """What a run is told."""
+    """The options of a run."""
 
     recipe: Annotated[Trains, tyro.conf.arg(name="")]
     steps: int
@@ -91,13 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (NolnError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        again = "the same command" if command == "sweep" else "`python -m finetune resume RUN`, RUN being its directory"
-        print(f"\ninterrupted: what had begun goes on with {again}", file=sys.stderr)
+        again = "the same command" if command == "sweep" else "`python -m finetune resume RUN`; RUN is its directory"
+        print(f"\ninterrupted: continue with {again}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
 def parse(kind: type[Asked], **options: Any) -> Asked:
-    """Return what flags say: `tyro.cli`, with the lines of a field's docstring joined into one paragraph of help."""
+    """Parse flags with `tyro.cli`, joining the lines of each field's docstring into one paragraph of help."""
     read = docstring_parser.parse_from_object
 
     def joined(obj: Any, style: DocstringStyle = DocstringStyle.AUTO) -> Docstring:
@@ -164,7 +164,7 @@ def _run(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a plan is told: flags of a recipe, too."""
+    """The options of a plan, including the fields of a recipe."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     steps: int
@@ -292,7 +292,7 @@ def _only(arguments: list[str], usage: str) -> str:
 
 
 def _usage(usage: str, arguments: list[str]) -> NoReturn:
-    """Leave, saying how a command is used; successfully if that was asked."""
+    """Print the usage of a command and exit, with status 0 if the arguments ask for help."""
     usage = f"usage: python -m finetune {usage}\n\n`python -m finetune --help` says what it does."
     if arguments in (["-h"], ["--help"]):
         print(usage)

@@ -40,7 +40,7 @@ class Options:
     """The analyses to run, by the names of their modules, such as loss or patching. A name that does not exist lists
     them all."""
     batch_size: int = 8
-    """The largest number of blocks in one forward pass. It changes no result."""
+    """The largest number of blocks in one forward pass. No result depends on it."""
     png: bool = False
     """Also write the figures as PNG. Needs the extra `png`, and Chrome or Chromium."""
     benchmark: Annotated[tuple[str, ...], arg(help_behavior_hint="(default: none)")] = ()
@@ -55,7 +55,8 @@ class GraphOptions:
     prompt: Annotated[str, arg(metavar="PROMPT"), Positional]
     """The text after which the next token is predicted."""
     target: str | None = None
-    """The token whose logit is explained, such as " the" (with its space). None: the likeliest one by the original."""
+    """The token whose logit is explained, such as " the" (with its space). None: the most likely one in the original
+    model."""
     against: str | None = None
     """Explain the difference to the logit of this token instead. None: the difference to the mean logit of all
     tokens."""

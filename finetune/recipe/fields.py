@@ -89,7 +89,7 @@ class Text:
     held_out_blocks: int = 240
     """The largest number of held-out blocks to measure the losses on."""
     train_blocks: int | None = None
-    """Train on this many blocks, spread evenly over the source, over and over. None: on all of them."""
+    """Train only on this many blocks, spread evenly over the source and repeated as needed. None: on all of them."""
     column: str | None = None
     """The column that holds the text. None: the column called text, or the only column of strings."""
     subset: str | None = None
@@ -193,8 +193,8 @@ class Schedule:
     of its value before the previous event (Heimersheim 2024), and for at least `gap` steps. None: it waits for `gap`
     steps."""
     max_gap: float = math.inf
-    """If adaptive: the most steps that an event waits. No event waits so long that those left do not fit into the
-    run."""
+    """If adaptive: the most steps that an event waits. An event never waits so long that the remaining ones do not fit
+    into the run."""
     smoothing: float = 0.8
     """If adaptive: the fraction of the smoothed loss that is kept at each step."""
     at: Annotated[tuple[int, ...], EMPTY] = ()
@@ -359,7 +359,7 @@ class Training:
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class Recipe(Training):
-    """Everything that is needed for a run that removes LayerNorm."""
+    """All settings of a run that removes LayerNorm."""
 
     schedule: Schedule = dataclasses.field(kw_only=True)
     """When the norms freeze."""
@@ -505,8 +505,8 @@ class Recipe(Training):
             raise RecipeError(f"guard is {self.guard}; it must be above 1, or None for no guard.")
         if self.live_gradients and (self.guard is None or not self.spread_weight):
             raise RecipeError(
-                "live_gradients needs a guard, because it acts only under one, and a spread_weight, because nothing "
-                "else then trains the lengths of residual vectors. Set both, or set live_gradients to false."
+                "live_gradients needs a guard, because it acts only under one, and a spread_weight, because otherwise "
+                "nothing trains the lengths of residual vectors. Set both, or set live_gradients to false."
             )
         start, end = self.guard_span
         if not 0 <= start < end <= 1:

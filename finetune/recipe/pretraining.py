@@ -50,8 +50,8 @@ _NAMES_AND_VALUES = tyro.constructors.PrimitiveConstructorSpec(
 @described
 @pydantic.dataclasses.dataclass(frozen=True, config=strict)
 class PretrainRecipe(Training):
-    """Everything that a run needs that trains from random weights. The defaults train on 3 M tokens, in the shape of
-    `micro`.
+    """All settings of a run that trains from random weights. By default, a model as large as `micro` is trained on 3 M
+    tokens.
     """
 
     steps: Annotated[int, tyro.conf.Suppress] = 366
