@@ -76,7 +76,12 @@ class Cost(NamedTuple):
     documents: int
 
     def __str__(self) -> str:
-        return _signed(self.mean, self.error)
+        return "overflow" if self.overflows else _signed(self.mean, self.error)
+
+    @property
+    def overflows(self) -> bool:
+        """Whether the loss of a token is not finite."""
+        return not math.isfinite(self.mean)
 
     def differs_from(self, other: "Cost | None" = None) -> bool:
         """Return whether the difference to `other`, or to 0, is significant in a two-sided t-test at 5 %."""
@@ -89,7 +94,9 @@ class Cost(NamedTuple):
 def loss_here(text: str, baseline: str, costs: Mapping[str, Cost]) -> Card:
     """Answer from the loss of the LN-free model on a text minus that of `baseline`, one of the models in `costs`."""
     cost = costs[baseline]
-    if not cost.differs_from():
+    if cost.overflows:
+        sentence = f"Everything: on {text}, the loss of at least one token is not finite."
+    elif not cost.differs_from():
         sentence = f"On {text}, the LN-free model’s loss differs from the {baseline}’s by no more than chance."
     elif cost.mean < 0:
         sentence = f"Nothing: the LN-free model predicts {text} better than the {baseline} does."
@@ -117,9 +124,11 @@ def loss_elsewhere(baseline: str, costs: Mapping[str, Cost], jsd: pd.Series | No
     text, in nats/token, if known.
     """
     (home, at_home), *others = costs.items()
-    text, there = max(others, key=lambda other: (other[1].differs_from(at_home), other[1].mean))
+    text, there = max(others, key=lambda other: (other[1].overflows, other[1].differs_from(at_home), other[1].mean))
     both = f"{there} against {at_home}"
-    if not there.differs_from(at_home):
+    if there.overflows:
+        sentence = f"The model breaks down: on {text}, the loss of at least one token is not finite."
+    elif not there.differs_from(at_home):
         sentence = f"The cost on {text} differs from that on {home} by no more than chance: {both}."
     elif there.mean < at_home.mean:
         sentence = f"No more: it costs less on {text} than on {home}: {both}."

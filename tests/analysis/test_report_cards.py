@@ -217,3 +217,11 @@ def test_a_model_that_only_says_that_it_has_no_ln_is_found_out():
         assert (frame["nmae"][1] > 1) == (says is not None)
         sentences.append(cards.make({("logit_attribution", "model"): frame})[0].sentence)
     assert all("not entirely gone" in sentence for sentence in sentences)
+
+
+def test_a_model_that_overflows_is_said_to():
+    finite, lost = cards.Cost(0.07, 0.01, 9), cards.Cost(math.nan, 0.0, 9)
+    card = cards.loss_elsewhere("control", {"books": finite, "peps": cards.Cost(3.0, 0.01, 9), "notes": lost})
+    assert card.number == "overflow"
+    assert card.sentence.startswith("The model breaks down: on notes, the loss of at least one token is not finite.")
+    assert cards.loss_here("books", "original", {"original": lost}).sentence.startswith("Everything: on books")
