@@ -95,7 +95,7 @@ def measure(
     """
     neurons = list(neurons)
     alone, together = [[k] for k in range(len(neurons))], [[*range(k + 1)] for k in range(len(neurons))]
-    groups = [*alone, *together[1:]]  # the first alone is the first together
+    groups = [*alone, *together[1:]]  # the first neuron is the same group in both
     rows = []
     for name, model in models.items():
         _check(name, model, neurons)

@@ -104,7 +104,7 @@ def load_hooked(
     each layer. What `load_bridge` returns takes as many tokens as the model itself.
 
     Raises:
-        ImportError: TransformerLens 4 is installed.
+        ImportError: TransformerLens 4 is installed, which has no `HookedTransformer`.
     """
     source, state = _read(model, revision)
     tokenizer = _tokenizer(model, tokenizer, revision)
@@ -275,7 +275,7 @@ def _share_vocabulary(sources: Mapping[str, Any], tokenizers: Mapping[str, Any])
     """Return how many token ids the models share, and check that these mean the same in all models.
 
     Raises:
-        CheckpointError: an id stands for another token than in the original.
+        CheckpointError: an id does not stand for the same token as in the original.
     """
     sizes = {name: source.config.vocab_size for name, source in sources.items()}
     shared = min(sizes.values())
@@ -289,8 +289,8 @@ def _share_vocabulary(sources: Mapping[str, Any], tokenizers: Mapping[str, Any])
         if different := [pair for pair in pairs if pair[1] != pair[2]]:
             token, here, there = different[0]
             raise CheckpointError(
-                f"{name} has another tokenizer than {first}: {len(different):,} of {len(ids):,} tokens differ, such as "
-                f"{token}, which is {here!r} instead of {there!r}."
+                f"{name} has a different tokenizer from {first}: {len(different):,} of {len(ids):,} tokens differ, "
+                f"such as {token}, which is {here!r} instead of {there!r}."
             )
     if max(sizes.values()) > shared:
         listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())

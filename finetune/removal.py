@@ -64,7 +64,7 @@ from finetune.training import attend_without_masks, fuse_gelu, in_order
 _CHECKED_TOKENS = 2048
 """The number of held-out tokens on which an export is checked."""
 _MOST_RANDOM_BLOCKS = 60
-"""The maximum number of blocks of random tokens to measure on. Any of them are as good as any others."""
+"""The maximum number of blocks of random tokens to measure on. Any sample of them is as good as any other."""
 HELD_OUT = "held-out"
 """The name in results of the recipe's own held-out text."""
 _LARGEST_FROZEN_STD = 1e4

@@ -93,7 +93,7 @@ def new_directory(recipe: Training, out: str | Path | None) -> Path:
     directory = Path(broadcast_object_list([str(directory.absolute())])[0])
     if out is not None and directory.exists():
         raise FileExistsError(
-            f"{directory} exists, and a run overwrites nothing. `resume` it, or choose another with --out."
+            f"{directory} exists, and a run does not overwrite anything. `resume` it, or choose another with --out."
         )
     return directory
 

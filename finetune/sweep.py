@@ -17,7 +17,7 @@ OUT/documents.csv   each model of each run on each document of each text, for re
 OUT/figure.html     gap to control and JSD to the original against tokens seen
 
 Runs that differ only in how LN is removed share a control: the first of them trains it, and the others wait for it. A
-run with a row in the table is not repeated, unless it failed for another reason than divergence. An interrupted run is
+run with a row in the table is not repeated, unless it failed for a reason other than divergence. An interrupted run is
 resumed. A run's name is a hash of its whole recipe, so a run is repeated if its recipe changes, or if bf16 was decided
 differently where it was run before.
 """

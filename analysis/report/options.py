@@ -37,8 +37,8 @@ class Options:
     out: Path | None = None
     """The directory to write, which must not exist. None: reports/TIME."""
     only: Annotated[tuple[str, ...], arg(help_behavior_hint="(default: all)")] = ()
-    """The analyses to run, by the names of their modules, such as loss or patching. A name that does not exist lists
-    them all."""
+    """The analyses to run, by the names of their modules, such as loss or patching. If a name does not exist, the error
+    lists them all."""
     batch_size: int = 8
     """The largest number of blocks in one forward pass. No result depends on it."""
     png: bool = False

@@ -69,7 +69,7 @@ class Table:
     plotted: str | None = None
     """The name of the table that is plotted, if it is not this one."""
     note: Callable[[pd.DataFrame], str] | None = None
-    """Describes what no figure shows of the table."""
+    """Describes what the figures do not show of the table."""
 
 
 @dataclass(frozen=True)

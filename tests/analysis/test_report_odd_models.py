@@ -124,9 +124,9 @@ def test_another_family_or_tokenizer_is_said_in_a_line(tmp_path):
         load_trio(random_model(), None, random_model("llama", frozen=True))
     original = save(tmp_path, "original", letters("ACGT"))
     ln_free = save(tmp_path, "ln_free", letters("ATGC"))
-    with pytest.raises(CheckpointError, match="another tokenizer than original: 2 of 4 tokens differ, such as 1"):
+    with pytest.raises(CheckpointError, match="a different tokenizer from original: 2 of 4 tokens differ, such as 1"):
         load_trio(original, None, ln_free)
-    with pytest.raises(SystemExit, match=r"error: ln_free has another tokenizer"):
+    with pytest.raises(SystemExit, match=r"error: ln_free has a different tokenizer"):
         main(["report", "--original", original, "--ln-free", ln_free, "--out", str(tmp_path / "r")])
 
 
