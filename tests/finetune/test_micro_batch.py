@@ -120,4 +120,4 @@ def test_processes_agree(auto: Recipe, tmp_path: Path):
 def test_as_a_flag(auto: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "tiny.yaml").write_text(recipes.dump(replace(auto, micro_batch=4)))
     finetune("plan", tmp_path / "tiny.yaml", "--micro-batch", "auto")
-    assert "in micro-batches of 1 × 16 tokens" in capsys.readouterr().out
+    assert "with micro-batches of 1 × 16 tokens" in capsys.readouterr().out

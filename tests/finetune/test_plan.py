@@ -134,7 +134,7 @@ def test_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "tiny.yaml").write_text(recipes.dump(recipe))
     main(["plan", str(tmp_path / "tiny.yaml"), "--processes", "2", "--steps", "32", "--tflops", "1e-3", "--no-control"])
     said = capsys.readouterr().out
-    assert "each of 2 processes, in micro-batches of 2 × 16 tokens" in said
+    assert "each of 2 processes, with micro-batches of 2 × 16 tokens" in said
     assert f"{32 * 4 * 16:,} tokens" in said
     assert "hours" in said
     assert re.search(r"\nweights, GB( +\d\S+){4}\n", said)
