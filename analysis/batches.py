@@ -15,8 +15,8 @@ _LOGITS_ON_CPU = 2**21
 """The maximum number of logits per model and batch on a CPU. They fit into its caches: this is a third faster."""
 _LOGITS_ON_GPU = 2**28
 """The maximum number of logits per model and batch on a GPU: 1 GiB in float32."""
-_LOGITS_IN_A_PIECE = 2**17
-"""The maximum number of logits to process at once on a CPU: 512 KiB in float32. Temporaries of this size stay in a
+_LOGITS_IN_A_PIECE = 2**18
+"""The maximum number of logits to process at once on a CPU: 1 MiB in float32. Temporaries of this size stay in a
 core's cache, and their memory is reused: mapping new memory for larger ones takes longer than the computation."""
 _LOGITS_IN_A_PIECE_ON_GPU = 2**22
 """The maximum number of logits to process at once on a GPU. A vocabulary may have 256,000 tokens, and a block 1,024."""

@@ -260,8 +260,8 @@ def _states(
     if last.scale:
         names.append(last.scale.replace("hook_scale", "hook_normalized"))
     for batch, outputs in forwards({name: stream.model}, tokens, names, batch_size, description, unembed=False):
-        cache = outputs[name].cache
-        yield batch, {**cache, last.hook: cache[last.hook][..., neurons]}
+        cache = outputs[name].cache  # in a bridge, under more names than those asked for
+        yield batch, {hook: cache[hook] for hook in names} | {last.hook: cache[last.hook][..., neurons]}
 
 
 def _changes(
