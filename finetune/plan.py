@@ -269,7 +269,7 @@ def describe(plans: Mapping[str, Plan], tflops: float | None = None, mfu: float 
     others = [plan.recipe.lora_rank for plan in plans.values() if plan is not first]
     lines += [f"Rank {rank} is the same run with --lora-rank {rank}." for rank in others if rank is not None]
     if tflops is None:
-        lines.append("To estimate the hours of training, give the speed of a device, such as --tflops 989 for an H100.")
+        lines.append("For the hours of training, add the speed of a device: --tflops 989 for an H100.")
     else:
         lines.append(f"The hours assume {mfu:.0%} of {tflops:g} TFLOP/s for {processes}.")
     return "\n".join(lines)

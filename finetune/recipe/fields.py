@@ -26,8 +26,8 @@ StdMean = Literal["arithmetic", "geometric", "harmonic"]
 LowRankTarget = Literal["readers", "writers", "embeddings"]
 """What can be trained, besides the norms, with lora_rank."""
 
-EMPTY = tyro.conf.arg(help_behavior_hint="(default: none)")
-"""For a flag that takes any number of values, and whose default is empty."""
+EMPTY = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default or 'none'})")
+"""For a flag that takes any number of values: an empty default is called none."""
 
 _COVER_KIND = re.compile(
     r"uniform|shuffled|renamed|repeated|runs|(unigram|corrupted)(-(?=[\d.]*[1-9])(\d+(\.\d+)?|\.\d+))?"

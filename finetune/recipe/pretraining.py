@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import tyro
 
-from finetune.recipe.fields import RecipeError, Text, Training, described, strict
+from finetune.recipe.fields import EMPTY, RecipeError, Text, Training, described, strict
 
 Block = Literal[
     "pre-ln",
@@ -91,7 +91,7 @@ class PretrainRecipe(Training):
     """The context: the length of a sequence, in tokens."""
     vocab_size: int | None = None
     """The size of the vocabulary, in tokens. None: that of the tokenizer."""
-    knobs: Annotated[dict[str, bool | int | float | str | None], _NAMES_AND_VALUES] = dataclasses.field(
+    knobs: Annotated[dict[str, bool | int | float | str | None], _NAMES_AND_VALUES, EMPTY] = dataclasses.field(
         default_factory=dict
     )
     """Other fields of the model's config: of `finetune.blocks.BlocksConfig`, where they override those of `block`, or

@@ -95,6 +95,13 @@ class TestCommands:
         assert len(pairs) > 50
         assert all(len(line) + 1 + len(following.split()[0]) > 78 for line, following in pairs)
 
+    @pytest.mark.parametrize(("recipe", "default"), [("pre-ln", "none"), ("micro-neox", "intermediate_size 768")])
+    def test_help_says_the_default_of_the_recipe(self, recipe: str, default: str, capsys: pytest.CaptureFixture):
+        with pytest.raises(SystemExit):
+            call("pretrain", recipe, "--help")
+        said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"where the name is the same. (default: {default})" in said
+
     def test_help_names_every_field(self, capsys: pytest.CaptureFixture):
         with pytest.raises(SystemExit):
             call("run", "--help")

@@ -140,8 +140,11 @@ def test_command(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert re.search(r"\nweights, GB( +\d\S+){4}\n", said)
     assert re.search(r"\ngathered, GB( +\d\S+){2}\n", said)
     assert "control" not in said
+    assert max(map(len, said.splitlines()[1:])) <= 80
     header = " ".join(said.splitlines()[3].split())
     assert header == "all weights all weights, sharded rank 16 rank 16, sharded"
     main(["plan", str(tmp_path / "tiny.yaml"), "--lora-rank", "0", "--no-bf16"])
-    assert capsys.readouterr().out.splitlines()[3].split() == ["rank", "0", "all", "weights"]
+    said = capsys.readouterr().out
+    assert said.splitlines()[3].split() == ["rank", "0", "all", "weights"]
+    assert max(map(len, said.splitlines()[1:])) <= 80
     assert not (tmp_path / "runs").exists()

@@ -23,11 +23,11 @@ NOT_SILENT = {key: value for key, value in os.environ.items() if key != "TQDM_DI
 
 
 def test_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     seconds = 0.0
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: seconds))
     for leave in (True, False):
-        with progress.progress(total=25, desc="Working", unit="batch", leave=leave, mininterval=0) as bar:
+        bar = progress._Lines(total=25, unit="batch", leave=leave, mininterval=0, disable=False)
+        with bar:
             for _ in range(25):
                 bar.set_description("Writing")
                 seconds += 1
