@@ -205,8 +205,10 @@ def test_recipes_that_were_not_run_fit_their_models_and_say_so(name):
     family, n_layer = EXTRAPOLATED[name]
     shipped = recipe.load(name)
     events = resolve(shipped.schedule, FAMILIES[family].sites_of(n_layer), shipped.steps)
-    assert events[-1].name == "merge position_0"
-    assert events[-1].end < 0.9 * shipped.steps  # what is left is for learning to live without norms
+    assert "merge position_0" in [event.name for event in events]
+    assert (
+        max(event.end for event in events) < 0.9 * shipped.steps
+    )  # what is left is for learning to live without norms
     text = (files.RECIPES / f"{name}.yaml").read_text()
     assert "; never run." in text
     for processes in (1, 2, 4, 8):
