@@ -207,7 +207,7 @@ def test_a_sweep_is_scored_on_texts_with_the_prefix(name, recipe: Recipe, direct
 def test_context(recipe: Recipe, directory_of):
     recipe = replace(recipe, model=str(directory_of("llama")))
     assert set_up(replace(recipe, context=None)).text.train.context == 32
-    with pytest.raises(RecipeError, match="context is 33, but the model has 32 positions"):
+    with pytest.raises(RecipeError, match="context is 33, but the model has only 32 positions"):
         set_up(replace(recipe, context=33))
     with pytest.raises(RecipeError, match="context is 1; at least 2"):
         replace(recipe, context=1)
@@ -218,8 +218,10 @@ def test_a_format_that_a_family_cannot_have_is_refused_before_anything_is_traine
         set_up(replace(recipe, model=str(directory_of("gpt_neo")), export_format="h24"))
 
 
-def test_shipped_recipes_leave_the_context_to_the_model():
-    assert {recipes.load(name).context for name in recipes.shipped()} == {None}
+def test_shipped_recipes_of_families_leave_the_context_to_the_model():
+    """A recipe that names its model may set a context. SmolLM2's is 8,192, which no laptop trains on."""
+    left = {name: recipes.load(name).context for name in recipes.shipped() if name != "smollm2-135m"}
+    assert set(left.values()) == {None}
 
 
 def test_a_stream_too_long_for_the_frozen_form_is_refused_by_its_site(recipe: Recipe, tokenizer, tmp_path: Path):
