@@ -1,10 +1,14 @@
-"""Scaling down the neurons that write massive activations, before training.
+"""Scaling down the neurons that write massive activations, and unusually long embeddings, before training.
 
 A few neurons of trained transformers write vectors hundreds of times as long as the residual stream, mostly at position
 0 (massive activations: Sun et al. 2024, arXiv 2402.17762; super weights: Yu et al. 2024, arXiv 2411.07191). Live norms
 hide the lengths of these vectors, but constants do not: divided by a constant, such a token leaves the norm hundreds of
 times too long, and a gated MLP squares this factor. Training takes hundreds of steps to shorten the vectors. Scaling
 down a neuron's output weights takes no steps, costs little while norms are live, and training repairs the rest.
+
+The embeddings of rare tokens may be more than twice as long as those of common ones. Here a live norm hides the lengths
+as well, and training hardly sees these tokens. With a constant, the first MLP writes several times too much at such a
+token, and the next blocks multiply this excess until the model overflows.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,6 +83,31 @@ def scale_down(model: PreTrainedModel, input_ids: Int[Tensor, "batch pos"], long
     mlps = [path for _, written, path in family.writers_of(layers) if written == "out"]  # one per layer
     _forward(model, input_ids, [(path, "forward_pre_hook", scale(layer)) for layer, path in enumerate(mlps)])
     return found
+
+
+@torch.no_grad()
+def scale_down_embeddings(model: PreTrainedModel, input_ids: Int[Tensor, "batch pos"], longest: float) -> int:
+    """Scale down the embeddings of tokens in place, so that none is too long. Return how many were scaled down.
+
+    If the unembedding is tied to the embedding, it is untied first and keeps its weights, because scaling it would
+    change the predictions.
+
+    Args:
+        model: a model of a supported family with live norms.
+        input_ids: tokens of text.
+        longest: the maximum RMS of a token's embedding, divided by the median over `input_ids`.
+    """
+    embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
+    weight: Any = embedding.weight
+    if unembedding.weight is weight:
+        embedding.weight = nn.Parameter(weight.detach().clone())
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+        weight = embedding.weight
+    rms = weight.float().square().mean(-1).sqrt()
+    limit = longest * rms[input_ids].median()
+    weight *= (limit / rms).clamp(max=1).unsqueeze(-1).to(weight)
+    return int((rms > limit).sum())
 
 
 def _forward(

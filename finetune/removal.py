@@ -245,12 +245,13 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
 def _sites(setup: Setup, scaled_in: Path | None = None) -> Sites:
     """Return the sites of a copy of the model that is ready to be trained.
 
-    If `scaled_in` is given, massive writes are scaled down, and a table of them is written to that directory.
+    If `scaled_in` is given, long embeddings and massive writes are scaled down as the recipe says, and a table of the
+    writes is written to that directory.
     """
     recipe = setup.recipe
     model = ready(copy.deepcopy(setup.model).float(), setup.text.train.context)
-    if scaled_in is not None and recipe.longest_write is not None:
-        _scale_down_massive_writes(model, setup, scaled_in)
+    if scaled_in is not None:
+        _scale_down(model, setup, scaled_in)
     sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
     if recipe.lora_rank is not None:
         from finetune import low_rank  # imports peft, which takes seconds
@@ -313,17 +314,21 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
     PartialState().wait_for_everyone()
 
 
-def _scale_down_massive_writes(model: PreTrainedModel, setup: Setup, directory: Path) -> None:
-    """Scale down the neurons that write massive activations on the first training text, and write a table of them."""
+def _scale_down(model: PreTrainedModel, setup: Setup, directory: Path) -> None:
+    """Scale down long embeddings and massive writes, measured on the first training text. Write a table of the writes."""
     recipe = setup.recipe
-    assert recipe.longest_write is not None
+    if recipe.longest_embedding is None and recipe.longest_write is None:
+        return
     count = math.ceil(_CHECKED_TOKENS / setup.text.train.context)
     first = itertools.islice(iter(in_order(setup.text.train, recipe)), count)
     input_ids = torch.stack([block["input_ids"] for block in first]).to(model.device)
-    writes = massive_writes.scale_down(model, input_ids, recipe.longest_write)
-    if PartialState().is_main_process:
-        frame = pd.DataFrame(writes, columns=massive_writes.MassiveWrite._fields)
-        write(directory / "massive_writes.csv", frame.to_csv(index=False))
+    if recipe.longest_embedding is not None:
+        massive_writes.scale_down_embeddings(model, input_ids, recipe.longest_embedding)
+    if recipe.longest_write is not None:
+        writes = massive_writes.scale_down(model, input_ids, recipe.longest_write)
+        if PartialState().is_main_process:
+            frame = pd.DataFrame(writes, columns=massive_writes.MassiveWrite._fields)
+            write(directory / "massive_writes.csv", frame.to_csv(index=False))
 
 
 def _attempt(setup: Setup, size: int) -> None:

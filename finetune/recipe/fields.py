@@ -414,6 +414,10 @@ class Recipe(Training):
     longest_write: float | None = None
     """Before training, scale down MLP neurons of the LN-free model that write massive activations, so that none writes
     a vector with an RMS above this many times the stream's median (`finetune.massive_writes`). None: scale none."""
+    longest_embedding: float | None = None
+    """Before training, scale down the token embeddings of the LN-free model whose RMS is above this many times the
+    median over text. A live norm does not see their length, but a constant does. An unembedding that is tied to the
+    embedding is untied and keeps its weights. None: scale none."""
     guard: float | None = None
     """κ of the outlier guard: during training, the divisor of a token at a site is at least the live std over κ. None:
     no guard. The LN-free model has no guard."""
@@ -499,8 +503,10 @@ class Recipe(Training):
     def _check_outliers(self) -> None:
         if not 1 <= self.spread_power < math.inf:
             raise RecipeError(f"spread_power is {self.spread_power}; it must be at least 1.")
-        if self.longest_write is not None and not 0 < self.longest_write < math.inf:
-            raise RecipeError(f"longest_write is {self.longest_write}; it must be above 0, or None.")
+        for name in ("longest_write", "longest_embedding"):
+            longest = getattr(self, name)
+            if longest is not None and not 0 < longest < math.inf:
+                raise RecipeError(f"{name} is {longest}; it must be above 0, or None.")
         if self.guard is not None and not 1 < self.guard < math.inf:
             raise RecipeError(f"guard is {self.guard}; it must be above 1, or None for no guard.")
         if self.live_gradients and (self.guard is None or not self.spread_weight):
@@ -571,8 +577,8 @@ SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
     (
         *("schedule", "std_decay", "std_mean", "kl_weight", "match_weight", "aux_weight", "export_format"),
         *("cover", "cover_kinds", "cover_span", "cover_stds", "spread_weight", "spread_on"),
-        *("spread_power", "spread_live", "spread_position_0", "longest_write", "guard", "guard_span"),
-        *("live_gradients", "max_outlier", "name", "also", "log_every", "save_every", "report_to", "push_to_hub"),
+        *("spread_power", "spread_live", "spread_position_0", "longest_write", "longest_embedding"),
+        *("guard", "guard_span", "live_gradients", "max_outlier", "name", "also", "log_every", "save_every", "report_to", "push_to_hub"),
     ),
     False,
 )
