@@ -85,25 +85,28 @@ def scale_down(model: PreTrainedModel, input_ids: Int[Tensor, "batch pos"], long
     return found
 
 
+def untie(model: PreTrainedModel) -> None:
+    """Give the unembedding of `model` its own copy of the embedding, in place, if the two are tied."""
+    embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
+    if unembedding.weight is embedding.weight:
+        unembedding.weight = nn.Parameter(embedding.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+
+
 @torch.no_grad()
 def scale_down_embeddings(model: PreTrainedModel, input_ids: Int[Tensor, "batch pos"], longest: float) -> int:
     """Scale down the embeddings of tokens in place, so that none is too long. Return how many were scaled down.
 
-    If the unembedding is tied to the embedding, it is untied first and keeps its weights, because scaling it would
-    change the predictions.
+    A tied unembedding is untied first, because scaling it would change the predictions.
 
     Args:
         model: a model of a supported family with live norms.
         input_ids: tokens of text.
         longest: the maximum RMS of a token's embedding, divided by the median over `input_ids`.
     """
-    embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
-    weight: Any = embedding.weight
-    if unembedding.weight is weight:
-        embedding.weight = nn.Parameter(weight.detach().clone())
-        model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
-        weight = embedding.weight
+    untie(model)
+    weight: Any = model.get_input_embeddings().weight
     rms = weight.float().square().mean(-1).sqrt()
     limit = longest * rms[input_ids].median()
     weight *= (limit / rms).clamp(max=1).unsqueeze(-1).to(weight)

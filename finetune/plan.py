@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from finetune import checkpoint, families, objective, removal
+from finetune import checkpoint, families, massive_writes, objective, removal
 from finetune.processes import check_shares, decided
 from finetune.recipe import Recipe
 from finetune.sites import Sites
@@ -154,6 +154,8 @@ def _fit(recipe: Recipe, config: Any, context: int, device: str, removes: bool) 
             cast_matrices(teacher.requires_grad_(False), dtype)
         if recipe.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        if removes and recipe.longest_embedding is not None:
+            massive_writes.untie(model)
         sites = Sites(model, None, recipe.schedule.classes, recipe.std_mean)
         if recipe.lora_rank is not None:
             from finetune import low_rank

@@ -242,7 +242,7 @@ def complete(setup: Setup, directory: Path, anyway: bool = False) -> Run:
         return Run(directory, _conclude(setup, directory))
 
 
-def _sites(setup: Setup, scaled_in: Path | None = None) -> Sites:
+def _sites(setup: Setup, removes: bool, scaled_in: Path | None = None) -> Sites:
     """Return the sites of a copy of the model that is ready to be trained.
 
     If `scaled_in` is given, long embeddings and massive writes are scaled down as the recipe says, and a table of the
@@ -250,6 +250,8 @@ def _sites(setup: Setup, scaled_in: Path | None = None) -> Sites:
     """
     recipe = setup.recipe
     model = ready(copy.deepcopy(setup.model).float(), setup.text.train.context)
+    if removes and recipe.longest_embedding is not None:
+        massive_writes.untie(model)
     if scaled_in is not None:
         _scale_down(model, setup, scaled_in)
     sites = Sites(model, setup.tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
@@ -263,7 +265,7 @@ def _sites(setup: Setup, scaled_in: Path | None = None) -> Sites:
 def _trainer(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> RemovalTrainer:
     """Return a trainer of a copy of the model with these `events`."""
     recipe, context = setup.recipe, setup.text.train.context
-    sites = _sites(setup, directory if events else None)
+    sites = _sites(setup, bool(events), directory if events else None)
     return RemovalTrainer(
         sites,
         recipe,
@@ -294,7 +296,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
     if trainer.shards:
         state = sharding.state_of(sites.model)
         if PartialState().is_main_process:
-            sites = _sites(setup)
+            sites = _sites(setup, bool(events))
             sites.model.load_state_dict(state, strict=False)  # the state contains tied weights only once
     else:
         objective.restore_unembedding(sites.model)

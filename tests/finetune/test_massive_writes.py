@@ -1,4 +1,4 @@
-"""Neurons that write massive activations are scaled down, and no others."""
+"""Neurons that write massive activations and long embeddings are scaled down, and no others."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finetune import checkpoint, families, massive_writes
+from finetune.plan import plan
 from finetune.recipe import Recipe, RecipeError
 from finetune.removal import fit, set_up
 
@@ -113,10 +114,49 @@ def test_post_norms_are_refused():
         massive_writes.scale_down(random_model("gemma2"), TOKENS, longest=2.0)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma"])
+def test_long_embeddings_are_scaled_to_so_many_medians_of_text(family: str):
+    model = random_model(family)
+    embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding.weight.data[TOKENS[0, 3]] *= 10
+    embedding.weight.data[-1] *= 20  # not in the text
+    before, unembedded = embedding.weight.detach().clone(), unembedding.weight.detach().clone()
+    rms = before.square().mean(-1).sqrt()
+    of_text = sorted(rms[TOKENS].flatten().tolist())
+    limit = 1.5 * of_text[(len(of_text) - 1) // 2]
+    count = massive_writes.scale_down_embeddings(model, TOKENS, longest=1.5)
+    after = model.get_input_embeddings().weight.detach()
+    scaled = rms > limit
+    assert count == scaled.sum() >= 2
+    assert after.square().mean(-1).sqrt()[scaled].tolist() == pytest.approx([limit] * count)
+    assert torch.equal(after[~scaled], before[~scaled])
+    assert torch.cosine_similarity(after, before).min() > 1 - 1e-6
+    assert torch.equal(model.get_output_embeddings().weight, unembedded)
+
+
+@pytest.mark.parametrize("field", ["longest_write", "longest_embedding"])
 @pytest.mark.parametrize("longest", [0.0, -1.0, float("inf")])
-def test_a_limit_is_a_positive_number(longest: float, recipe: Recipe):
-    with pytest.raises(RecipeError, match="longest_write is"):
-        replace(recipe, longest_write=longest)
+def test_a_limit_is_a_positive_number(field: str, longest: float, recipe: Recipe):
+    with pytest.raises(RecipeError, match=f"{field} is"):
+        replace(recipe, **{field: longest})
+
+
+def test_a_run_unties_scaled_embeddings_in_what_it_trains_alone(recipe: Recipe, tmp_path: Path):
+    recipe = replace(recipe, kl_weight=1.0, longest_embedding=0.5, lr=1e-6, min_lr=0.0)
+    setup = set_up(recipe)
+    assert setup.model.config.tie_word_embeddings
+    before = setup.model.get_input_embeddings().weight.detach().clone()
+    for name, events in (("control", []), ("ln_free", setup.events)):
+        fit(setup, tmp_path, name, events)
+    assert torch.equal(setup.model.get_output_embeddings().weight, before)
+    control, ln_free = (checkpoint.load(tmp_path / name) for name in ("control", "ln_free"))
+    assert control.config.tie_word_embeddings
+    assert not ln_free.config.tie_word_embeddings
+    assert torch.allclose(control.get_input_embeddings().weight, before, atol=1e-4)
+    assert torch.allclose(ln_free.get_output_embeddings().weight, before, atol=1e-4)
+    lengths = ln_free.get_input_embeddings().weight.norm(dim=-1) / before.norm(dim=-1)
+    assert lengths.median() < 0.7
+    assert plan(recipe).parameters == sum(parameter.numel() for parameter in ln_free.parameters())
 
 
 def test_a_run_says_what_it_scaled_and_leaves_the_original_alone(recipe: Recipe, tmp_path: Path):
