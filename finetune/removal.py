@@ -317,7 +317,7 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
 
 
 def _scale_down(model: PreTrainedModel, setup: Setup, directory: Path) -> None:
-    """Scale down long embeddings and massive writes, measured on the first training text. Write a table of the writes."""
+    """Scale down long embeddings and massive writes, measured on the first text, and write a table of the writes."""
     recipe = setup.recipe
     if recipe.longest_embedding is None and recipe.longest_write is None:
         return

@@ -362,7 +362,7 @@ class TestTwoProcesses:
         recipe = replace(
             short, control=True, kl_weight=0.5, match_weight=2.0, aux_weight=0.3, std_decay=0.5, shard=True
         )
-        recipe = replace(recipe, spread_weight=0.2, spread_live=True, guard=1.5, save_every=10)
+        recipe = replace(recipe, spread_weight=0.2, spread_live=True, longest_embedding=0.9, guard=1.5, save_every=10)
         alone = remove_norms(recipe=recipe, out=tmp_path / "alone")
         file = tmp_path / "tiny.yaml"
         file.write_text(recipes.dump(recipe))
@@ -377,9 +377,13 @@ class TestTwoProcesses:
                 for key in {"loss", "kl", "distance", "aux", "grad_norm", "spread", "guarded"} & ours.keys():
                     assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6)
             held = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
-            own = tiny_gpt2().num_parameters() * 4
-            for part, times in {"weights": 1, "gradients": 1, "optimizer": 2, "teacher": name == "ln_free"}.items():
-                assert held[0][part] + held[1][part] == pytest.approx(times * own, rel=1e-3), part
+            theirs = tiny_gpt2().num_parameters() * 4
+            own = theirs
+            if name == "ln_free":  # untied
+                own += tiny_gpt2().get_input_embeddings().weight.nbytes
+            of = {"weights": own, "gradients": own, "optimizer": 2 * own, "teacher": theirs * (name == "ln_free")}
+            for part, size in of.items():
+                assert held[0][part] + held[1][part] == pytest.approx(size, rel=1e-3), part
                 assert held[0][part] == pytest.approx(held[1][part], rel=0.01), part
         columns = ["loss", "kl", "jsd"]
         one, two = (each[columns] for each in (alone.results, pd.read_csv(tmp_path / "two/results.csv")))
