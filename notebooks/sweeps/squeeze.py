@@ -1,7 +1,7 @@
 """Measure what a squeeze does to the lengths of residual vectors.
 
-`python notebooks/sweeps/squeeze.py FOLDER` takes the folder of the sweep `squeeze`, with its runs, and writes squeeze.csv
-beside this script. The table has one row per run and model:
+`python notebooks/sweeps/squeeze.py FOLDER` takes the folder of the sweep `squeeze`, with its runs, and writes
+squeeze.csv beside this script. The table has one row per run and model:
 
 recipe, seed, run    of the sweep
 squeezed             whether the recipe has a squeeze
