@@ -29,7 +29,7 @@ TABLE = Path(__file__).with_suffix(".csv")
 
 def over_constants(run: Path) -> dict[str, float]:
     """Return the largest ratios of live std to constant in the last tenth of a run's log."""
-    lines = [line for line in read_log(run, "ln_free") if line.get("std")]
+    lines = [line for line in read_log(run / "log.jsonl") if line.get("std")]
     lines = lines[-max(1, len(lines) // 10) :]
     ratios = pd.DataFrame(
         [[max(site["over_constant"][i] for site in line["std"].values()) for i in range(2)] for line in lines]

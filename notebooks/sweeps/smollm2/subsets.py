@@ -24,7 +24,7 @@ import pandas as pd
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune import checkpoint, evaluate
+from finetune import checkpoint, evaluate, massive_writes
 from finetune.recipe.files import load
 from finetune.sites import Sites
 from finetune.text import Text, load_blocks
@@ -57,6 +57,8 @@ def load_sites(run: Path, path: Path) -> tuple[PreTrainedTokenizerBase, PreTrain
     recipe = load(run / "recipe.yaml")
     tokenizer = checkpoint.load_tokenizer(recipe.model)
     original, model = (checkpoint.load(recipe.model).float() for _ in range(2))
+    if recipe.longest_embedding is not None:
+        massive_writes.untie(model)
     sites = Sites(model, tokenizer.eos_token_id, recipe.schedule.classes, recipe.std_mean)
     model.load_state_dict(load_file(path / "model.safetensors"), strict=False)  # tied weights are there once
     return tokenizer, original, sites
