@@ -40,6 +40,7 @@ def test_there_are_nine_and_those_of_the_sweeps():
         "pace",
         "removed_vs_never",
         "smollm2",
+        "squeeze",
     }
 
 
