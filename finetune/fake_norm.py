@@ -47,6 +47,10 @@ STD_MEANS: dict[StdMean, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Te
 """For each kind of mean: the transform applied to stds before averaging, and its inverse."""
 
 
+_NOISY = 0.25
+"""The share of tokens with noise."""
+
+
 class TokenClasses:
     """The class of every token in the current batch. It is set before each forward, and every norm reads it."""
 
@@ -54,6 +58,15 @@ class TokenClasses:
         """Distinguish the classes `own` from ordinary tokens."""
         self.eot_token_id, self.own = eot_token_id, own
         self.index: Int[Tensor, "batch pos"]
+        self.noise: Float[Tensor, "batch pos 1"] | None = None
+        """Factors that lengthen what tokens read at frozen sites. None: no noise."""
+
+    def draw_noise(self, largest: float) -> None:
+        """Draw `noise` for the classified tokens: for a quarter of them log-uniform from 1 to `largest`, otherwise 1."""
+        self.noise = None
+        if largest > 1:
+            chosen, exponent = torch.rand(2, *self.index.shape, 1, device=self.index.device)
+            self.noise = torch.where(chosen < _NOISY, largest**exponent, 1.0)
 
     def set(self, input_ids: Int[Tensor, "batch pos"], past_length: int = 0) -> None:
         """Classify tokens that follow `past_length` cached ones."""
@@ -261,6 +274,8 @@ class FakeNorm(nn.Module):
         guard = (first.least, first.held) if self.guards else (None, None)
         y, std = _Normalise.apply(x, frozen_part, first.alpha, self.eps, self.style.centred, *guard)
         self.live_std = std.squeeze(-1)
+        if self.classes.noise is not None:
+            y = y * self.classes.noise.pow(first.alpha)
         if self.guards:
             std = std + first.held * (std.detach() - std)  # the same number, with the gradient that is not held back
             return y, [first.scale(std, classes) / other.scale(std, classes) for other in others]

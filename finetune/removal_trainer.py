@@ -252,7 +252,8 @@ class _RemovalRecord(Record):
         constant = sites.constant
         if self.trainer.removes and recipe.guard is not None:
             least = recipe.guard_at(state.global_step)
-            sites.guard(least, least * recipe.guard if recipe.live_gradients else 0.0)
+            held = least * recipe.guard if recipe.live_gradients else 0.0
+            sites.guard(least, held, recipe.outlier_noise if least else 1.0)
         self._begun = [event.name for event in sites.advance(self.trainer.events, state.global_step)]
         if self._begun:
             self._frozen = self._begun[-1]

@@ -60,6 +60,7 @@ class Sites:
         self._kept: list[tuple[Float[Tensor, "norms batch pos"], Int[Tensor, "batch pos"]]] = []
         self.least = 0.0
         """1/κ of the guard; 0 without one."""
+        self._noise = 1.0
         style, heads = family_of(model).style, model.config.num_attention_heads
         for norm in folding.norms_of(model):
             # The loss computes logits from the final norm's output in pieces, so that norm has no NormedReader.
@@ -83,6 +84,7 @@ class Sites:
     def _classify(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         past = kwargs.get("past_key_values")
         self.classes.set(args[0] if args else kwargs["input_ids"], 0 if past is None else past.get_seq_length())
+        self.classes.draw_noise(self._noise if self.model.training else 1.0)
 
     def keep_live_graph(self) -> None:
         """Keep the graph of live stds, for `spread`, even if norms are ordinary or constant."""
@@ -97,14 +99,15 @@ class Sites:
         """Iterate over the names of the sites."""
         return iter(self._divisors)
 
-    def guard(self, least: float, held: float = 0.0) -> None:
+    def guard(self, least: float, held: float = 0.0, noise: float = 1.0) -> None:
         """Require each scale to be at least `least` = 1/κ times the live std. 0 lifts the guard.
 
-        `held` is the fraction of the gradient along the divided vectors that frozen sites hold back.
+        `held` is the fraction of the gradient along the divided vectors that frozen sites hold back. In training, what
+        some tokens read there is lengthened by factors from 1 to `noise` (`TokenClasses.draw_noise`).
 
         Call this before `advance`: no norm becomes constant while there is a guard.
         """
-        self.least = least
+        self.least, self._noise = least, noise
         for norm in self.norms:
             norm.guards = True
             for divisor in norm.divisors:

@@ -427,6 +427,10 @@ class Recipe(Training):
     """While the guard is on, backpropagate through a frozen site as through a live norm, without the part of the
     gradient along the divided vector, which grows from block to block. Requires a guard, and a spread_weight to hold
     stds together."""
+    outlier_noise: float = 1.0
+    """While the guard is up, lengthen what a quarter of the tokens read at frozen sites by a factor between 1 and this,
+    drawn for each token and step: the vector that it would read if its std were so many times the constant. The model
+    learns to bring such tokens back instead of lengthening them from block to block. Requires a guard. 1: none."""
     max_outlier: float = 1e6
     """The run stops if the live std of a token is this many times its divisor, because the constant no longer fits."""
     shard: bool = False
@@ -514,6 +518,11 @@ class Recipe(Training):
                 "live_gradients needs a guard, because it acts only under one, and a spread_weight, because otherwise "
                 "nothing trains the lengths of residual vectors. Set both, or set live_gradients to false."
             )
+        if not 1 <= self.outlier_noise < math.inf or (self.outlier_noise > 1 and self.guard is None):
+            raise RecipeError(
+                f"outlier_noise is {self.outlier_noise}; it must be at least 1, and above 1 it needs a guard, with "
+                "which it ends."
+            )
         start, end = self.guard_span
         if not 0 <= start < end <= 1:
             raise RecipeError(f"guard_span is {start}, {end}; it must begin before it ends, between 0 and 1.")
@@ -578,7 +587,7 @@ SHAPES_CONTROL: dict[str, bool] = dict.fromkeys(
         *("schedule", "std_decay", "std_mean", "kl_weight", "match_weight", "aux_weight", "export_format"),
         *("cover", "cover_kinds", "cover_span", "cover_stds", "spread_weight", "spread_on"),
         *("spread_power", "spread_live", "spread_position_0", "longest_write", "longest_embedding"),
-        *("guard", "guard_span", "live_gradients", "max_outlier"),
+        *("guard", "guard_span", "live_gradients", "outlier_noise", "max_outlier"),
         *("name", "also", "log_every", "save_every", "report_to", "push_to_hub"),
     ),
     False,
