@@ -62,7 +62,7 @@ class TokenClasses:
         """Factors that lengthen what tokens read at frozen sites. None: no noise."""
 
     def draw_noise(self, largest: float) -> None:
-        """Draw `noise` for the classified tokens: for a quarter of them log-uniform from 1 to `largest`, otherwise 1."""
+        """Draw `noise` for the classified tokens: for a quarter log-uniform from 1 to `largest`, for the others 1."""
         self.noise = None
         if largest > 1:
             chosen, exponent = torch.rand(2, *self.index.shape, 1, device=self.index.device)
