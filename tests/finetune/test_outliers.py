@@ -1,4 +1,4 @@
-"""What is done about tokens with uncommon stds: squeezing all of them, guarding divisors, the log, and the stop."""
+"""What is done about tokens with uncommon stds: squeezing all, guarding divisors, noise, the log, and the stop."""
 
 import math
 import re
@@ -49,6 +49,8 @@ def fitted(recipe: Recipe, directory: Path) -> list[dict]:
             "guard_span ends at 1.0, so the guard would not be lifted by the last",
         ),
         ({"max_outlier": 1.0}, "max_outlier is 1.0"),
+        ({"outlier_noise": 0.9, "guard": 2.0}, "outlier_noise is 0.9; it must be at least 1"),
+        ({"outlier_noise": 1.5}, "outlier_noise is 1.5; it must be at least 1, and above 1 it needs a guard"),
         ({"live_gradients": True, "spread_weight": 1.0}, "live_gradients needs a guard"),
         ({"live_gradients": True, "guard": 2.0}, "live_gradients needs a guard"),
     ],
@@ -168,6 +170,65 @@ class TestGuard:
         begun = next(line["step"] for line in free if line["frozen"])
         assert all(same[:begun])
         assert not any(same[begun:])
+
+
+class TestNoise:
+    def frozen(self, family: str) -> Sites:
+        sites = Sites(random_model(family, vocab_size=4096, max_position_embeddings=16).train(), 0, ())
+        sites.model(TOKENS)
+        sites.observe()
+        sites.update(0.9)
+        for site in sites:
+            sites[site].freeze()
+            sites[site].alpha.fill_(1.0)
+        return sites
+
+    @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+    def test_is_a_constant_that_is_too_small(self, family: str, monkeypatch: pytest.MonkeyPatch):
+        sites = self.frozen(family)
+        sites.guard(1e-3, noise=2.0)
+        monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.stack([torch.zeros(shape[1:])] * 2) + 0.2)
+        noisy = sites.model(TOKENS).logits
+        monkeypatch.undo()
+        sites.guard(1e-3)
+        assert not torch.allclose(sites.model(TOKENS).logits, noisy, rtol=1e-2)
+        for site in sites:
+            sites[site].frozen /= 2**0.2
+        torch.testing.assert_close(sites.model(TOKENS).logits, noisy, rtol=1e-4, atol=1e-4)
+
+    def test_is_log_uniform_at_a_quarter_of_the_tokens_that_are_trained_on(self):
+        sites = self.frozen("llama")
+        quiet = sites.model(TOKENS).logits
+        sites.guard(1e-3, noise=3.0)
+        torch.manual_seed(0)
+        drawn = []
+        for _ in range(100):
+            sites.model(TOKENS)
+            drawn.append(sites.classes.noise.flatten())
+        logs = torch.cat(drawn).log() / math.log(3)
+        assert (logs > 0).float().mean() == pytest.approx(0.25, abs=0.02)
+        assert logs[logs > 0].quantile(torch.tensor([0.1, 0.5, 0.9])).tolist() == pytest.approx(
+            [0.1, 0.5, 0.9], abs=0.03
+        )
+        sites.model.eval()
+        torch.testing.assert_close(sites.model(TOKENS).logits, quiet)
+
+    def test_spares_live_norms_and_ends_with_the_guard(self, short: Recipe, tmp_path: Path):
+        noisy = replace(short, guard=4.0, guard_span=(0.7, 0.8), outlier_noise=1.5)
+        ours, free = (fitted(replace(noisy, outlier_noise=most), tmp_path / str(most)) for most in (1.5, 1.0))
+        begun = next(line["step"] for line in free if line["frozen"])
+        same = [a["loss"] == b["loss"] for a, b in zip(ours, free, strict=True)]
+        assert all(same[:begun])
+        assert not any(same[begun:])
+        assert ours[begun]["kl"] > free[begun]["kl"]
+
+    def test_is_the_same_if_a_block_is_recomputed(self, short: Recipe, tmp_path: Path):
+        noisy = replace(short, guard=4.0, guard_span=(0.7, 0.8), outlier_noise=1.5)
+        one, two = (
+            fitted(replace(noisy, gradient_checkpointing=again), tmp_path / str(again)) for again in (False, True)
+        )
+        for key in ("loss", "grad_norm"):
+            np.testing.assert_allclose([line[key] for line in one], [line[key] for line in two], rtol=1e-4)
 
 
 class TestLog:
