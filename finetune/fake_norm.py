@@ -47,8 +47,8 @@ STD_MEANS: dict[StdMean, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Te
 """For each kind of mean: the transform applied to stds before averaging, and its inverse."""
 
 
-_NOISY = 0.25
-"""The share of tokens with noise."""
+_NOISY = 1 / 16
+"""The share of tokens with noise at a norm."""
 
 
 class TokenClasses:
@@ -58,15 +58,6 @@ class TokenClasses:
         """Distinguish the classes `own` from ordinary tokens."""
         self.eot_token_id, self.own = eot_token_id, own
         self.index: Int[Tensor, "batch pos"]
-        self.noise: Float[Tensor, "batch pos 1"] | None = None
-        """Factors that lengthen what tokens read at frozen sites. None: no noise."""
-
-    def draw_noise(self, largest: float) -> None:
-        """Draw `noise` for the classified tokens: for a quarter log-uniform from 1 to `largest`, for the others 1."""
-        self.noise = None
-        if largest > 1:
-            chosen, exponent = torch.rand(2, *self.index.shape, 1, device=self.index.device)
-            self.noise = torch.where(chosen < _NOISY, largest**exponent, 1.0)
 
     def set(self, input_ids: Int[Tensor, "batch pos"], past_length: int = 0) -> None:
         """Classify tokens that follow `past_length` cached ones."""
@@ -247,6 +238,8 @@ class FakeNorm(nn.Module):
         self.live = self.constant = False
         self.guards = False
         """Whether the divisors may be guarded."""
+        self.noise = 1.0
+        """The largest factor by which outlier noise lengthens what is read of a token in training."""
         self.live_graph = False
         """Whether to keep the graph of the live std, for a penalty on it, even if the norm is ordinary or constant."""
         self.live_std: Float[Tensor, "batch pos"]
@@ -274,12 +267,17 @@ class FakeNorm(nn.Module):
         guard = (first.least, first.held) if self.guards else (None, None)
         y, std = _Normalise.apply(x, frozen_part, first.alpha, self.eps, self.style.centred, *guard)
         self.live_std = std.squeeze(-1)
-        if self.classes.noise is not None:
-            y = y * self.classes.noise.pow(first.alpha)
+        if self.noise > 1 and self.training:
+            y = y * self._draw_noise(std).pow(first.alpha)
         if self.guards:
             std = std + first.held * (std.detach() - std)  # the same number, with the gradient that is not held back
             return y, [first.scale(std, classes) / other.scale(std, classes) for other in others]
         return y, [std.pow(other.alpha - first.alpha) * frozen_part / other.frozen_part(classes) for other in others]
+
+    def _draw_noise(self, std: Float[Tensor, "batch pos 1"]) -> Float[Tensor, "batch pos 1"]:
+        """Draw a factor for each token: for one in 16 log-uniform from 1 to `noise`, for the others 1."""
+        chosen, exponent = torch.rand(2, *std.shape, dtype=std.dtype, device=std.device)
+        return torch.where(chosen < _NOISY, self.noise**exponent, 1.0)
 
     def ordinary(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
         """Return the output of the ordinary norm, computed by fused kernels. `live_std` then has no graph."""

@@ -60,7 +60,6 @@ class Sites:
         self._kept: list[tuple[Float[Tensor, "norms batch pos"], Int[Tensor, "batch pos"]]] = []
         self.least = 0.0
         """1/κ of the guard; 0 without one."""
-        self._noise = 1.0
         style, heads = family_of(model).style, model.config.num_attention_heads
         for norm in folding.norms_of(model):
             # The loss computes logits from the final norm's output in pieces, so that norm has no NormedReader.
@@ -84,7 +83,6 @@ class Sites:
     def _classify(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         past = kwargs.get("past_key_values")
         self.classes.set(args[0] if args else kwargs["input_ids"], 0 if past is None else past.get_seq_length())
-        self.classes.draw_noise(self._noise if self.model.training else 1.0)
 
     def keep_live_graph(self) -> None:
         """Keep the graph of live stds, for `spread`, even if norms are ordinary or constant."""
@@ -103,13 +101,13 @@ class Sites:
         """Require each scale to be at least `least` = 1/κ times the live std. 0 lifts the guard.
 
         `held` is the fraction of the gradient along the divided vectors that frozen sites hold back. In training, what
-        some tokens read there is lengthened by factors from 1 to `noise` (`TokenClasses.draw_noise`).
+        some tokens read there is lengthened by factors from 1 to `noise`.
 
         Call this before `advance`: no norm becomes constant while there is a guard.
         """
-        self.least, self._noise = least, noise
+        self.least = least
         for norm in self.norms:
-            norm.guards = True
+            norm.guards, norm.noise = True, noise
             for divisor in norm.divisors:
                 divisor.least.fill_(least)
                 divisor.held.fill_(held)

@@ -428,8 +428,8 @@ class Recipe(Training):
     gradient along the divided vector, which grows from block to block. Requires a guard, and a spread_weight to hold
     stds together."""
     outlier_noise: float = 1.0
-    """While the guard is up, lengthen what a quarter of the tokens read at frozen sites by a factor between 1 and this,
-    drawn for each token and step: the vector that it would read if its std were so many times the constant. The model
+    """While the guard is up, lengthen what one token in 16 reads at a frozen norm by a factor between 1 and this, drawn
+    for each token and norm: it reads the vector that it would read if its std were so many times larger. The model
     learns to bring such tokens back instead of lengthening them from block to block. Requires a guard. 1: none."""
     max_outlier: float = 1e6
     """The run stops if the live std of a token is this many times its divisor, because the constant no longer fits."""
