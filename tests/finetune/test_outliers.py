@@ -187,7 +187,9 @@ class TestNoise:
     def test_is_a_constant_that_is_too_small(self, family: str, monkeypatch: pytest.MonkeyPatch):
         sites = self.frozen(family)
         sites.guard(1e-3, noise=2.0)
-        monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.stack([torch.zeros(shape[1:])] * 2) + 0.2)
+        monkeypatch.setattr(
+            torch, "rand", lambda *shape, **_: torch.zeros(shape) + torch.tensor([0, 0.2])[:, *[None] * 3]
+        )
         noisy = sites.model(TOKENS).logits
         monkeypatch.undo()
         sites.guard(1e-3)
@@ -196,20 +198,25 @@ class TestNoise:
             sites[site].frozen /= 2**0.2
         torch.testing.assert_close(sites.model(TOKENS).logits, noisy, rtol=1e-4, atol=1e-4)
 
-    def test_is_log_uniform_at_a_quarter_of_the_tokens_that_are_trained_on(self):
+    def test_is_log_uniform_at_one_token_in_16_of_each_norm_that_is_trained(self):
         sites = self.frozen("llama")
+        sites.guard(1e-3)
         quiet = sites.model(TOKENS).logits
         sites.guard(1e-3, noise=3.0)
         torch.manual_seed(0)
-        drawn = []
-        for _ in range(100):
-            sites.model(TOKENS)
-            drawn.append(sites.classes.noise.flatten())
+        norm, drawn = sites.norms[0], []
+        x = torch.randn(64, 64, norm.weight.numel())
+        for _ in range(4):
+            norm.classes.index = torch.zeros(64, 64, dtype=torch.long)
+            y = norm.normalise(x)[0] * norm.divisors[0].frozen[0]
+            drawn.append((y.norm(dim=-1) / x.norm(dim=-1)).flatten())
         logs = torch.cat(drawn).log() / math.log(3)
-        assert (logs > 0).float().mean() == pytest.approx(0.25, abs=0.02)
-        assert logs[logs > 0].quantile(torch.tensor([0.1, 0.5, 0.9])).tolist() == pytest.approx(
-            [0.1, 0.5, 0.9], abs=0.03
-        )
+        noisy = logs > 1e-6
+        assert noisy.float().mean() == pytest.approx(1 / 16, rel=0.1)
+        deciles = torch.tensor([0.1, 0.5, 0.9])
+        torch.testing.assert_close(logs[noisy].quantile(deciles), deciles, rtol=0, atol=0.05)
+        assert logs.unflatten(0, (4, -1)).diff(dim=0).abs().max() > 0.5  # drawn anew
+        assert not torch.allclose(sites.model(TOKENS).logits, quiet, rtol=1e-2)
         sites.model.eval()
         torch.testing.assert_close(sites.model(TOKENS).logits, quiet)
 
