@@ -317,17 +317,23 @@ def fit(setup: Setup, directory: Path, name: str, events: Sequence[Event], anywa
 
 
 def _scale_down(model: PreTrainedModel, setup: Setup, directory: Path) -> None:
-    """Scale down long embeddings and massive writes, measured on the first text, and write a table of the writes."""
-    recipe = setup.recipe
+    """Scale down long embeddings and massive writes, measured on the first text, and write a table of the writes.
+
+    Prompts may begin with a special token, although text does not. So each block is also measured behind one.
+    """
+    recipe, tokenizer = setup.recipe, setup.tokenizer
     if recipe.longest_embedding is None and recipe.longest_write is None:
         return
     count = math.ceil(_CHECKED_TOKENS / setup.text.train.context)
     first = itertools.islice(iter(in_order(setup.text.train, recipe)), count)
-    input_ids = torch.stack([block["input_ids"] for block in first]).to(model.device)
+    input_ids = torch.stack([block["input_ids"] for block in first])
     if recipe.longest_embedding is not None:
-        massive_writes.scale_down_embeddings(model, input_ids, recipe.longest_embedding)
+        massive_writes.scale_down_embeddings(model, input_ids.to(model.device), recipe.longest_embedding)
     if recipe.longest_write is not None:
-        writes = massive_writes.scale_down(model, input_ids, recipe.longest_write)
+        behind = [input_ids]
+        for token_id in sorted({tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}):
+            behind.append(torch.cat([torch.full_like(input_ids[:, :1], token_id), input_ids[:, :-1]], dim=1))
+        writes = massive_writes.scale_down(model, torch.cat(behind).to(model.device), recipe.longest_write)
         if PartialState().is_main_process:
             frame = pd.DataFrame(writes, columns=massive_writes.MassiveWrite._fields)
             write(directory / "massive_writes.csv", frame.to_csv(index=False))

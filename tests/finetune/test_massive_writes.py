@@ -159,6 +159,21 @@ def test_a_run_unties_scaled_embeddings_in_what_it_trains_alone(recipe: Recipe, 
     assert plan(recipe).parameters == sum(parameter.numel() for parameter in ln_free.parameters())
 
 
+def test_writes_are_also_measured_behind_special_tokens(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    setup = set_up(replace(recipe, kl_weight=1.0, longest_write=1.0))
+    seen = []
+    monkeypatch.setattr(massive_writes, "scale_down", lambda model, input_ids, longest: seen.append(input_ids) or [])
+    setup.tokenizer.bos_token, setup.tokenizer.eos_token = setup.tokenizer.convert_ids_to_tokens([7, 5])
+    fit(setup, tmp_path, "ln_free", setup.events)
+    plain, behind_eos, behind_bos = seen[0].chunk(3)
+    assert (behind_eos[:, 0] == 5).all()
+    assert (behind_bos[:, 0] == 7).all()
+    assert torch.equal(behind_eos[:, 1:], plain[:, :-1])
+    assert torch.equal(behind_bos[:, 1:], plain[:, :-1])
+
+
 def test_a_run_says_what_it_scaled_and_leaves_the_original_alone(recipe: Recipe, tmp_path: Path):
     short = replace(recipe, control=False, kl_weight=1.0, longest_write=1e-3)
     setup = set_up(short)
