@@ -15,7 +15,8 @@ over_constant         the largest ratio of a token's RMS to its divisor, at any 
 It also writes results.csv. It has one row per run, with the columns
 
 run, seed             the name of the run directory, and its seed
-command               the command that made it
+command               the command that made it. A run that goes on from another one begins with a copy of it, as the
+                      comment in its recipe says
 tokens, seconds       the tokens it trained on, and how long that took
 frozen                the number of sites, of 91, that have begun to freeze
 kl, kl_max            as above, over the last 50 steps
@@ -64,6 +65,14 @@ def rows(run: Path) -> Iterator[dict[str, Any]]:
         }
 
 
+def command(name: str) -> str:
+    """Return the command that made the attempt `name`."""
+    recipe = Path(__file__).with_name(f"{name}.yaml")
+    if "finetune resume" in recipe.read_text():
+        return f"resume runs/{name} --anyway"
+    return f"run notebooks/sweeps/smollm2/{recipe.name} --out runs/{name}"
+
+
 def result(run: Path) -> dict[str, Any]:
     """Return the row of a run in results.csv."""
     log = [line for line in read_log(run / "log.jsonl") if line["model"] == "ln_free"]
@@ -71,7 +80,7 @@ def result(run: Path) -> dict[str, Any]:
     row: dict[str, Any] = {
         "run": run.name,
         "seed": load(run / "recipe.yaml").seed,
-        "command": f"python -m finetune run notebooks/sweeps/smollm2/{run.name}.yaml --out runs/{run.name}",
+        "command": f"python -m finetune {command(run.name)}",
         "tokens": log[-1]["tokens"],
         "seconds": log[-1]["seconds"],
         "frozen": len({name for line in log for name in line["frozen"] if not name.startswith("merge")}),
