@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, RecipeError
 from finetune.text import Blocks, StreamedBlocks
 
 _COUNTED_BLOCKS = 4096
@@ -34,8 +34,26 @@ _SHORTEST_RUN = 4
 class Cover:
     """Determines which blocks of a run are cover, and draws their tokens."""
 
-    def __init__(self, recipe: Recipe, token_ids: Int[np.ndarray, " id"], text: Blocks | StreamedBlocks) -> None:
-        """`token_ids` are those of the tokenizer; `text` is the training text, whose unigrams are counted if needed."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        token_ids: Int[np.ndarray, " id"],
+        text: Blocks | StreamedBlocks,
+        first_token_id: int | None = None,
+    ) -> None:
+        """`token_ids` are those of the tokenizer; `text` is the training text, whose unigrams are counted if needed.
+
+        `first_token_id` is the token with which prompts begin.
+
+        Raises:
+            RecipeError: the recipe has cover of the kind prompt, but there is no such token.
+        """
+        if "prompt" in recipe.cover_kinds and first_token_id is None:
+            raise RecipeError(
+                "cover_kinds has prompt, but the tokenizer has neither a beginning-of-sequence nor an end-of-text "
+                "token. Remove prompt from cover_kinds."
+            )
+        self._first_token_id = first_token_id
         self._seed, self._kinds, self._ids = recipe.seed, recipe.cover_kinds, token_ids
         self._share = Fraction(str(recipe.cover))  # exactly the decimal in the recipe, not the nearest binary number
         self._first, self._end = (math.floor(part * recipe.steps) * recipe.batch for part in recipe.cover_span)
@@ -70,6 +88,8 @@ class Cover:
         match name:
             case "text":
                 return text
+            case "prompt":
+                return np.concatenate([[self._first_token_id], text[:-1]]).astype(text.dtype)
             case "uniform":
                 return rng.choice(self._ids, len(text))
             case "unigram":

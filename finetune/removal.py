@@ -264,8 +264,12 @@ def _sites(setup: Setup, removes: bool, scaled_in: Path | None = None) -> Sites:
 
 def _trainer(setup: Setup, directory: Path, name: str, events: Sequence[Event]) -> RemovalTrainer:
     """Return a trainer of a copy of the model with these `events`."""
-    recipe, context = setup.recipe, setup.text.train.context
+    recipe, context, tokenizer = setup.recipe, setup.text.train.context, setup.tokenizer
     sites = _sites(setup, bool(events), directory if events else None)
+    cover = None
+    if events and recipe.cover:
+        first_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        cover = Cover(recipe, token_ids(tokenizer, setup.model.config.vocab_size), setup.text.train, first_token_id)
     return RemovalTrainer(
         sites,
         recipe,
@@ -277,10 +281,8 @@ def _trainer(setup: Setup, directory: Path, name: str, events: Sequence[Event]) 
         teacher=ready(copy.deepcopy(setup.model).float(), context)
         if events and (recipe.kl_weight or recipe.match_weight)
         else None,
-        cover=Cover(recipe, token_ids(setup.tokenizer, setup.model.config.vocab_size), setup.text.train)
-        if events and recipe.cover
-        else None,
-        decode=lambda token: str(setup.tokenizer.decode([token])),
+        cover=cover,
+        decode=lambda token: str(tokenizer.decode([token])),
     )
 
 

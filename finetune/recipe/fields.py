@@ -30,7 +30,7 @@ EMPTY = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default or
 """For a flag that takes any number of values: an empty default is called none."""
 
 _COVER_KIND = re.compile(
-    r"uniform|shuffled|renamed|repeated|runs|(unigram|corrupted)(-(?=[\d.]*[1-9])(\d+(\.\d+)?|\.\d+))?"
+    r"uniform|shuffled|renamed|repeated|runs|prompt|(unigram|corrupted)(-(?=[\d.]*[1-9])(\d+(\.\d+)?|\.\d+))?"
 )
 
 _Kind = TypeVar("_Kind")
@@ -387,7 +387,8 @@ class Recipe(Training):
     as in the text, at temperature T (1 if omitted). shuffled: a block of text in random order. corrupted-P: a block of
     text with a share P of its tokens replaced by uniform ones (if omitted, drawn for each block). renamed: a block of
     text in which each token is replaced by another one throughout. repeated: 1 to 32 tokens of the text, or uniform
-    ones, over and over. runs: short runs of all of these."""
+    ones, over and over. runs: short runs of all of these. prompt: a block of text behind the token with which prompts
+    begin, the tokenizer's beginning-of-sequence or end-of-text token."""
     cover_span: tuple[float, float] = (0.0, 1.0)
     """The fractions of the run between which there is cover. `cover` is its share there."""
     cover_stds: bool = True
@@ -549,7 +550,7 @@ class Recipe(Training):
         if unknown or not self.cover_kinds:
             raise RecipeError(
                 f"cover_kinds is {', '.join(self.cover_kinds) or 'empty'}; the kinds are uniform, unigram, unigram-T, "
-                "shuffled, corrupted, corrupted-P, renamed, repeated and runs, with positive numbers T and P."
+                "shuffled, corrupted, corrupted-P, renamed, repeated, runs and prompt, with positive numbers T and P."
             )
         start, end = self.cover_span
         if not 0 <= start < end <= 1:

@@ -24,7 +24,7 @@ from finetune import recipe as recipes
 from finetune.cover import Cover
 from finetune.objective import NextTokenLoss, auxiliary_loss, next_token_loss, spread_loss
 from finetune.recipe import Recipe, RecipeError, Text
-from finetune.removal import remove_layernorm, set_up
+from finetune.removal import _trainer, remove_layernorm, set_up
 from finetune.removal_trainer import RemovalTrainer
 from finetune.sites import Sites
 from finetune.text import Blocks, load_blocks, token_ids
@@ -141,6 +141,24 @@ class TestKinds:
         assert [names[token] for token in block] == drawn.tolist()
         assert len(set(names.values())) == len(names) == 40
         assert (drawn != block).mean() > 0.9
+
+    def test_prompt_is_text_behind_the_first_token_of_prompts(self, short: Recipe, block: np.ndarray):
+        recipe = replace(short, cover_kinds=("prompt",))
+        setup = set_up(recipe)
+        drawn = Cover(recipe, np.arange(4096), setup.text.train, 7).draw("prompt", block, np.random.default_rng(0))
+        assert drawn.dtype == block.dtype
+        assert drawn[0] == 7
+        assert np.array_equal(drawn[1:], block[:-1])
+        with pytest.raises(RecipeError, match="neither a beginning-of-sequence nor an end-of-text token"):
+            Cover(recipe, np.arange(4096), setup.text.train)
+
+    def test_a_run_begins_prompts_with_the_tokens_of_its_tokenizer(self, short: Recipe, tmp_path: Path):
+        setup = set_up(replace(short, cover_kinds=("prompt",)))
+        assert setup.tokenizer.bos_token_id is not None
+        trainer = _trainer(setup, tmp_path, "ln_free", setup.events)
+        blocks = [trainer.train_dataset[i] for i in range(4)]
+        firsts = {bool(block["is_cover"]): int(block["input_ids"][0]) for block in blocks}
+        assert firsts[True] == setup.tokenizer.bos_token_id != firsts[False]
 
     def test_repeated_has_a_period(self, short: Recipe, block: np.ndarray):
         cover = cover_of(short)
