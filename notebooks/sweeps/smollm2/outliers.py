@@ -1,8 +1,8 @@
 """How long the longest outliers of a checkpoint are without a guard, and on how many blocks the model overflows.
 
 `python notebooks/sweeps/smollm2/outliers.py RUN CHECKPOINT…` adds to outliers.csv beside it, for each checkpoint of the
-run, one row per kind of text: the held-out texts, tokens drawn uniformly from the vocabulary, and held-out text in which
-a random share of tokens is replaced by such tokens. All sites divide by constants. The columns are
+run, one row per kind of text: the held-out texts, tokens drawn uniformly from the vocabulary, and held-out text in
+which a random share of tokens is replaced by such tokens. All sites divide by constants. The columns are
 
 run, step    the run directory's name and the checkpoint's step
 text         the kind of text
