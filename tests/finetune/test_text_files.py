@@ -197,7 +197,7 @@ def test_a_single_txt_is_streamed_in_passages(tmp_path, tokenizer, monkeypatch):
     [
         ("a.jsonl", b""),
         ("a.jsonl", b"\n\n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("a.json", b"[]"),
         ("a.txt", b""),
         ("a.txt", b"\xef\xbb\xbf"),
