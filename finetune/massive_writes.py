@@ -6,9 +6,9 @@ hide the lengths of these vectors, but constants do not: divided by a constant, 
 times too long, and a gated MLP squares this factor. Training takes hundreds of steps to shorten the vectors. Scaling
 down a neuron's output weights takes no steps, costs little while norms are live, and training repairs the rest.
 
-The embeddings of rare tokens may be more than twice as long as those of common ones. Here a live norm hides the lengths
-as well, and training hardly sees these tokens. With a constant, the first MLP writes several times too much at such a
-token, and the next blocks multiply this excess until the model overflows.
+The embeddings of rare tokens may be more than twice as long as those of common ones. The live norms of the first block
+hide these lengths too, and training hardly sees these tokens. With a constant, the first MLP writes several times too
+much at such a token, and the next blocks multiply this excess until the model overflows.
 """
 
 from collections.abc import Callable, Sequence

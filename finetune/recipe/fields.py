@@ -417,8 +417,8 @@ class Recipe(Training):
     a vector with an RMS above this many times the stream's median (`finetune.massive_writes`). None: scale none."""
     longest_embedding: float | None = None
     """Before training, scale down the token embeddings of the LN-free model whose RMS is above this many times the
-    median over text. A live norm does not see their length, but a constant does. An unembedding that is tied to the
-    embedding is untied and keeps its weights. None: scale none."""
+    median over text. The live norms of the first block hide their length, but constants do not. An unembedding that is
+    tied to the embedding is untied and keeps its weights. None: scale none."""
     guard: float | None = None
     """κ of the outlier guard: during training, the divisor of a token at a site is at least the live std over κ. None:
     no guard. The LN-free model has no guard."""
